@@ -1,0 +1,431 @@
+"""Configuration of the lite SAM 3 family: architecture, loss weights and presets."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig, PreTrainedConfig, Sam3Config
+from transformers import __version__ as transformers_version
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Width of the ViT MLP relative to its hidden size: 4736 / 1024 in `facebook/sam3`.
+MLP_RATIO = 4.625
+
+# One row per preset: ViT width, depth, heads, global attention layers, DETR encoder and decoder depth.
+_FULL_SIZE_PRESETS = {
+    "standard": (1024, 32, 16, [7, 15, 23, 31], 6, 6),
+    "medium": (896, 28, 14, [6, 13, 20, 27], 4, 4),
+    "depth16": (1024, 16, 16, [6, 11, 13, 15], 4, 4),
+    "lite": (768, 24, 12, [5, 11, 17, 23], 4, 4),
+    "small": (512, 16, 8, [3, 7, 11, 15], 4, 4),
+}
+# The same two-sided family in miniature: tiny is to tiny-standard what lite is to standard.
+_MINIATURE_PRESETS = {
+    "tiny-standard": (128, 8, 4, [3, 7], 6, 6),
+    "tiny": (96, 6, 3, [2, 5], 4, 4),
+}
+PRESETS = (*_FULL_SIZE_PRESETS, *_MINIATURE_PRESETS)
+
+# Names that `from_preset` takes beside the fields of the config itself, and where each one lives.
+_SHORT_NAMES = {
+    "image_size": ("vision_config", "backbone_config", "image_size"),
+    "patch_size": ("vision_config", "backbone_config", "patch_size"),
+    "vision_hidden_size": ("vision_config", "backbone_config", "hidden_size"),
+    "vision_intermediate_size": ("vision_config", "backbone_config", "intermediate_size"),
+    "vision_num_hidden_layers": ("vision_config", "backbone_config", "num_hidden_layers"),
+    "vision_num_attention_heads": ("vision_config", "backbone_config", "num_attention_heads"),
+    "vision_global_attn_indexes": ("vision_config", "backbone_config", "global_attn_indexes"),
+    "vision_window_size": ("vision_config", "backbone_config", "window_size"),
+    "text_hidden_size": ("text_config", "hidden_size"),
+    "text_num_hidden_layers": ("text_config", "num_hidden_layers"),
+    "text_num_attention_heads": ("text_config", "num_attention_heads"),
+    "detr_encoder_layers": ("detr_encoder_config", "num_layers"),
+    "detr_decoder_layers": ("detr_decoder_config", "num_layers"),
+    "num_queries": ("detr_decoder_config", "num_queries"),
+}
+
+# Keyword arguments that every Transformers config accepts although they are no dataclass fields.
+_COMMON_KEYWORDS = {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "layer_types",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "rope_scaling",
+    "rope_theta",
+    "torch_dtype",
+}
+
+
+@strict
+class Sam3LiteLossConfig(PreTrainedConfig):
+    r"""
+    Weights and constants of the training loss.
+
+    The defaults are those of the fine-tuning recipe published with SAM 3
+    (`sam3/train/configs/roboflow_v100/roboflow_v100_full_ft_100_images.yaml`).
+
+    Args:
+        cost_class, cost_bbox, cost_giou (`float`): weights of the focal, L1 and -gIoU terms of the matching cost.
+        cost_focal_alpha, cost_focal_gamma (`float`): constants of the focal matching cost.
+        bbox_loss_weight, giou_loss_weight (`float`): weights of the L1 (cxcywh) and gIoU losses.
+        class_loss_weight (`float`): weight of the IoU-aware classification loss.
+        presence_loss_weight (`float`): weight of the presence loss.
+        class_alpha, class_gamma (`float`): exponents of the IoU-aware classification target and focal factor.
+        class_pos_weight (`float`): weight of matched against unmatched queries in the classification loss.
+        mask_focal_loss_weight, mask_dice_loss_weight (`float`): weights of the mask losses.
+        mask_focal_alpha, mask_focal_gamma (`float`): constants of the mask focal loss.
+        mask_num_points (`int`): points sampled per mask.
+        mask_oversample_ratio (`float`): candidates drawn per kept point.
+        mask_importance_sample_ratio (`float`): share of the points taken where the mask is most uncertain.
+        semantic_focal_loss_weight, semantic_dice_loss_weight (`float`): weights of the semantic losses.
+        semantic_focal_alpha, semantic_focal_gamma (`float`): constants of the semantic focal loss.
+        one_to_many_weight (`float`): weight of the one-to-many auxiliary branch; 0 switches the branch off.
+        one_to_many_alpha (`float`): exponent of the score; the IoU gets `1 - one_to_many_alpha`.
+        one_to_many_threshold (`float`): lowest IoU of a one-to-many match.
+        one_to_many_topk (`int`): most queries matched to one object.
+        one_to_many_masks (`bool`): also supervise the masks of the one-to-many branch; up to `one_to_many_topk` times
+            the mask memory.
+    """
+
+    model_type = "sam3_lite_loss"
+
+    cost_class: float = 2.0
+    cost_bbox: float = 5.0
+    cost_giou: float = 2.0
+    cost_focal_alpha: float = 0.25
+    cost_focal_gamma: float = 2.0
+    bbox_loss_weight: float = 5.0
+    giou_loss_weight: float = 2.0
+    class_loss_weight: float = 20.0
+    presence_loss_weight: float = 20.0
+    class_alpha: float = 0.25
+    class_gamma: float = 2.0
+    class_pos_weight: float = 10.0
+    mask_focal_loss_weight: float = 200.0
+    mask_dice_loss_weight: float = 10.0
+    mask_focal_alpha: float = 0.25
+    mask_focal_gamma: float = 2.0
+    mask_num_points: int = 12544
+    mask_oversample_ratio: float = 3.0
+    mask_importance_sample_ratio: float = 0.75
+    semantic_focal_loss_weight: float = 20.0
+    semantic_dice_loss_weight: float = 30.0
+    semantic_focal_alpha: float = 0.6
+    semantic_focal_gamma: float = 2.0
+    one_to_many_weight: float = 2.0
+    one_to_many_alpha: float = 0.3
+    one_to_many_threshold: float = 0.4
+    one_to_many_topk: int = 4
+    one_to_many_masks: bool = False
+
+    def __post_init__(self, **kwargs):
+        _check_keywords(type(self), kwargs, "loss_config", self.transformers_version)
+        super().__post_init__(**kwargs)
+
+
+@strict
+class Sam3LiteConfig(Sam3Config):
+    r"""
+    Configuration of [`Sam3LiteModel`]. Without arguments it is the preset `lite`.
+
+    The nested configs are those of [`Sam3Config`], so a config of any SAM 3 size can be written as one of these.
+    A nested config given as a dict is completed from the preset `lite`.
+
+    Args:
+        vision_config, text_config, geometry_encoder_config, detr_encoder_config, detr_decoder_config,
+        mask_decoder_config (`dict` or `PreTrainedConfig`, *optional*): the parts, as in [`Sam3Config`].
+        loss_config (`dict` or [`Sam3LiteLossConfig`], *optional*): weights of the training loss.
+
+    Raises:
+        ValueError: a field is misspelt, or sizes do not fit together; the message names the field and a valid value.
+
+    Example:
+
+    ```python
+    >>> from sam3_hf import Sam3LiteConfig
+
+    >>> config = Sam3LiteConfig.from_preset("lite", image_size=672)
+    >>> config.image_size
+    672
+    ```
+    """
+
+    model_type = "sam3_lite"
+
+    loss_config: dict | PreTrainedConfig | None = None
+
+    def __post_init__(self, **kwargs):
+        _check_keywords(type(self), kwargs, "", self.transformers_version)
+        sub_config_classes = {**type(self).sub_configs, "loss_config": Sam3LiteLossConfig}
+        for name, default in preset_fields("lite").items():
+            given = getattr(self, name)
+            if isinstance(given, PreTrainedConfig):
+                setattr(self, name, copy.deepcopy(given))
+            else:
+                fields = _merge(default, given or {})
+                _check_sub_config(name, fields, sub_config_classes[name], self.transformers_version)
+                setattr(self, name, fields)
+        if isinstance(self.loss_config, dict):
+            self.loss_config = Sam3LiteLossConfig(**self.loss_config)
+        super().__post_init__(**kwargs)
+        vision = self.vision_config
+        vision.scale_factors = [4.0, 2.0, 1.0]  # the fourth level of SAM 3 is never read
+        self.validate_architecture()
+        grid = vision.backbone_config.image_size // vision.backbone_config.patch_size
+        vision.backbone_feature_sizes = [[grid * 4, grid * 4], [grid * 2, grid * 2], [grid, grid]]
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> Sam3LiteConfig:
+        r"""
+        A config by name, with any size changed.
+
+        Args:
+            name (`str`): `standard`, `medium`, `depth16`, `lite`, `small`, or, for tests and demonstrations,
+                `tiny-standard` and `tiny`.
+            overrides: fields of this config (nested dicts are merged), or the short names `image_size`,
+                `patch_size`, `vision_hidden_size`, `vision_intermediate_size`, `vision_num_hidden_layers`,
+                `vision_num_attention_heads`, `vision_global_attn_indexes`, `vision_window_size`,
+                `text_hidden_size`, `text_num_hidden_layers`, `text_num_attention_heads`, `detr_encoder_layers`,
+                `detr_decoder_layers`, `num_queries`. A new ViT width keeps the preset's head size and MLP ratio,
+                a new depth spreads its global layers evenly, unless those are given as well.
+
+        Raises:
+            ValueError: no such preset or field, or the sizes do not fit together.
+        """
+        fields = preset_fields(name)
+        short = {key: overrides.pop(key) for key in list(overrides) if key in _SHORT_NAMES}
+        own = {field.name for field in dataclasses.fields(cls)} | _COMMON_KEYWORDS
+        for key in overrides:
+            if key not in own:
+                raise ValueError(_unknown_field_message(key, own | set(_SHORT_NAMES)))
+        for key, value in _complete_vision_sizes(fields, short).items():
+            _set_path(fields, _SHORT_NAMES[key], value)
+        return cls(**_merge(fields, overrides))
+
+    def validate_architecture(self):
+        """
+        Raises:
+            ValueError: sizes that no model can have, naming the field and a valid value.
+        """
+        vit = self.vision_config.backbone_config
+        prefix = "vision_config.backbone_config"
+        for field in ("image_size", "patch_size", "pretrain_image_size"):
+            if not isinstance(getattr(vit, field), int):
+                raise ValueError(f"`{prefix}.{field}` must be one int (images are square), got {getattr(vit, field)}.")
+        for field in ("image_size", "pretrain_image_size"):
+            _check_multiple(f"{prefix}.{field}", getattr(vit, field), "patch_size", vit.patch_size)
+        _check_multiple(f"{prefix}.hidden_size", vit.hidden_size, "num_attention_heads", vit.num_attention_heads)
+        head_dim = vit.hidden_size // vit.num_attention_heads
+        if head_dim % 4:
+            raise ValueError(
+                f"`{prefix}.num_attention_heads`={vit.num_attention_heads} gives heads of {head_dim} channels at "
+                f"hidden_size {vit.hidden_size}; axial rotary positions need a multiple of 4. "
+                f"Valid: {_valid_head_counts(vit.hidden_size)}."
+            )
+        _check_multiple(f"{prefix}.hidden_size", vit.hidden_size, "the neck's two halvings", 4)
+        beyond = [i for i in vit.global_attn_indexes if not 0 <= i < vit.num_hidden_layers]
+        if beyond:
+            raise ValueError(
+                f"`{prefix}.global_attn_indexes` names layers {beyond} of a ViT with {vit.num_hidden_layers} layers; "
+                f"valid: {spread_global_layers(vit.num_hidden_layers, 4)}."
+            )
+        self._validate_detector_width()
+
+    def _validate_detector_width(self):
+        width = self.detr_decoder_config.hidden_size
+        others = {
+            "vision_config.fpn_hidden_size": self.vision_config.fpn_hidden_size,
+            "geometry_encoder_config.hidden_size": self.geometry_encoder_config.hidden_size,
+            "detr_encoder_config.hidden_size": self.detr_encoder_config.hidden_size,
+            "mask_decoder_config.hidden_size": self.mask_decoder_config.hidden_size,
+        }
+        for field, value in others.items():
+            if value != width:
+                raise ValueError(f"`{field}`={value} must equal `detr_decoder_config.hidden_size`={width}.")
+        _check_multiple("mask_decoder_config.hidden_size", width, "the 8 groups of its GroupNorm", 8)
+        for name in ("geometry_encoder_config", "detr_encoder_config", "detr_decoder_config", "mask_decoder_config"):
+            heads = getattr(self, name).num_attention_heads
+            _check_multiple(f"{name}.hidden_size", width, "num_attention_heads", heads)
+        for name in ("detr_encoder_config", "detr_decoder_config", "geometry_encoder_config"):
+            if getattr(self, name).num_layers < 1:
+                raise ValueError(f"`{name}.num_layers` must be at least 1, got {getattr(self, name).num_layers}.")
+
+
+def preset_fields(name: str) -> dict:
+    """
+    The nested fields of a preset, as keyword arguments of [`Sam3LiteConfig`].
+
+    Raises:
+        ValueError: no preset of that name.
+    """
+    if name in _FULL_SIZE_PRESETS:
+        return _full_size_fields(*_FULL_SIZE_PRESETS[name])
+    if name in _MINIATURE_PRESETS:
+        return _miniature_fields(*_MINIATURE_PRESETS[name])
+    raise ValueError(f"There is no preset {name!r}{_did_you_mean(name, PRESETS)}. Presets: {', '.join(PRESETS)}.")
+
+
+def spread_global_layers(num_hidden_layers: int, num_global: int) -> list[int]:
+    """Indices of `num_global` global attention layers at the ends of equal periods, e.g. 24, 4 -> [5, 11, 17, 23]."""
+    count = min(num_global, num_hidden_layers)
+    return [(i + 1) * num_hidden_layers // count - 1 for i in range(count)]
+
+
+def _full_size_fields(width, depth, heads, global_layers, encoder_layers, decoder_layers) -> dict:
+    vit = {
+        "model_type": "sam3_vit_model",
+        "hidden_size": width,
+        "intermediate_size": round(width * MLP_RATIO),
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "global_attn_indexes": list(global_layers),
+    }
+    text = {
+        "model_type": "clip_text_model",
+        "vocab_size": 49408,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "projection_dim": 512,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 32,
+        "hidden_act": "gelu",
+    }
+    return {
+        "vision_config": {"backbone_config": vit},
+        "text_config": text,
+        "geometry_encoder_config": {},
+        "detr_encoder_config": {"num_layers": encoder_layers},
+        "detr_decoder_config": {"num_layers": decoder_layers},
+        "mask_decoder_config": {"num_upsampling_stages": 2},  # the third stage of SAM 3 is never run
+        "loss_config": {},
+    }
+
+
+def _miniature_fields(width, depth, heads, global_layers, encoder_layers, decoder_layers) -> dict:
+    fields = _full_size_fields(width, depth, heads, global_layers, encoder_layers, decoder_layers)
+    fields["vision_config"]["fpn_hidden_size"] = 64
+    fields["vision_config"]["backbone_config"].update(
+        image_size=128, patch_size=8, pretrain_image_size=64, window_size=8
+    )
+    fields["text_config"].update(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=256,
+        projection_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=1022,
+        eos_token_id=1023,
+        pad_token_id=1023,
+    )
+    transformer = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256, "dropout": 0.0}
+    fields["geometry_encoder_config"] = {**transformer, "num_layers": 2, "roi_size": 3}
+    fields["detr_encoder_config"].update(transformer)
+    fields["detr_decoder_config"].update(transformer, num_queries=50)
+    fields["mask_decoder_config"].update(hidden_size=64, num_attention_heads=4)
+    fields["loss_config"] = {"mask_num_points": 1024}
+    return fields
+
+
+def _complete_vision_sizes(fields: dict, short: dict) -> dict:
+    """Sizes that follow from the changed ones: heads and MLP from the width, global layers from the depth."""
+    vit = fields["vision_config"]["backbone_config"]
+    completed = dict(short)
+    width = short.get("vision_hidden_size", vit["hidden_size"])
+    if width != vit["hidden_size"]:
+        head_dim = vit["hidden_size"] // vit["num_attention_heads"]
+        if "vision_num_attention_heads" not in short:
+            if width % head_dim:
+                below = max(width // head_dim, 1) * head_dim
+                raise ValueError(
+                    f"`vision_hidden_size`={width} is not a multiple of the head size {head_dim}: use {below} or "
+                    f"{below + head_dim}, or set `vision_num_attention_heads`."
+                )
+            completed["vision_num_attention_heads"] = width // head_dim
+        completed.setdefault("vision_intermediate_size", round(width * MLP_RATIO))
+    depth = short.get("vision_num_hidden_layers", vit["num_hidden_layers"])
+    if depth != vit["num_hidden_layers"]:
+        completed.setdefault("vision_global_attn_indexes", spread_global_layers(depth, len(vit["global_attn_indexes"])))
+    return completed
+
+
+def _merge(base: dict, update: dict) -> dict:
+    merged = copy.deepcopy(base)
+    for key, value in update.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _set_path(fields: dict, path: tuple[str, ...], value) -> None:
+    for key in path[:-1]:
+        fields = fields[key]
+    fields[path[-1]] = value
+
+
+def _check_sub_config(path: str, fields: dict, config_class, saved_version: str | None) -> None:
+    """Rejects misspelt fields of a nested config, and of the configs nested in it."""
+    from transformers import CONFIG_MAPPING
+
+    # Only the class knows its fields; `AutoConfig` entries are resolved by their `model_type`.
+    if not issubclass(config_class, PreTrainedConfig):
+        config_class = CONFIG_MAPPING[fields["model_type"]]
+    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    _check_keywords(config_class, {k: v for k, v in fields.items() if k not in known}, path, saved_version)
+    for name, sub_class in config_class.sub_configs.items():
+        if isinstance(fields.get(name), dict):
+            _check_sub_config(f"{path}.{name}", fields[name], sub_class, saved_version)
+
+
+def _check_keywords(config_class, keywords: dict, path: str, saved_version: str | None) -> None:
+    """
+    Rejects keywords that are no field. A config file written by another version of Transformers may carry fields
+    that this version lacks: those only warn.
+    """
+    accepted = _COMMON_KEYWORDS | set(GenerationConfig._get_default_generation_params())
+    for key in keywords:
+        if key in accepted or key.startswith("_"):
+            continue
+        known = {field.name for field in dataclasses.fields(config_class)}
+        message = _unknown_field_message(f"{path}.{key}" if path else key, known)
+        if saved_version in (None, transformers_version):
+            raise ValueError(message)
+        logger.warning(f"{message} It was saved with Transformers {saved_version} and is ignored.")
+
+
+def _unknown_field_message(field: str, known) -> str:
+    return f"`{field}` is no field of the configuration{_did_you_mean(field.rsplit('.', 1)[-1], known)}."
+
+
+def _did_you_mean(word: str, known) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _check_multiple(field: str, value: int, divisor_name: str, divisor: int) -> None:
+    if divisor < 1 or value % divisor:
+        below = max(value // max(divisor, 1), 1) * max(divisor, 1)
+        raise ValueError(
+            f"`{field}`={value} is not a multiple of {divisor_name} ({divisor}): use {below} or {below + divisor}."
+        )
+
+
+def _valid_head_counts(hidden_size: int) -> list[int]:
+    return [n for n in range(1, hidden_size + 1) if hidden_size % n == 0 and (hidden_size // n) % 4 == 0][:12]
+
+
+__all__ = ["PRESETS", "Sam3LiteConfig", "Sam3LiteLossConfig"]

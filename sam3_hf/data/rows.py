@@ -1,0 +1,98 @@
+"""The one row schema that every source is brought into.
+
+    image: {"path", "bytes"} (not decoded)        file_name: str, for messages
+    image_id: int                                 width, height: int, pixels
+    objects: list of
+        id: int                                   category: int, position in `concept_names`
+        bbox: [x, y, width, height] in pixels     area: float, square pixels
+        iscrowd: bool                             segmentation: JSON text, "" without one
+
+Segmentations stay as compact as they came (polygons, or compressed run-length encoding); workers decode them.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+from datasets import ClassLabel, Features, Image, List, Value
+
+
+@dataclass
+class RawSplit:
+    """One split as a reader returns it, before checks and before categories are unified across splits.
+
+    Attributes:
+        name: "train", "validation" or "test".
+        source: annotation file or repository, for messages.
+        rows: dicts with `image_id`, `file_name`, `width`, `height` and `objects`, whose `category` is a name, whose
+            `segmentation` is a list, dict or None, and whose `area` may be None.
+        images: {"path", "bytes"} of each row; a list, or a column of an Arrow table.
+        category_names: in the order of the source.
+    """
+
+    name: str
+    source: str
+    rows: list[dict]
+    images: Sequence[dict]
+    category_names: list[str]
+
+
+def build_dataset(split: RawSplit, concepts: list[str], category_index: dict[str, int]) -> datasets.Dataset:
+    """The `datasets.Dataset` of a checked split.
+
+    Args:
+        split: the rows; left as they are.
+        concepts: the phrase of each category, common to all splits.
+        category_index: {category name in the source: position in `concepts`}.
+    """
+    rows = [{**row, "objects": [_stored(item, category_index) for item in row["objects"]]} for row in split.rows]
+    features = Features(
+        {
+            "image_id": Value("int64"),
+            "file_name": Value("string"),
+            "width": Value("int64"),
+            "height": Value("int64"),
+            "objects": List(
+                {
+                    "id": Value("int64"),
+                    "category": ClassLabel(names=concepts),
+                    "bbox": List(Value("float64")),
+                    "area": Value("float64"),
+                    "iscrowd": Value("bool"),
+                    "segmentation": Value("string"),
+                }
+            ),
+        }
+    )
+    columns = {name: [row[name] for row in rows] for name in features}
+    table = datasets.Dataset.from_dict(columns, features=features)
+    if isinstance(split.images, list):
+        images = datasets.Dataset.from_dict(
+            {"image": split.images}, features=Features({"image": Image(decode=False)})
+        )
+    else:
+        images = split.images.source.select_columns(["image"])  # stays on disk
+    return datasets.concatenate_datasets([images, table], axis=1)
+
+
+def _stored(item: dict, category_index: dict[str, int]) -> dict:
+    segmentation = item["segmentation"]
+    text = "" if segmentation is None else json.dumps(segmentation, separators=(",", ":"))
+    return {**item, "category": category_index[item["category"]], "segmentation": text}
+
+
+def concept_names(dataset: datasets.Dataset) -> list[str]:
+    """The phrase of each category; an object's `category` is a position in this list."""
+    return list(dataset.features["objects"].feature["category"].names)
+
+
+def has_masks(dataset: datasets.Dataset) -> bool:
+    """Whether there are objects and each one has a segmentation, so that masks can be trained and scored."""
+    objects = [item for items in dataset.select_columns(["objects"]).with_format(None)["objects"] for item in items]
+    return bool(objects) and all(item["segmentation"] for item in objects)
+
+
+def segmentation_of(item: dict) -> list | dict | None:
+    """The segmentation of a row's object: list of polygons, compressed run-length encoding, or None."""
+    return json.loads(item["segmentation"]) if item["segmentation"] else None

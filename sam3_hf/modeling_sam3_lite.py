@@ -1,0 +1,757 @@
+"""PyTorch Sam3Lite model: SAM 3 at any size, one vision pass per image, and a training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from transformers import AutoModel, CLIPTextModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
+from transformers.models.sam3.modeling_sam3 import (
+    Sam3DetrDecoder,
+    Sam3DetrDecoderLayer,
+    Sam3DetrEncoder,
+    Sam3DetrEncoderLayer,
+    Sam3DotProductScoring,
+    Sam3GeometryEncoder,
+    Sam3MaskDecoder,
+    Sam3PreTrainedModel,
+    Sam3SinePositionEmbedding,
+    Sam3VisionEncoderOutput,
+    Sam3VisionModel,
+    box_cxcywh_to_xyxy,
+    inverse_sigmoid,
+)
+from transformers.utils import ModelOutput, can_return_tuple, logging
+
+from .configuration_sam3_lite import Sam3LiteConfig
+from .loss_sam3_lite import DetectionOutputs, sam3_lite_loss
+
+logger = logging.get_logger(__name__)
+
+# Label of a padded box, as `Sam3Processor` writes it.
+BOX_PADDING_LABEL = -10
+
+
+@dataclass
+class Sam3LiteOutput(ModelOutput):
+    r"""
+    Output of [`Sam3LiteModel`]. All but the losses are those of [`Sam3Model`], one row per prompt.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`): total training loss.
+        loss_dict (`dict[str, torch.FloatTensor]`, *optional*, returned with `labels`): its terms.
+        pred_masks (`torch.FloatTensor` of shape `(num_prompts, num_queries, height, width)`, *optional*): mask logits
+            at 4 / patch size of the input resolution. `None` in training mode with `labels`, where only the masks of
+            matched queries are computed.
+        pred_boxes (`torch.FloatTensor` of shape `(num_prompts, num_queries, 4)`): xyxy, relative to the image,
+            nominally in [0, 1] and not clamped.
+        pred_logits (`torch.FloatTensor` of shape `(num_prompts, num_queries)`): score logits of the queries.
+        presence_logits (`torch.FloatTensor` of shape `(num_prompts, 1)`): logits of "the concept is in the image".
+            The score of a detection is `sigmoid(pred_logits) * sigmoid(presence_logits)`.
+        semantic_seg (`torch.FloatTensor` of shape `(num_prompts, 1, height, width)`, *optional*): logits of the union
+            of all instances. `None` in training mode when no label has masks.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_dict: dict[str, torch.FloatTensor] | None = None
+    pred_masks: torch.FloatTensor | None = None
+    pred_boxes: torch.FloatTensor | None = None
+    pred_logits: torch.FloatTensor | None = None
+    presence_logits: torch.FloatTensor | None = None
+    semantic_seg: torch.FloatTensor | None = None
+
+
+@dataclass
+class DetectorOutput(ModelOutput):
+    """What the detector computes for a chunk of prompts, before losses and post-processing; one row per prompt."""
+
+    logits: Tensor | None = None  # (layers, prompts, queries)
+    boxes: Tensor | None = None  # (layers, prompts, queries, 4) cxcywh
+    presence_logits: Tensor | None = None  # (layers, prompts)
+    one_to_many_logits: Tensor | None = None  # (layers, prompts, queries)
+    one_to_many_boxes: Tensor | None = None  # (layers, prompts, queries, 4)
+    queries: Tensor | None = None  # (prompts, queries [+ one-to-many queries], hidden), last layer
+    encoded: Tensor | None = None  # (prompts, height * width, hidden)
+    prompt_features: Tensor | None = None  # (prompts, tokens, hidden)
+    prompt_mask: Tensor | None = None  # (prompts, tokens) bool
+
+
+def additive_mask(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Turns a `(batch, keys)` bool mask into `(batch, 1, 1, keys)` attention biases: 0 where valid, lowest elsewhere."""
+    if valid is None:
+        return None
+    bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
+    return bias.masked_fill(~valid, torch.finfo(dtype).min)[:, None, None, :]
+
+
+class Sam3LiteVisionModel(Sam3VisionModel):
+    """The stock vision encoder without position encodings for levels that the detector never attends to."""
+
+    def forward(self, pixel_values: Tensor) -> Sam3VisionEncoderOutput:
+        """
+        Args:
+            pixel_values: `(images, 3, height, width)`, normalised, sides a multiple of the patch size.
+
+        Returns:
+            `last_hidden_state` `(images, tokens, width)` and `fpn_hidden_states`, three maps `(images, 256, h, w)`
+            from fine (4 cells per patch side) to coarse (1 per patch).
+        """
+        hidden_states = self.backbone(pixel_values).last_hidden_state
+        patch_size = self.config.backbone_config.patch_size
+        height, width = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
+        grid = hidden_states.view(hidden_states.shape[0], height, width, -1).permute(0, 3, 1, 2)
+        levels = tuple(layer(grid) for layer in self.neck.fpn_layers)
+        return Sam3VisionEncoderOutput(last_hidden_state=hidden_states, fpn_hidden_states=levels)
+
+
+class Sam3LiteTextEncoder(CLIPPreTrainedModel):
+    """CLIP text transformer under the parameter names of `Sam3Model`, without the projection SAM 3 never reads."""
+
+    base_model_prefix = "text_model"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.text_model = CLIPTextModel._from_config(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.embeddings.token_embedding = value
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
+        return self.text_model(input_ids=input_ids, attention_mask=attention_mask)
+
+
+class Sam3LiteGeometryEncoder(Sam3GeometryEncoder):
+    """The stock box prompt encoder, reading each prompt's image through `image_index` and safe in half precision."""
+
+    def forward(
+        self,
+        boxes: Tensor,
+        box_labels: Tensor,
+        vision_features: Tensor,
+        vision_position: Tensor,
+        image_index: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            boxes: `(prompts, boxes, 4)` float, cxcywh in [0, 1].
+            box_labels: `(prompts, boxes)` int, 1 positive, 0 negative, -10 padding.
+            vision_features: `(images, hidden, height, width)`, the coarsest level.
+            vision_position: `(1, height * width, hidden)`.
+            image_index: `(prompts,)` int, the image of each prompt.
+
+        Returns:
+            Features `(prompts, boxes + 1, hidden)` (the last one is a summary token) and their validity `(…)` bool.
+        """
+        num_prompts = boxes.shape[0]
+        valid = box_labels != BOX_PADDING_LABEL
+        embeds = self._embed_boxes(boxes, box_labels.clamp(min=0), vision_features, image_index)
+        summary = self.cls_embed.weight.expand(num_prompts, 1, -1)
+        embeds = torch.cat([embeds, summary.to(embeds.dtype)], dim=1)
+        valid = F.pad(valid, (0, 1), value=True)
+
+        embeds = self.prompt_layer_norm(self.final_proj(embeds))
+        attention_bias = additive_mask(valid, embeds.dtype)
+        vision = vision_features.flatten(2).transpose(1, 2)[image_index]  # (prompts, height * width, hidden)
+        for layer in self.layers:
+            embeds = layer(embeds, vision, vision_position, attention_bias)
+        return self.output_layer_norm(embeds), valid
+
+    def _embed_boxes(self, boxes: Tensor, labels: Tensor, vision_features: Tensor, image_index: Tensor) -> Tensor:
+        num_prompts, num_boxes, _ = boxes.shape
+        dtype = self.boxes_direct_project.weight.dtype
+        boxes = boxes.float()
+        center_x, center_y, width, height = (side.flatten() for side in boxes.unbind(-1))
+        position = self._encode_box_coordinates(center_x, center_y, width, height)
+        position = position.view(num_prompts, num_boxes, -1)
+
+        normed = self.vision_layer_norm(vision_features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        grid_height, grid_width = normed.shape[-2:]
+        corners = box_cxcywh_to_xyxy(boxes) * boxes.new_tensor([grid_width, grid_height, grid_width, grid_height])
+        owner = image_index[:, None, None].expand(-1, num_boxes, 1).to(corners.dtype)
+        rois = torch.cat([owner, corners], dim=-1).flatten(0, 1)  # (prompts * boxes, 5)
+        # roi_align has no bfloat16 kernel and wants one dtype for both inputs; float32 serves every precision.
+        with torch.autocast(device_type=boxes.device.type, enabled=False):
+            pooled = torchvision.ops.roi_align(normed.float(), rois, self.roi_size)
+        pooled = self.boxes_pool_project(pooled.to(dtype)).view(num_prompts, num_boxes, -1)
+        return (
+            self.label_embed(labels.long())
+            + self.boxes_direct_project(boxes.to(dtype))
+            + pooled
+            + self.boxes_pos_enc_project(position.to(dtype))
+        )
+
+
+class Sam3LiteDetrEncoderLayer(GradientCheckpointingLayer, Sam3DetrEncoderLayer):
+    """The stock layer with gradient checkpointing."""
+
+
+class Sam3LiteDetrEncoder(Sam3DetrEncoder):
+    """Fuses the coarsest vision level with the prompt."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList([Sam3LiteDetrEncoderLayer(config) for _ in range(config.num_layers)])
+
+    def forward(self, vision: Tensor, prompt: Tensor, vision_position: Tensor, prompt_bias: Tensor | None) -> Tensor:
+        """
+        Args:
+            vision: `(prompts, height * width, hidden)`.
+            prompt: `(prompts, tokens, hidden)`.
+            vision_position: `(1, height * width, hidden)`.
+            prompt_bias: additive mask `(prompts, 1, 1, tokens)`.
+
+        Returns:
+            `(prompts, height * width, hidden)`.
+        """
+        for layer in self.layers:
+            vision = layer(vision, prompt, vision_position, prompt_bias)
+        return vision
+
+
+class Sam3LiteDetrDecoderLayer(GradientCheckpointingLayer, Sam3DetrDecoderLayer):
+    """
+    The stock layer with gradient checkpointing, and with one-to-many queries in training: those follow the ordinary
+    ones, skip self-attention, and so cannot learn to suppress each other (`dac` in the SAM 3 training code).
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        query_pos: Tensor,
+        text_features: Tensor,
+        vision_features: Tensor,
+        vision_pos_encoding: Tensor,
+        text_cross_attn_mask: Tensor | None,
+        vision_cross_attn_mask: Tensor,
+        num_interacting: int,
+    ) -> Tensor:
+        """
+        Args:
+            hidden_states: `(prompts, 1 + queries, hidden)`, the presence token first.
+            query_pos: `(prompts, 1 + queries, hidden)`, zero for the presence token.
+            text_features: `(prompts, tokens, hidden)`.
+            vision_features: `(prompts, height * width, hidden)`.
+            vision_pos_encoding: `(1, height * width, hidden)`.
+            text_cross_attn_mask: additive, `(prompts, 1, 1, tokens)`.
+            vision_cross_attn_mask: additive, `(prompts, heads, 1 + queries, height * width)`.
+            num_interacting: how many of the first tokens take part in self-attention.
+        """
+        interacting = hidden_states[:, :num_interacting]
+        with_pos = interacting + query_pos[:, :num_interacting]
+        attended, _ = self.self_attn(query=with_pos, key=with_pos, value=interacting, attention_mask=None)
+        attended = F.pad(self.self_attn_dropout(attended), (0, 0, 0, hidden_states.shape[1] - num_interacting))
+        hidden_states = self.self_attn_layer_norm(hidden_states + attended)
+
+        attended, _ = self.text_cross_attn(
+            query=hidden_states + query_pos,
+            key=text_features,
+            value=text_features,
+            attention_mask=text_cross_attn_mask,
+        )
+        hidden_states = self.text_cross_attn_layer_norm(hidden_states + self.text_cross_attn_dropout(attended))
+
+        attended, _ = self.vision_cross_attn(
+            query=hidden_states + query_pos,
+            key=vision_features + vision_pos_encoding,
+            value=vision_features,
+            attention_mask=vision_cross_attn_mask,
+        )
+        hidden_states = self.vision_cross_attn_layer_norm(hidden_states + self.vision_cross_attn_dropout(attended))
+        return self.mlp_layer_norm(hidden_states + self.mlp_dropout(self.mlp(hidden_states)))
+
+
+class Sam3LiteDetrDecoder(Sam3DetrDecoder):
+    """
+    The stock decoder returning the boxes of every layer, without host synchronisation. Boxes are refined in float32
+    whatever the precision of the model.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList([Sam3LiteDetrDecoderLayer(config) for _ in range(config.num_layers)])
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self:
+            # Queries must differ and cover the image before anything is learnt (deformable DETR's initialisation);
+            # the stock one puts all of them on one spot, which no training from scratch escapes quickly.
+            init.normal_(self.query_embed.weight)
+            init.normal_(self.reference_points.weight, std=1.0)
+            init.zeros_(self.box_head.layer3.weight)
+            init.zeros_(self.box_head.layer3.bias)
+
+    def forward(
+        self,
+        vision: Tensor,
+        prompt: Tensor,
+        vision_position: Tensor,
+        prompt_bias: Tensor | None,
+        grid_size: tuple[int, int],
+        one_to_many: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            vision: `(prompts, height * width, hidden)`.
+            prompt: `(prompts, tokens, hidden)`.
+            vision_position: `(1, height * width, hidden)`.
+            prompt_bias: additive mask `(prompts, 1, 1, tokens)`.
+            grid_size: height and width of the vision grid.
+            one_to_many: append a second copy of the queries that skips self-attention.
+
+        Returns:
+            Normalised hidden states `(layers, prompts, queries, hidden)`, boxes `(layers, prompts, queries, 4)` float32
+            cxcywh in [0, 1], presence logits `(layers, prompts)`. With `one_to_many` there are twice the queries.
+        """
+        num_prompts = vision.shape[0]
+        copies = 2 if one_to_many else 1
+        dtype = vision.dtype
+        queries = self.query_embed.weight.repeat(copies, 1).expand(num_prompts, -1, -1)
+        presence = self.presence_token.weight.expand(num_prompts, 1, -1)
+        hidden = torch.cat([presence, queries], dim=1).to(dtype)  # (prompts, 1 + queries, hidden)
+        boxes = self.reference_points.weight.float().sigmoid().repeat(copies, 1).expand(num_prompts, -1, -1)
+
+        all_hidden, all_boxes, all_presence = [], [], []
+        for layer in self.layers:
+            reference = boxes.detach() if all_boxes else boxes
+            query_pos = self.ref_point_head(self.position_encoding.encode_boxes(reference).to(self.dtype))
+            bias = F.pad(self._box_position_bias(reference, grid_size), (0, 0, 1, 0))
+            hidden = layer(
+                hidden,
+                F.pad(query_pos, (0, 0, 1, 0)),
+                prompt,
+                vision,
+                vision_position,
+                prompt_bias,
+                bias,
+                1 + self.config.num_queries,
+            )
+            normed = self.output_layer_norm(hidden[:, 1:])
+            # Not detached: the loss on a layer's boxes also trains the layer before it.
+            boxes = (self.box_head(normed).float() + inverse_sigmoid(boxes)).sigmoid()
+            logits = self.presence_head(self.presence_layer_norm(hidden[:, 0])).squeeze(-1)
+            limit = self.clamp_presence_logit_max_val
+            all_hidden.append(normed)
+            all_boxes.append(boxes)
+            all_presence.append(logits.clamp(min=-limit, max=limit))
+        return torch.stack(all_hidden), torch.stack(all_boxes), torch.stack(all_presence)
+
+    def _box_position_bias(self, boxes: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """
+        Attention bias from the signed log distance of each grid line to the box edges (`boxRPB` of SAM 3).
+
+        Args:
+            boxes: `(prompts, queries, 4)` float32, cxcywh in [0, 1].
+
+        Returns:
+            `(prompts, heads, queries, height * width)`.
+        """
+        x1, y1, x2, y2 = box_cxcywh_to_xyxy(boxes).unbind(-1)
+        edges_x, edges_y = torch.stack([x1, x2], dim=-1), torch.stack([y1, y2], dim=-1)
+        bias_y = self.box_rpb_embed_y(self._log_distance(edges_y, grid_size[0]))  # (prompts, queries, height, heads)
+        bias_x = self.box_rpb_embed_x(self._log_distance(edges_x, grid_size[1]))  # (prompts, queries, width, heads)
+        bias_y = bias_y.permute(0, 3, 1, 2).unsqueeze(-1)
+        bias_x = bias_x.permute(0, 3, 1, 2).unsqueeze(-2)
+        return (bias_y + bias_x).flatten(-2)
+
+    def _log_distance(self, edges: Tensor, size: int) -> Tensor:
+        lines = torch.arange(size, device=edges.device, dtype=edges.dtype) / size
+        distance = (lines[:, None] - edges[:, :, None, :]) * 8  # (prompts, queries, size, 2)
+        return (distance.sign() * torch.log2(distance.abs() + 1.0) / 3.0).to(self.dtype)  # 3 = log2(8)
+
+
+class Sam3LiteMaskDecoder(Sam3MaskDecoder):
+    """The stock mask head, split so that masks can be computed for some queries only."""
+
+    def forward(
+        self,
+        levels: tuple[Tensor, ...],
+        encoded: Tensor,
+        image_index: Tensor,
+        prompt: Tensor,
+        prompt_bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            levels: vision maps `(images, hidden, h, w)`, fine to coarse.
+            encoded: `(prompts, height * width, hidden)` from the DETR encoder.
+            image_index: `(prompts,)` int.
+            prompt: `(prompts, tokens, hidden)`.
+            prompt_bias: additive mask `(prompts, 1, 1, tokens)`.
+
+        Returns:
+            Pixel embeddings `(prompts, hidden, h, w)` at the finest level, semantic logits `(prompts, 1, h, w)`.
+        """
+        attended, _ = self.prompt_cross_attn(
+            query=self.prompt_cross_attn_norm(encoded), key=prompt, value=prompt, attention_mask=prompt_bias
+        )
+        encoded = encoded + self.prompt_cross_attn_dropout(attended)
+        pixels = encoded.transpose(1, 2).unflatten(2, levels[-1].shape[-2:])
+        pixel_decoder = self.pixel_decoder
+        finer = reversed(levels[:-1])
+        for level, conv, norm in zip(finer, pixel_decoder.conv_layers, pixel_decoder.norms, strict=True):
+            pixels = F.interpolate(pixels, size=level.shape[-2:], mode="nearest")
+            pixels = F.relu(norm(conv(pixels + level[image_index])))
+        return self.instance_projection(pixels), self.semantic_projection(pixels)
+
+    def masks(self, queries: Tensor, pixels: Tensor) -> Tensor:
+        """`(prompts, queries, hidden)` and `(prompts, hidden, h, w)` to mask logits `(prompts, queries, h, w)`."""
+        return torch.einsum("pqc,pchw->pqhw", self.mask_embedder(queries), pixels)
+
+    def matched_masks(self, queries: Tensor, pixels: Tensor, prompt_index: Tensor, query_index: Tensor) -> Tensor:
+        """
+        Mask logits of single queries, without a copy of the pixel map per query.
+
+        Args:
+            queries: `(prompts, queries, hidden)`.
+            pixels: `(prompts, hidden, h, w)`.
+            prompt_index, query_index: `(matches,)` int, sorted by prompt.
+
+        Returns:
+            `(matches, h, w)`.
+        """
+        embeds = self.mask_embedder(queries[prompt_index, query_index])
+        counts = torch.bincount(prompt_index, minlength=len(pixels)).tolist()
+        rows = [e @ p.flatten(1) for e, p in zip(embeds.split(counts), pixels, strict=True)]
+        return torch.cat(rows).unflatten(1, pixels.shape[-2:])
+
+
+class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
+    config: Sam3LiteConfig
+    config_class = Sam3LiteConfig
+    base_model_prefix = "sam3_lite"
+    supports_gradient_checkpointing = True
+    # `Trainer` must scale the loss by the accumulation steps itself: ours is already normalised per batch.
+    accepts_loss_kwargs = False
+    _no_split_modules = ["Sam3ViTLayer", "CLIPEncoderLayer", "Sam3LiteDetrEncoderLayer", "Sam3LiteDetrDecoderLayer"]
+
+
+class Sam3LiteModel(Sam3LitePreTrainedModel):
+    """
+    Finds and segments every instance of a concept named by text or shown by boxes.
+
+    Parameter names are those of [`Sam3Model`]. Parameters that no output of SAM 3 depends on (the fourth FPN level,
+    CLIP's own projection, the third stage of the pixel decoder) do not exist here.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from sam3_hf import Sam3LiteConfig, Sam3LiteModel
+
+    >>> model = Sam3LiteModel(Sam3LiteConfig.from_preset("tiny")).eval()
+    >>> tokens = torch.randint(0, 1024, (3, 8))
+    >>> outputs = model(pixel_values=torch.zeros(1, 3, 128, 128), input_ids=tokens)  # one image, three prompts
+    >>> outputs.pred_boxes.shape
+    torch.Size([3, 50, 4])
+    ```
+    """
+
+    input_modalities = ["image", "text"]
+
+    def __init__(self, config: Sam3LiteConfig):
+        config.validate_architecture()
+        super().__init__(config)
+        self.vision_encoder = Sam3LiteVisionModel(config.vision_config)
+        self.text_encoder = Sam3LiteTextEncoder(config.text_config)
+        hidden_size = config.detr_encoder_config.hidden_size
+        self.text_projection = nn.Linear(config.text_config.hidden_size, hidden_size)
+
+        parts = ("geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
+        for part in parts:
+            getattr(config, f"{part}_config")._attn_implementation = config._attn_implementation
+        self.geometry_encoder = Sam3LiteGeometryEncoder(config.geometry_encoder_config)
+        self.detr_encoder = Sam3LiteDetrEncoder(config.detr_encoder_config)
+        self.detr_decoder = Sam3LiteDetrDecoder(config.detr_decoder_config)
+        self.mask_decoder = Sam3LiteMaskDecoder(config.mask_decoder_config)
+        self.dot_product_scoring = Sam3DotProductScoring(config)
+        self.vision_position = Sam3SinePositionEmbedding(num_position_features=hidden_size // 2, normalize=True)
+        self._compiled_detect: Callable | None = None
+        self.post_init()
+
+    def compile(self, **kwargs):
+        """
+        Compiles the vision encoder and the detector in place, each as one graph. Matching, on the CPU, stays outside.
+
+        Args:
+            kwargs: passed to `torch.compile`.
+        """
+        self.vision_encoder.compile(**kwargs)
+        self._compiled_detect = torch.compile(self.detect, **kwargs)
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            input_ids: `(prompts, tokens)` int.
+            attention_mask: `(prompts, tokens)`, 1 for tokens, 0 for padding.
+
+        Returns:
+            `pooler_output` `(prompts, tokens, hidden)`: what `forward` takes as `text_embeds`.
+        """
+        outputs = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask)
+        features = self.text_projection(outputs.last_hidden_state)
+        return BaseModelOutputWithPooling(last_hidden_state=outputs.last_hidden_state, pooler_output=features)
+
+    def get_vision_features(self, pixel_values: Tensor) -> Sam3VisionEncoderOutput:
+        """
+        Args:
+            pixel_values: `(images, 3, height, width)` normalised to mean and standard deviation 0.5.
+
+        Returns:
+            What `forward` takes as `vision_embeds`.
+        """
+        size = self.config.image_size
+        if tuple(pixel_values.shape[-2:]) != (size, size):
+            raise ValueError(
+                f"`pixel_values` has size {tuple(pixel_values.shape[-2:])}, this model is configured for "
+                f"({size}, {size}): use its processor, or load it with another `image_size`."
+            )
+        return self.vision_encoder(pixel_values)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        vision_embeds: Sam3VisionEncoderOutput | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        text_embeds: Tensor | BaseModelOutputWithPooling | None = None,
+        input_boxes: Tensor | None = None,
+        input_boxes_labels: Tensor | None = None,
+        image_index: Tensor | None = None,
+        labels: list[dict[str, Tensor]] | None = None,
+        prompt_chunk_size: int | None = None,
+        original_sizes: Tensor | None = None,
+    ) -> Sam3LiteOutput:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`): normalised images. Exactly one
+                of this and `vision_embeds`.
+            vision_embeds: output of [`~Sam3LiteModel.get_vision_features`].
+            input_ids (`torch.LongTensor` of shape `(num_prompts, num_tokens)`): exactly one of this and `text_embeds`.
+            attention_mask (`torch.LongTensor` of shape `(num_prompts, num_tokens)`, *optional*): 0 for padding.
+            text_embeds (`torch.FloatTensor` of shape `(num_prompts, num_tokens, hidden_size)`): `pooler_output` of
+                [`~Sam3LiteModel.get_text_features`], or that output itself.
+            input_boxes (`torch.FloatTensor` of shape `(num_prompts, num_boxes, 4)`, *optional*): box prompts, cxcywh
+                in [0, 1]. The text of a prompt by boxes alone is "visual".
+            input_boxes_labels (`torch.LongTensor` of shape `(num_prompts, num_boxes)`, *optional*): 1 positive,
+                0 negative, -10 padding. All positive by default.
+            image_index (`torch.LongTensor` of shape `(num_prompts,)`, *optional*): the image that each prompt belongs
+                to. By default one prompt per image; with a single image, all prompts are for it; a single prompt is
+                for all images.
+            labels (`list[dict[str, torch.Tensor]]`, *optional*): one per prompt: `boxes` `(n, 4)` cxcywh in [0, 1] and
+                optionally `masks` `(n, height, width)` bool. `n` is 0 where the concept is absent.
+            prompt_chunk_size (`int`, *optional*): how many prompts the detector handles at once. Bounds the memory of
+                inference with many prompts; does not go with `labels`.
+            original_sizes: not used; lets the output of the processor be passed whole.
+
+        Raises:
+            ValueError: inputs that are missing, exclusive, or of sizes that do not match.
+        """
+        if (pixel_values is None) == (vision_embeds is None):
+            raise ValueError("Pass exactly one of `pixel_values` and `vision_embeds`.")
+        if (input_ids is None) == (text_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `text_embeds`.")
+        if labels is not None and prompt_chunk_size is not None:
+            raise ValueError("`prompt_chunk_size` is for inference: pass it without `labels`.")
+        if vision_embeds is None:
+            vision_embeds = self.get_vision_features(pixel_values)
+        levels = tuple(vision_embeds.fpn_hidden_states[:3])
+        if text_embeds is None:
+            text_embeds = self.get_text_features(input_ids, attention_mask)
+        text = text_embeds if isinstance(text_embeds, Tensor) else text_embeds.pooler_output
+        text_mask = None if attention_mask is None else attention_mask.bool()
+        if input_boxes is not None:
+            input_boxes_labels = self._check_boxes(input_boxes, input_boxes_labels)
+        prompts = self._assign_images(levels[0].shape[0], image_index, text, text_mask, input_boxes, input_boxes_labels)
+        if labels is not None:
+            return self._forward_with_labels(levels, prompts, labels)
+        return self._forward_in_chunks(levels, prompts, prompt_chunk_size)
+
+    def detect(
+        self,
+        levels: tuple[Tensor, ...],
+        image_index: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None,
+        input_boxes: Tensor | None,
+        input_boxes_labels: Tensor | None,
+        one_to_many: bool,
+    ) -> DetectorOutput:
+        """
+        Everything between the features and the masks, for `(prompts,)` prompts on `(images,)` feature maps.
+        See [`~Sam3LiteModel.forward`] for the arguments; `levels` are the vision maps from fine to coarse.
+        """
+        coarse = levels[-1]
+        position = self._position_encoding(coarse)
+        if input_boxes is not None:
+            boxes, boxes_mask = self.geometry_encoder(input_boxes, input_boxes_labels, coarse, position, image_index)
+            if text_mask is None:
+                text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+            text = torch.cat([text, boxes.to(text.dtype)], dim=1)
+            text_mask = torch.cat([text_mask, boxes_mask], dim=1)
+        prompt_bias = additive_mask(text_mask, coarse.dtype)
+        vision = coarse.flatten(2).transpose(1, 2)[image_index]  # (prompts, height * width, hidden)
+        encoded = self.detr_encoder(vision, text, position, prompt_bias)
+        hidden, boxes, presence = self.detr_decoder(
+            encoded, text, position, prompt_bias, tuple(coarse.shape[-2:]), one_to_many
+        )
+        logits = self.dot_product_scoring(hidden, text, text_mask).squeeze(-1)  # (layers, prompts, queries)
+        count = self.config.detr_decoder_config.num_queries
+        return DetectorOutput(
+            logits=logits[:, :, :count],
+            boxes=boxes[:, :, :count],
+            presence_logits=presence,
+            one_to_many_logits=logits[:, :, count:] if one_to_many else None,
+            one_to_many_boxes=boxes[:, :, count:] if one_to_many else None,
+            queries=hidden[-1],
+            encoded=encoded,
+            prompt_features=text,
+            prompt_mask=text_mask,
+        )
+
+    def _position_encoding(self, coarse: Tensor) -> Tensor:
+        """`(1, height * width, hidden)` sine encoding of the coarsest level, computed in float32."""
+        shape = torch.Size((1, *coarse.shape[1:]))
+        return self.vision_position(shape, coarse.device, torch.float32).flatten(2).transpose(1, 2).to(coarse.dtype)
+
+    def _check_boxes(self, boxes: Tensor, labels: Tensor | None) -> Tensor:
+        if boxes.ndim != 3 or boxes.shape[-1] != 4:
+            raise ValueError(f"`input_boxes` must be (num_prompts, num_boxes, 4), got {tuple(boxes.shape)}.")
+        if labels is None:
+            return torch.ones(boxes.shape[:2], dtype=torch.long, device=boxes.device)
+        if labels.shape != boxes.shape[:2]:
+            raise ValueError(
+                f"`input_boxes_labels` has shape {tuple(labels.shape)}, `input_boxes` asks for {tuple(boxes.shape[:2])}."
+            )
+        return labels
+
+    def _assign_images(self, num_images: int, image_index: Tensor | None, *per_prompt: Tensor | None) -> tuple:
+        """Completes `image_index`, broadcasts a single prompt, and checks that all prompt inputs agree in number."""
+        counts = {len(tensor) for tensor in per_prompt if tensor is not None}
+        num_prompts = max(counts) if image_index is None else len(image_index)
+        if image_index is None:
+            if num_prompts == 1 < num_images:
+                num_prompts = num_images
+            device = per_prompt[0].device
+            if num_images == 1:
+                image_index = torch.zeros(num_prompts, dtype=torch.long, device=device)
+            elif num_images == num_prompts:
+                image_index = torch.arange(num_prompts, device=device)
+            else:
+                raise ValueError(
+                    f"{num_prompts} prompts for {num_images} images: say with `image_index` which image each prompt "
+                    "belongs to."
+                )
+        if counts - {1, num_prompts}:
+            raise ValueError(f"The prompt inputs differ in number: {sorted(counts)} for {num_prompts} prompts.")
+        expanded = (
+            tensor if tensor is None or len(tensor) == num_prompts else tensor.expand(num_prompts, *tensor.shape[1:])
+            for tensor in per_prompt
+        )
+        return (image_index, *expanded)
+
+    def _run_detector(self, levels: tuple[Tensor, ...], prompts: tuple, one_to_many: bool = False) -> DetectorOutput:
+        return (self._compiled_detect or self.detect)(levels, *prompts, one_to_many)
+
+    def _mask_features(
+        self, levels: tuple[Tensor, ...], image_index: Tensor, found: DetectorOutput
+    ) -> tuple[Tensor, Tensor]:
+        bias = additive_mask(found.prompt_mask, levels[-1].dtype)
+        return self.mask_decoder(levels, found.encoded, image_index, found.prompt_features, bias)
+
+    def _forward_in_chunks(
+        self, levels: tuple[Tensor, ...], prompts: tuple, prompt_chunk_size: int | None
+    ) -> Sam3LiteOutput:
+        num_prompts = len(prompts[0])
+        size = prompt_chunk_size or max(num_prompts, 1)
+        chunks = []
+        for start in range(0, num_prompts, size):
+            chunk = tuple(tensor if tensor is None else tensor[start : start + size] for tensor in prompts)
+            found = self._run_detector(levels, chunk)
+            pixels, semantic = self._mask_features(levels, chunk[0], found)
+            chunks.append(self._predictions(found, self.mask_decoder.masks(found.queries, pixels), semantic))
+        if not chunks:
+            raise ValueError("There are no prompts: `input_ids` or `text_embeds` has no rows.")
+        if len(chunks) == 1:
+            return chunks[0]
+        return Sam3LiteOutput(**{name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
+
+    def _predictions(self, found: DetectorOutput, masks: Tensor | None, semantic: Tensor | None) -> Sam3LiteOutput:
+        return Sam3LiteOutput(
+            pred_masks=masks,
+            pred_boxes=box_cxcywh_to_xyxy(found.boxes[-1]),
+            pred_logits=found.logits[-1],
+            presence_logits=found.presence_logits[-1].unsqueeze(-1),
+            semantic_seg=semantic,
+        )
+
+    def _forward_with_labels(
+        self, levels: tuple[Tensor, ...], prompts: tuple, labels: list[dict[str, Tensor]]
+    ) -> Sam3LiteOutput:
+        one_to_many = self.training and self.config.loss_config.one_to_many_weight > 0
+        found = self._run_detector(levels, prompts, one_to_many)
+        with_masks = not self.training or any("masks" in label for label in labels)
+        if with_masks:
+            pixels, semantic = self._mask_features(levels, prompts[0], found)
+        else:
+            # Boxes only: one prompt keeps the mask head in the graph, as DDP needs, at the least cost.
+            pixels, unused_semantic = self._mask_features(levels, prompts[0][:1], _first_prompt(found))
+            semantic = None
+        count = self.config.detr_decoder_config.num_queries
+
+        def mask_logits(prompt_index: Tensor, query_index: Tensor, one_to_many: bool) -> Tensor:
+            queries = found.queries[:, count:] if one_to_many else found.queries[:, :count]
+            return self.mask_decoder.matched_masks(queries[: len(pixels)], pixels, prompt_index, query_index)
+
+        loss, loss_dict = sam3_lite_loss(
+            DetectionOutputs(
+                logits=found.logits,
+                boxes=found.boxes,
+                presence_logits=found.presence_logits,
+                one_to_many_logits=found.one_to_many_logits,
+                one_to_many_boxes=found.one_to_many_boxes,
+                semantic_logits=semantic,
+            ),
+            labels,
+            self.config.loss_config,
+            mask_logits,
+        )
+        if self.training:
+            idle = [] if with_masks else [unused_semantic, pixels]
+            if prompts[3] is None:
+                idle.append(self._idle_geometry(levels[-1]))
+            loss = loss + sum((tensor * 0).sum() for tensor in idle)
+        masks = None if self.training else self.mask_decoder.masks(found.queries[:, :count], pixels)
+        outputs = self._predictions(found, masks, semantic)
+        outputs.loss, outputs.loss_dict = loss, loss_dict
+        return outputs
+
+    def _idle_geometry(self, coarse: Tensor) -> Tensor:
+        """
+        Runs the box encoder on one padded box of one image, so that its parameters get a (zero) gradient in a step
+        without box prompts: then every step uses every parameter and DDP need not search for unused ones.
+        """
+        index = torch.zeros(1, dtype=torch.long, device=coarse.device)
+        boxes = torch.full((1, 1, 4), 0.5, device=coarse.device)
+        labels = torch.full((1, 1), BOX_PADDING_LABEL, dtype=torch.long, device=coarse.device)
+        return self.geometry_encoder(boxes, labels, coarse[:1], self._position_encoding(coarse), index)[0]
+
+
+def _first_prompt(found: DetectorOutput) -> DetectorOutput:
+    mask = None if found.prompt_mask is None else found.prompt_mask[:1]
+    return DetectorOutput(encoded=found.encoded[:1], prompt_features=found.prompt_features[:1], prompt_mask=mask)
+
+
+__all__ = ["Sam3LiteModel", "Sam3LiteOutput", "Sam3LitePreTrainedModel"]

@@ -1,0 +1,278 @@
+"""Processor of Sam3Lite: images, prompts and annotations in; detections out."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BatchFeature, CLIPTokenizer, Sam3ImageProcessor, Sam3Processor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+MAX_TOKENS = 32
+BOX_PADDING_LABEL = -10
+# Merges of CLIP's byte-pair encoding, most frequent first, one a line.
+_MERGES_FILE = Path(__file__).parent / "assets" / "clip_merges.txt.gz"
+# Masks are enlarged this many at a time, so that memory does not grow with the number of detections.
+_MASKS_AT_ONCE = 16
+
+
+def clip_tokenizer(vocab_size: int = 49408) -> CLIPTokenizer:
+    """
+    CLIP's tokenizer, built without the Hub.
+
+    Args:
+        vocab_size: 49408 is the whole vocabulary. A smaller one keeps the 512 byte tokens, the most frequent merges
+            and the two special tokens, so that any text still has an encoding, only a longer one.
+
+    Raises:
+        ValueError: `vocab_size` is not in 514..49408.
+    """
+    with gzip.open(_MERGES_FILE, "rt", encoding="utf-8") as file:
+        merges = file.read().splitlines()
+    largest = 512 + len(merges) + 2
+    if not 514 <= vocab_size <= largest:
+        raise ValueError(f"`vocab_size`={vocab_size} is outside 514..{largest}, what CLIP's vocabulary can give.")
+    merges = merges[: vocab_size - 514]
+    byte_tokens = _byte_characters()
+    tokens = byte_tokens + [token + "</w>" for token in byte_tokens]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=MAX_TOKENS)
+
+
+def _byte_characters() -> list[str]:
+    """One printable character per byte in the order of CLIP's vocabulary (byte-level BPE of GPT-2)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+class Sam3LiteProcessor(Sam3Processor):
+    """
+    Prepares images, prompts and annotations for [`Sam3LiteModel`], and turns its output into detections.
+
+    Unlike [`Sam3Processor`] it takes several prompts per image, cuts prompts that are too long instead of failing in
+    the model, and enlarges only the masks of kept detections, as booleans.
+    """
+
+    def __init__(
+        self, image_processor, tokenizer, target_size: int | None = None, point_pad_value: int = BOX_PADDING_LABEL
+    ):
+        super().__init__(image_processor, tokenizer, target_size=target_size, point_pad_value=point_pad_value)
+
+    @classmethod
+    def from_config(cls, config) -> Sam3LiteProcessor:
+        """
+        The processor of a model with this configuration, made without the Hub: images at `config.image_size`, CLIP's
+        tokenizer cut to `config.text_config.vocab_size`.
+        """
+        size = {"height": config.image_size, "width": config.image_size}
+        mask_side = config.vision_config.backbone_feature_sizes[0][0]
+        mask_size = {"height": mask_side, "width": mask_side}
+        return cls(Sam3ImageProcessor(size=size, mask_size=mask_size), clip_tokenizer(config.text_config.vocab_size))
+
+    def __call__(
+        self,
+        images=None,
+        text: str | list[str | None] | list[list[str]] | None = None,
+        input_boxes: list | Tensor | None = None,
+        input_boxes_labels: list | Tensor | None = None,
+        annotations: list[dict] | None = None,
+        original_sizes: list | Tensor | None = None,
+        return_tensors: str = "pt",
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Args:
+            images: one image or a list: PIL, array or tensor (uint8 0..255 or what `Sam3ImageProcessor` takes).
+            text: the prompts: one for all images, one per image (`None` where only boxes prompt), or a list of lists,
+                several per image.
+            input_boxes: box prompts, `[prompt][box][4]`, xyxy in pixels of the original image; `None` for prompts
+                without boxes. With one prompt per image this is `[image][box][4]`, as in [`Sam3Processor`].
+            input_boxes_labels: `[prompt][box]`, 1 positive, 0 negative. All positive by default.
+            annotations: one dict per prompt, for training: `boxes` `(n, 4)` xyxy in pixels of the original image, and
+                optionally `masks` `(n, height, width)` bool.
+            original_sizes: (height, width) of each image, where `images` is not passed.
+            return_tensors: "pt".
+
+        Returns:
+            What [`Sam3LiteModel`] takes: `pixel_values`, `original_sizes`, `input_ids`, `attention_mask`; `image_index`
+            with several prompts per image; `input_boxes` (cxcywh in [0, 1]) and `input_boxes_labels` with boxes;
+            `labels` with annotations.
+
+        Raises:
+            ValueError: the numbers of images, prompts, boxes and annotations do not match.
+        """
+        encoding = BatchFeature({})
+        if images is not None:
+            encoding.update(self.image_processor(images, return_tensors=return_tensors, **kwargs))
+        elif original_sizes is not None:
+            encoding["original_sizes"] = torch.as_tensor(original_sizes)
+        sizes = [tuple(int(side) for side in size) for size in encoding.get("original_sizes", [])]
+        if input_boxes is not None and not len(input_boxes):
+            input_boxes = None
+
+        prompts, image_index = _flatten_prompts(text, len(sizes))
+        if prompts is None and input_boxes is not None:
+            prompts = [None] * len(input_boxes)
+        if prompts is None:
+            return encoding
+        if image_index is not None:
+            encoding["image_index"] = torch.tensor(image_index)
+        prompt_sizes = _sizes_of_prompts(sizes, image_index, len(prompts))
+        encoding.update(self._tokenize(prompts, input_boxes))
+        if input_boxes is not None:
+            if len(input_boxes) != len(prompts):
+                raise ValueError(f"`input_boxes` has {len(input_boxes)} entries for {len(prompts)} prompts.")
+            encoding.update(self._pack_boxes(input_boxes, input_boxes_labels, prompt_sizes))
+        if annotations is not None:
+            if len(annotations) != len(prompts):
+                raise ValueError(f"`annotations` has {len(annotations)} entries for {len(prompts)} prompts.")
+            encoding["labels"] = [
+                _label(annotation, size) for annotation, size in zip(annotations, prompt_sizes, strict=True)
+            ]
+        return encoding
+
+    def _tokenize(self, prompts: list[str | None], input_boxes) -> dict[str, Tensor]:
+        for index, prompt in enumerate(prompts):
+            if prompt is None and (input_boxes is None or input_boxes[index] is None):
+                raise ValueError(f"Prompt {index} has neither text nor boxes.")
+        words = ["visual" if prompt is None else prompt for prompt in prompts]
+        longest = min(self.tokenizer.model_max_length, MAX_TOKENS)
+        tokens = self.tokenizer(words, padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
+        full = tokens["attention_mask"].sum(dim=1) == longest
+        for index in full.nonzero().flatten().tolist():
+            if len(self.tokenizer(words[index])["input_ids"]) > longest:
+                logger.warning(f"The prompt {words[index]!r} is longer than {longest} tokens and was cut.")
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def _pack_boxes(self, boxes, labels, sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """Pads the boxes of all prompts to one tensor, relative to their images."""
+        longest = max((len(one) for one in boxes if one is not None), default=0)
+        packed = torch.full((len(boxes), longest, 4), 0.0)
+        packed_labels = torch.full((len(boxes), longest), self.point_pad_value, dtype=torch.long)
+        for row, one in enumerate(boxes):
+            if one is None or not len(one):
+                continue
+            one_labels = None if labels is None else labels[row]
+            one_labels = torch.ones(len(one)) if one_labels is None else torch.as_tensor(one_labels)
+            if len(one_labels) != len(one):
+                raise ValueError(f"Prompt {row} has {len(one)} boxes and {len(one_labels)} box labels.")
+            packed[row, : len(one)] = _relative_cxcywh(torch.as_tensor(one, dtype=torch.float32), sizes[row])
+            packed_labels[row, : len(one)] = one_labels
+        return {"input_boxes": packed, "input_boxes_labels": packed_labels}
+
+    def post_process_instance_segmentation(
+        self,
+        outputs,
+        threshold: float = 0.3,
+        mask_threshold: float = 0.5,
+        target_sizes: list[tuple[int, int]] | Tensor | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """
+        Args:
+            outputs: output of [`Sam3LiteModel`] with masks.
+            threshold: lowest score, in [0, 1].
+            mask_threshold: lowest mask probability, in [0, 1].
+            target_sizes: `(height, width)` of the image of each prompt. Without it, boxes are in [0, 1] and masks at
+                the model's resolution.
+
+        Returns:
+            One dict per prompt: `scores` `(n,)`, `boxes` `(n, 4)` xyxy clamped to the image, `masks`
+            `(n, height, width)` bool.
+
+        Raises:
+            ValueError: as many sizes as prompts are needed; or the output has no masks.
+        """
+        if outputs.pred_masks is None:
+            raise ValueError("The output has no masks: it comes from a training step. Call `model.eval()` first.")
+        num_prompts = len(outputs.pred_logits)
+        if target_sizes is not None and len(target_sizes) != num_prompts:
+            raise ValueError(f"`target_sizes` has {len(target_sizes)} entries for {num_prompts} prompts.")
+        scores = outputs.pred_logits.sigmoid()
+        if outputs.presence_logits is not None:
+            scores = scores * outputs.presence_logits.sigmoid()
+        results = []
+        for index in range(num_prompts):
+            keep = scores[index] > threshold
+            boxes = outputs.pred_boxes[index][keep].clamp(0, 1)
+            masks = outputs.pred_masks[index][keep]
+            if target_sizes is None:
+                masks = masks.sigmoid() > mask_threshold
+            else:
+                height, width = (int(side) for side in target_sizes[index])
+                boxes = boxes * boxes.new_tensor([width, height, width, height])
+                masks = _enlarge_masks(masks, (height, width), mask_threshold)
+            results.append({"scores": scores[index][keep], "boxes": boxes, "masks": masks})
+        return results
+
+
+def _flatten_prompts(text, num_images: int) -> tuple[list[str | None] | None, list[int] | None]:
+    """Prompts in one list, and the image of each where there are several per image."""
+    if text is None:
+        return None, None
+    if isinstance(text, str):
+        return [text] * max(num_images, 1), None
+    if not any(isinstance(prompts, (list, tuple)) for prompts in text):
+        return list(text), [0] * len(text) if num_images == 1 < len(text) else None
+    if num_images and len(text) != num_images:
+        raise ValueError(f"`text` has prompts for {len(text)} images, `images` has {num_images}.")
+    groups = [[prompts] if isinstance(prompts, str) else list(prompts) for prompts in text]
+    image_index = [index for index, group in enumerate(groups) for _ in group]
+    return [prompt for group in groups for prompt in group], image_index
+
+
+def _sizes_of_prompts(sizes: list, image_index: list[int] | None, num_prompts: int) -> list:
+    """(height, width) of the image of each prompt; empty where no image was passed."""
+    if not sizes:
+        return [(None, None)] * num_prompts
+    if image_index is not None:
+        return [sizes[index] for index in image_index]
+    if len(sizes) != num_prompts:
+        raise ValueError(
+            f"{num_prompts} prompts for {len(sizes)} images: pass one list of prompts per image, such as "
+            '`text=[["cat", "dog"], ["car"]]`.'
+        )
+    return sizes
+
+
+def _relative_cxcywh(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """`(n, 4)` xyxy pixels to cxcywh in [0, 1]."""
+    height, width = size
+    if height is None:
+        raise ValueError("Boxes need `images` or `original_sizes`.")
+    x1, y1, x2, y2 = (boxes / boxes.new_tensor([width, height, width, height])).unbind(-1)
+    return torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], dim=-1)
+
+
+def _label(annotation: dict, size: tuple[int, int]) -> dict[str, Tensor]:
+    if "boxes" not in annotation:
+        raise ValueError(f"An annotation needs `boxes`; this one has {sorted(annotation)}.")
+    boxes = torch.as_tensor(annotation["boxes"], dtype=torch.float32).reshape(-1, 4)
+    label = {"boxes": _relative_cxcywh(boxes, size)}
+    if annotation.get("masks") is not None:
+        masks = torch.as_tensor(annotation["masks"]).bool()
+        if masks.ndim != 3 or len(masks) != len(boxes):
+            raise ValueError(f"`masks` of shape {tuple(masks.shape)} do not go with {len(boxes)} boxes.")
+        label["masks"] = masks
+    return label
+
+
+def _enlarge_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+    """`(n, h, w)` logits to `(n, height, width)` booleans; probabilities are interpolated, as in `Sam3Processor`."""
+    masks = torch.empty((len(logits), *size), dtype=torch.bool, device=logits.device)
+    for start in range(0, len(logits), _MASKS_AT_ONCE):
+        part = logits[start : start + _MASKS_AT_ONCE, None].float().sigmoid()
+        enlarged = F.interpolate(part, size=size, mode="bilinear", align_corners=False)
+        masks[start : start + _MASKS_AT_ONCE] = enlarged[:, 0] > threshold
+    return masks
+
+
+__all__ = ["Sam3LiteProcessor", "clip_tokenizer"]

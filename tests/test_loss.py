@@ -1,0 +1,533 @@
+"""Losses: hand-computed values, agreement with a reference implementation, matching, sharding."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sam3_hf import loss_sam3_lite as loss_module
+from sam3_hf.loss_sam3_lite import (
+    DetectionOutputs,
+    box_overlaps,
+    dice_loss,
+    focal_loss,
+    match_queries,
+    one_to_many_matches,
+    pack_labels,
+    sam3_lite_loss,
+    sample_logits,
+    sample_masks,
+    uncertain_points,
+)
+
+ORACLE = json.loads((Path(__file__).parent / "fixtures" / "loss_oracle.json").read_text())
+DEFAULTS = {
+    "cost_class": 2.0,
+    "cost_bbox": 5.0,
+    "cost_giou": 2.0,
+    "cost_focal_alpha": 0.25,
+    "cost_focal_gamma": 2.0,
+    "bbox_loss_weight": 5.0,
+    "giou_loss_weight": 2.0,
+    "class_loss_weight": 20.0,
+    "presence_loss_weight": 20.0,
+    "class_alpha": 0.25,
+    "class_gamma": 2.0,
+    "class_pos_weight": 10.0,
+    "class_pad_queries": 200,
+    "mask_focal_loss_weight": 200.0,
+    "mask_dice_loss_weight": 10.0,
+    "mask_focal_alpha": 0.25,
+    "mask_focal_gamma": 2.0,
+    "mask_num_points": 64,
+    "mask_oversample_ratio": 3.0,
+    "mask_importance_sample_ratio": 0.75,
+    "semantic_focal_loss_weight": 20.0,
+    "semantic_dice_loss_weight": 30.0,
+    "semantic_focal_alpha": 0.6,
+    "semantic_focal_gamma": 2.0,
+    "one_to_many_weight": 2.0,
+    "one_to_many_alpha": 0.3,
+    "one_to_many_threshold": 0.4,
+    "one_to_many_topk": 4,
+    "one_to_many_masks": True,
+}
+
+
+def make_config(**overrides):
+    return SimpleNamespace(**{**DEFAULTS, **overrides})
+
+
+def fixed_points(num_masks, num_points, device):
+    """The same points for every mask, whatever their order: a stand-in for the random ones."""
+    points = np.random.default_rng(num_points).random((1, num_points, 2), dtype=np.float32)
+    return torch.from_numpy(points).to(device).expand(num_masks, -1, -1)
+
+
+def make_case(seed, counts, layers=2, queries=12, mask_size=None, logit_size=(9, 7), one_to_many=True, degenerate=()):
+    """Predictions and labels by seed. Most queries lie near an object of their prompt, so that matches are close.
+
+    `degenerate` lists objects (numbered through the batch) whose boxes have no width. Random numbers are uniform
+    ones of numpy's PCG64, which are the same everywhere.
+    """
+    rng = np.random.default_rng(seed)
+
+    def uniform(*shape, low=0.0, high=1.0):
+        return torch.from_numpy(rng.random(shape, dtype=np.float32)) * (high - low) + low
+
+    num_prompts, labels, number = len(counts), [], 0
+    for count in counts:
+        boxes = torch.cat([uniform(count, 2, low=0.25, high=0.75), uniform(count, 2, low=0.05, high=0.4)], dim=1)
+        for i in range(count):
+            if number + i in degenerate:
+                boxes[i, 2] = 0
+        number += count
+        label = {"boxes": boxes}
+        if mask_size is not None:
+            label["masks"] = uniform(count, *mask_size) < uniform(count, 1, 1, low=0.1, high=0.6)
+        labels.append(label)
+
+    def predict():
+        logits = uniform(layers, num_prompts, queries, low=-4, high=4)
+        boxes = torch.cat(
+            [
+                uniform(layers, num_prompts, queries, 2, low=0.2, high=0.8),
+                uniform(layers, num_prompts, queries, 2, low=0.05, high=0.5),
+            ],
+            dim=-1,
+        )
+        for i, label in enumerate(labels):
+            near = min(queries - 2, 3 * len(label["boxes"]))
+            if near > 0:
+                target = label["boxes"].clamp(min=0.05).repeat(3, 1)[:near]
+                boxes[:, i, :near] = target * uniform(layers, near, 4, low=0.8, high=1.2)
+        return logits, boxes
+
+    logits, boxes = predict()
+    extra_logits, extra_boxes = predict() if one_to_many else (None, None)
+    outputs = DetectionOutputs(logits, boxes, uniform(layers, num_prompts, low=-3, high=3), extra_logits, extra_boxes)
+    mask_logits = None
+    if mask_size is not None:
+        outputs.semantic_logits = uniform(num_prompts, 1, *logit_size, low=-5, high=5)
+        mask_logits = uniform(2, num_prompts, queries, *logit_size, low=-5, high=5)
+    return outputs, labels, mask_logits
+
+
+def mask_head(mask_logits):
+    """`mask_logits_fn` over (2, prompts, queries, h, w): row 1 is the one-to-many copy."""
+    return lambda prompt, query, one_to_many: mask_logits[int(one_to_many)][prompt, query]
+
+
+def case_loss(case, config=None):
+    outputs, labels, mask_logits = case
+    mask_logits_fn = None if mask_logits is None else mask_head(mask_logits)
+    return sam3_lite_loss(outputs, labels, config or make_config(), mask_logits_fn)
+
+
+def single(logits, boxes, target, presence=0.0, **kwargs):
+    """One layer, one prompt: queries' logits and boxes against the prompt's boxes."""
+    outputs = DetectionOutputs(
+        torch.tensor([[logits]]), torch.tensor([[boxes]]), torch.tensor([[float(presence)]]), **kwargs
+    )
+    return outputs, [{"boxes": torch.tensor(target).reshape(-1, 4)}]
+
+
+def require_grad(outputs):
+    """Every tensor of the outputs as a leaf with gradient."""
+    leaves = {name: value.requires_grad_() for name, value in vars(outputs).items() if value is not None}
+    return list(leaves.values())
+
+
+@pytest.mark.parametrize("entry", ORACLE, ids=lambda entry: f"seed{entry['case']['seed']}")
+def test_every_term_agrees_with_the_reference_implementation(entry, monkeypatch):
+    """Numbers of facebookresearch/sam3's own loss and matchers on the same tensors, its weights applied.
+
+    Its total carries a factor sqrt(prompts) that this loss leaves to the learning rate.
+    """
+    monkeypatch.setattr(loss_module, "_random_points", fixed_points)
+    loss, losses = case_loss(make_case(**entry["case"]))
+    assert set(losses) == set(entry["terms"])
+    for name, value in entry["terms"].items():
+        assert losses[name].item() == pytest.approx(value, rel=5e-6, abs=1e-7), name
+    total = loss.item() * math.sqrt(len(entry["case"]["counts"]))
+    assert total == pytest.approx(entry["total_times_sqrt_prompts"], rel=5e-6)
+
+
+def test_terms_of_one_object_by_hand():
+    box, shifted, far = [0.5, 0.5, 0.2, 0.2], [0.6, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]
+    _, losses = sam3_lite_loss(*single([0.0, 0.0], [far, shifted], box), make_config())
+    # shifted by half its width: intersection .02, union and hull .06; a target of any size at logit 0 costs log 2
+    assert losses["loss_bbox"].item() == pytest.approx(5 * 0.1)
+    assert losses["loss_giou"].item() == pytest.approx(2 * (1 - 1 / 3))
+    assert losses["loss_class"].item() == pytest.approx(20 * (10 + 0.25) * math.log(2) / 200)
+    assert losses["loss_presence"].item() == pytest.approx(20 * 0.5 * math.log(2))
+    assert set(losses) == {"loss_bbox", "loss_giou", "loss_class", "loss_presence"}
+
+
+def test_classification_target_is_iou_aware():
+    box, shifted = [0.5, 0.5, 0.2, 0.2], [0.6, 0.5, 0.2, 0.2]
+    _, losses = sam3_lite_loss(*single([2.0], [shifted], box), make_config(class_pad_queries=1))
+    prob = 1 / (1 + math.exp(-2))
+    goal = prob**0.25 * (1 / 3) ** 0.75
+    expected = -goal * math.log(prob) - (1 - goal) * math.log(1 - prob)
+    assert losses["loss_class"].item() == pytest.approx(20 * 10 * expected, rel=1e-5)
+
+
+def test_query_of_several_objects_takes_its_best_target():
+    box, shifted = [0.5, 0.5, 0.2, 0.2], [0.52, 0.5, 0.2, 0.2]
+    extra = {"one_to_many_logits": torch.tensor([[[2.0]]]), "one_to_many_boxes": torch.tensor([[[box]]])}
+    outputs, labels = single([0.0], [box], [box, shifted], **extra)
+    _, losses = sam3_lite_loss(outputs, labels, make_config(class_pad_queries=1))
+    prob = 1 / (1 + math.exp(-2))
+    goal = prob**0.25  # IoU 1 with the first object, less with the second
+    expected = -goal * math.log(prob) - (1 - goal) * math.log(1 - prob)
+    assert losses["loss_class_o2m"].item() == pytest.approx(2 * 20 * 10 * expected, rel=1e-5)
+    assert losses["loss_bbox_o2m"].item() == pytest.approx(2 * 5 * (0 + 0.02) / 2, rel=1e-4)
+
+
+def test_perfect_predictions_cost_nothing():
+    masks = torch.zeros(2, 16, 16, dtype=torch.bool)
+    masks[0, 2:6, 2:6], masks[1, 8:14, 8:14] = True, True
+    target = [[0.25, 0.25, 0.25, 0.25], [0.6875, 0.6875, 0.375, 0.375]]
+    boxes = torch.tensor([target[1], [0.5, 0.5, 0.9, 0.9], target[0]])
+    logits = torch.tensor([30.0, -30.0, 30.0])
+    outputs = DetectionOutputs(
+        logits.expand(2, 1, 3),
+        boxes.expand(2, 1, 3, 4),
+        torch.full((2, 1), 30.0),
+        logits.expand(2, 1, 3),
+        boxes.expand(2, 1, 3, 4),
+        semantic_logits=masks.any(0)[None, None] * 60.0 - 30,
+    )
+    mask_logits = (masks[[1, 0, 0]].float() * 60 - 30)[None, None].expand(2, 1, -1, -1, -1).clone()
+    labels = [{"boxes": torch.tensor(target), "masks": masks}]
+    # at points between pixels the bilinear logit and the bilinear target differ: compare at pixel centres
+    centres = (torch.arange(16) + 0.5) / 16
+    grid = torch.cartesian_prod(centres, centres)
+    config = make_config(mask_num_points=256, mask_oversample_ratio=1.0, mask_importance_sample_ratio=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "_random_points", lambda n, points, device: grid[:points].expand(n, -1, -1))
+        loss, losses = sam3_lite_loss(outputs, labels, config, mask_head(mask_logits))
+    assert len(losses) == 4 * 2 + 3 * 2 + 2 + 4
+    for name, value in losses.items():
+        assert value.item() == pytest.approx(0, abs=1e-4), name
+    assert loss.item() == pytest.approx(0, abs=1e-4)
+
+
+def test_absent_concept_trains_presence_alone():
+    outputs, labels = single([3.0, -1.0], [[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]], [], presence=1.0)
+    leaves = require_grad(outputs)
+    loss, losses = sam3_lite_loss(outputs, labels, make_config())
+    assert loss.item() == pytest.approx(20 * 0.5 * math.log(1 + math.e))
+    assert losses["loss_class"] == losses["loss_bbox"] == losses["loss_giou"] == 0
+    loss.backward()
+    assert [bool(leaf.grad.any()) for leaf in leaves] == [False, False, True]
+
+
+@pytest.mark.parametrize("with_masks", [True, False])
+def test_batch_without_objects_reaches_every_output_with_zero_gradient(with_masks):
+    outputs, labels, mask_logits = make_case(seed=1, counts=[0, 0], mask_size=[8, 8])
+    if not with_masks:
+        labels = [{"boxes": label["boxes"]} for label in labels]
+    leaves = [*require_grad(outputs), mask_logits.requires_grad_()]
+    loss, _ = case_loss((outputs, labels, mask_logits))
+    loss.backward()
+    assert loss.isfinite()
+    for leaf in leaves:
+        moved = leaf is outputs.presence_logits
+        assert leaf.grad is not None and leaf.grad.isfinite().all() and bool(leaf.grad.any()) == moved
+
+
+def test_dataset_without_masks_leaves_the_mask_heads_in_the_graph():
+    outputs, labels, mask_logits = make_case(seed=2, counts=[2, 1], mask_size=[8, 8])
+    labels = [{"boxes": label["boxes"]} for label in labels]
+    leaves = [*require_grad(outputs), mask_logits.requires_grad_()]
+    loss, losses = case_loss((outputs, labels, mask_logits))
+    loss.backward()
+    assert losses["loss_mask_focal"] == losses["loss_mask_dice_o2m"] == losses["loss_semantic_focal"] == 0
+    for leaf in leaves:
+        moved = leaf is not mask_logits and leaf is not outputs.semantic_logits
+        assert leaf.grad is not None and bool(leaf.grad.any()) == moved
+
+
+def test_no_prompts_at_all():
+    loss, _ = case_loss(make_case(seed=1, counts=[], mask_size=[8, 8]))
+    assert loss.item() == 0
+
+
+def test_degenerate_boxes_stay_finite_and_count_as_absent():
+    point = [0.5, 0.5, 0.0, 0.0]
+    outputs, labels = single([0.0, 0.0], [point, [0.2, 0.2, 0.0, 0.4]], [point, [0.2, 0.2, 0.0, 0.4]], presence=-9.0)
+    outputs.one_to_many_logits, outputs.one_to_many_boxes = outputs.logits.clone(), outputs.boxes.clone()
+    leaves = require_grad(outputs)
+    loss, losses = sam3_lite_loss(outputs, labels, make_config())
+    loss.backward()
+    assert loss.isfinite() and all(leaf.grad.isfinite().all() for leaf in leaves)
+    assert losses["loss_class"] == 0 and losses["loss_presence"] < 0.01
+    assert losses["loss_bbox"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_more_objects_than_queries_matches_every_query_once():
+    outputs, labels, _ = make_case(seed=5, counts=[9, 1], queries=4)
+    targets = pack_labels(labels, 2, torch.device("cpu"))
+    matches = match_queries(outputs.logits, outputs.boxes, targets, make_config(), one_to_many=False)
+    for match in matches:
+        assert sorted(match.query[match.prompt == 0]) == [0, 1, 2, 3]
+        assert len(set(match.object[match.prompt == 0])) == 4
+        assert match.object[match.prompt == 1].tolist() == [9]
+    assert sam3_lite_loss(outputs, labels, make_config())[0].isfinite()
+
+
+def test_matching_is_the_best_of_all_permutations():
+    config = make_config()
+    for seed in range(6):
+        outputs, labels, _ = make_case(seed=seed, counts=[3, 2], layers=2, queries=5, one_to_many=False)
+        targets = pack_labels(labels, 2, torch.device("cpu"))
+        matches = match_queries(outputs.logits, outputs.boxes, targets, config, one_to_many=False)
+        for layer, match in enumerate(matches):
+            for prompt, label in enumerate(labels):
+                prob = outputs.logits[layer, prompt].double().sigmoid()
+                focal = -0.25 * (1 - prob) ** 2 * prob.log() + 0.75 * prob**2 * (1 - prob).log()
+                predicted, wanted = outputs.boxes[layer, prompt][:, None], label["boxes"][None]
+                cost = 2 * focal[:, None] + 5 * (predicted - wanted).abs().sum(-1)
+                cost -= 2 * box_overlaps(predicted, wanted)[1]
+                best = min(
+                    itertools.permutations(range(5), len(label["boxes"])),
+                    key=lambda order: sum(cost[q, t] for t, q in enumerate(order)),
+                )
+                assert tuple(match.query[match.prompt == prompt]) == best
+
+
+def test_one_to_many_matches_by_hand():
+    prob = torch.tensor([[0.9, 0.1, 0.8, 0.0, 0.5, 1.0]])
+    iou = torch.tensor([[0.6, 0.9, 0.2, 0.6, 0.5, 0.0]])
+    # quality .3 prob + .7 IoU: .69, .66, .38, .42, .50, .30
+    both = [prob.expand(2, -1), torch.cat([iou, torch.zeros(1, 6)])]
+    assert one_to_many_matches(*both, make_config()).nonzero()[:, 1].tolist() == [0, 1, 3, 4]
+    assert one_to_many_matches(prob, iou, make_config(one_to_many_topk=2)).nonzero()[:, 1].tolist() == [0, 1]
+    assert one_to_many_matches(prob, iou, make_config(one_to_many_topk=9)).nonzero()[:, 1].tolist() == [0, 1, 3, 4]
+    low = make_config(one_to_many_threshold=0.35, one_to_many_topk=9)
+    assert one_to_many_matches(prob, iou, low).nonzero()[:, 1].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_overlaps_by_hand():
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.2, 0.2]])
+    other = torch.tensor([[0.5, 0.6, 0.2, 0.4], [0.9, 0.9, 0.2, 0.2]])
+    iou, giou = box_overlaps(boxes, other)
+    assert iou.tolist() == pytest.approx([0.5, 0.0])  # the first lies within the second of twice its area
+    assert giou.tolist() == pytest.approx([0.5, -(1 - 0.08)])
+
+
+def test_focal_and_dice_by_hand():
+    logits, goal = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[1.0, 0.0]])
+    expected = (0.25 * 0.25 * math.log(2) + 0.75 * 0.5625 * math.log(4)) / 2
+    assert focal_loss(logits, goal, 0.25, 2.0).item() == pytest.approx(expected)
+    assert dice_loss(logits, goal).item() == pytest.approx(1 - (2 * 0.5 + 1) / (1.25 + 1 + 1))
+
+
+def test_semantic_target_is_the_union_of_masks():
+    masks = torch.zeros(2, 4, 4, dtype=torch.uint8)
+    masks[0, 0], masks[1, :2] = 1, 255
+    outputs, labels = single([0.0], [[0.5, 0.5, 0.2, 0.2]], [[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.4, 0.4]])
+    labels[0]["masks"] = masks
+    outputs.semantic_logits = torch.zeros(1, 1, 2, 2)
+    _, losses = sam3_lite_loss(outputs, labels, make_config())
+    # half the pixels are object, every probability is one half
+    assert losses["loss_semantic_focal"].item() == pytest.approx(20 * 0.5 * (0.6 + 0.4) * 0.25 * math.log(2))
+    assert losses["loss_semantic_dice"].item() == pytest.approx(30 * (1 - (2 * 4 + 1) / (8 + 8 + 1)))
+
+
+def test_mask_terms_by_hand():
+    outputs, labels = single([0.0], [[0.5, 0.5, 0.2, 0.2]], [0.5, 0.5, 0.2, 0.2])
+    labels[0]["masks"] = torch.ones(1, 5, 6, dtype=torch.bool)
+    inner = 0.2 + 0.6 * fixed_points(1, 32, "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "_random_points", lambda n, points, device: inner[:, :points].expand(n, -1, -1))
+        config = make_config(mask_num_points=10)
+        _, losses = sam3_lite_loss(outputs, labels, config, mask_head(torch.zeros(1, 1, 1, 8, 8)))
+    assert losses["loss_mask_focal"].item() == pytest.approx(200 * 0.25 * 0.25 * math.log(2), rel=1e-5)
+    assert losses["loss_mask_dice"].item() == pytest.approx(10 * (1 - (2 * 5 + 1) / (5 + 10 + 1)), rel=1e-5)
+
+
+def test_masks_are_sampled_as_grid_sample_would():
+    torch.manual_seed(0)
+    masks = torch.rand(3, 7, 11) < 0.5
+    index = torch.tensor([2, 0, 0, 1])
+    points = torch.rand(4, 50, 2)
+    points[:, :4] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.02, 0.98]])
+    torch.testing.assert_close(sample_masks(masks, index, points), sample_logits(masks[index].float(), points))
+    torch.testing.assert_close(sample_masks(masks.byte() * 255, index, points), sample_masks(masks, index, points))
+
+
+def test_points_gather_where_the_mask_is_uncertain():
+    torch.manual_seed(0)
+    ramp = torch.linspace(-8, 8, 32).expand(2, 32, 32).contiguous()  # zero at x = 0.5
+    points = uncertain_points(ramp, make_config(mask_num_points=100))
+    assert points.shape == (2, 100, 2) and points.min() >= 0 and points.max() <= 1
+    distance = (points[..., 0] - 0.5).abs()
+    assert distance[:, :75].max() < 0.17  # the nearest quarter of 300 uniform points lies within about 1/8
+    assert distance[:, 75:].max() > 0.3
+
+
+def test_masks_are_asked_only_for_matched_queries_of_prompts_with_masks():
+    outputs, labels, mask_logits = make_case(seed=3, counts=[2, 3, 0, 1], mask_size=[8, 8])
+    del labels[1]["masks"]
+    calls = []
+
+    def record(prompt, query, one_to_many):
+        calls.append((prompt.tolist(), one_to_many))
+        return mask_head(mask_logits)(prompt, query, one_to_many)
+
+    sam3_lite_loss(outputs, labels, make_config(), record)
+    assert calls[0] == ([0, 0, 3], False)
+    assert calls[1][1] is True and set(calls[1][0]) <= {0, 3} and calls[1][0] == sorted(calls[1][0])
+    calls.clear()
+    _, losses = sam3_lite_loss(outputs, labels, make_config(one_to_many_masks=False), record)
+    assert len(calls) == 1 and "loss_mask_focal_o2m" not in losses
+
+
+def test_prompts_without_masks_do_not_dilute_the_mask_terms(monkeypatch):
+    monkeypatch.setattr(loss_module, "_random_points", fixed_points)
+    outputs, labels, mask_logits = make_case(seed=3, counts=[2, 3], mask_size=[8, 8])
+    del labels[1]["masks"]
+    _, mixed = case_loss((outputs, labels, mask_logits))
+    alone = select_prompts((outputs, labels, mask_logits), slice(0, 1))
+    _, expected = case_loss(alone)
+    for name in ("loss_mask_focal", "loss_mask_dice", "loss_mask_focal_o2m", "loss_semantic_focal"):
+        torch.testing.assert_close(mixed[name], expected[name])
+
+
+def test_masks_in_chunks_give_the_same_loss_and_gradient(monkeypatch):
+    monkeypatch.setattr(loss_module, "_random_points", fixed_points)
+    results = []
+    for chunk in (64, 2):
+        monkeypatch.setattr(loss_module, "MASK_CHUNK", chunk)
+        outputs, labels, mask_logits = make_case(seed=4, counts=[3, 0, 5], mask_size=[12, 10])
+        mask_logits.requires_grad_()
+        loss, _ = case_loss((outputs, labels, mask_logits))
+        loss.backward()
+        results.append((loss.detach(), mask_logits.grad))
+    torch.testing.assert_close(results[0], results[1])
+    assert results[0][1].any()
+
+
+def test_total_is_the_sum_of_the_terms_and_layers_add_up():
+    case = make_case(seed=8, counts=[3, 0, 2], layers=3)
+    outputs, labels, _ = case
+    loss, losses = case_loss(case)
+    torch.testing.assert_close(loss, sum(losses.values()))
+    assert not any(value.requires_grad for value in losses.values())
+    per_layer = []
+    for i in range(3):
+        layer = DetectionOutputs(
+            outputs.logits[i : i + 1], outputs.boxes[i : i + 1], outputs.presence_logits[i : i + 1]
+        )
+        per_layer.append(sam3_lite_loss(layer, labels, make_config())[1])
+    for name in ("loss_bbox", "loss_giou", "loss_class", "loss_presence"):
+        torch.testing.assert_close(losses[name], per_layer[2][name])
+        torch.testing.assert_close(losses[f"{name}_aux"], per_layer[0][name] + per_layer[1][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_outputs_and_autocast_are_computed_in_float32(dtype, monkeypatch):
+    monkeypatch.setattr(loss_module, "_random_points", fixed_points)
+    outputs, labels, mask_logits = make_case(seed=9, counts=[3, 0, 2], mask_size=[12, 10])
+    half = DetectionOutputs(*(value.to(dtype) for value in vars(outputs).values()))
+    rounded = DetectionOutputs(*(value.float() for value in vars(half).values()))
+    leaves = require_grad(half)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = case_loss((half, labels, mask_logits.to(dtype)))
+    expected, _ = case_loss((rounded, labels, mask_logits.to(dtype).float()))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(leaf.grad.dtype == dtype and leaf.grad.any() for leaf in leaves)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("field", ["logits", "boxes", "one_to_many_logits", "one_to_many_boxes"])
+def test_non_finite_predictions_are_named(field, value):
+    outputs, labels, _ = make_case(seed=1, counts=[2, 0, 3])
+    getattr(outputs, field)[-1, 2, 4] = value
+    with pytest.raises(ValueError, match=rf"predicted {field.removeprefix('one_to_many_')} are not finite.*\[2\]"):
+        sam3_lite_loss(outputs, labels, make_config())
+
+
+def test_wrong_labels_are_named():
+    outputs, labels, _ = make_case(seed=1, counts=[2, 0, 3], mask_size=[8, 8])
+    with pytest.raises(ValueError, match="2 entries for 3 prompts"):
+        sam3_lite_loss(outputs, labels[:2], make_config())
+    with pytest.raises(ValueError, match=r"labels\[1\]\['boxes'\] is missing"):
+        sam3_lite_loss(outputs, [labels[0], {}, labels[2]], make_config())
+    with pytest.raises(ValueError, match=r"labels\[1\]\['boxes'\] is of shape \(5,\)"):
+        sam3_lite_loss(outputs, [labels[0], {"boxes": torch.zeros(5)}, labels[2]], make_config())
+    with pytest.raises(ValueError, match=r"labels\[2\]\['masks'\] has shape \(2, 8, 8\); give \(3,"):
+        sam3_lite_loss(outputs, [*labels[:2], {**labels[2], "masks": labels[2]["masks"][:2]}], make_config())
+    labels[2]["boxes"][0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"labels\[i\]\['boxes'\] are not finite for i in \[2\]"):
+        sam3_lite_loss(outputs, labels, make_config())
+
+
+def select_prompts(case, rows):
+    """The same case with some of its prompts only."""
+    outputs, labels, mask_logits = case
+    part = DetectionOutputs(
+        *(value[rows] if name == "semantic_logits" else value[:, rows] for name, value in vars(outputs).items())
+    )
+    return part, labels[rows], mask_logits[:, rows]
+
+
+def sharded_case():
+    case = make_case(seed=11, counts=[3, 0, 5, 2, 0], mask_size=[12, 10])
+    del case[1][3]["masks"]
+    return case
+
+
+def loss_and_gradients(case):
+    outputs, labels, mask_logits = case
+    outputs = DetectionOutputs(*(value.detach().clone() for value in vars(outputs).values()))
+    mask_logits = mask_logits.detach().clone().requires_grad_()
+    leaves = [*require_grad(outputs), mask_logits]
+    loss, losses = case_loss((outputs, labels, mask_logits))
+    loss.backward()
+    return {"loss": loss.item(), "losses": losses, "gradients": [leaf.grad for leaf in leaves]}
+
+
+def run_shards(folder, rank):
+    """One of two processes: its share of the prompts, for each way to split them."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    loss_module._random_points = fixed_points
+    results = []
+    for split in (3, 4):  # the second process gets prompts 3 and 4 (two objects, no masks), or prompt 4 (no object)
+        rows = slice(0, split) if rank == 0 else slice(split, None)
+        results.append(loss_and_gradients(select_prompts(sharded_case(), rows)))
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_loss_and_gradient_of_the_whole_batch(tmp_path, monkeypatch):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_loss; "
+    code += "test_loss.run_shards(sys.argv[2], int(sys.argv[3]))"
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([*command, rank], env=environment) for rank in "01"]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    shards = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+
+    monkeypatch.setattr(loss_module, "_random_points", fixed_points)
+    whole = loss_and_gradients(sharded_case())
+    for first, second in zip(*shards, strict=True):
+        assert (first["loss"] + second["loss"]) / 2 == pytest.approx(whole["loss"], rel=1e-6)
+        for name, value in whole["losses"].items():
+            torch.testing.assert_close((first["losses"][name] + second["losses"][name]) / 2, value)
+        for one, other, expected in zip(first["gradients"], second["gradients"], whole["gradients"], strict=True):
+            axis = 0 if one.shape[1] == 1 and one.ndim == 4 else 1  # semantic logits have prompts first
+            torch.testing.assert_close(torch.cat([one, other], dim=axis) / 2, expected)

@@ -1,0 +1,316 @@
+"""Every setting of a run: five groups of fields, read from one YAML file and from flags of the same names."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+METRICS = ("auto", "bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50", "cgF1", "loss")
+
+
+def option(default, text: str):
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    _argument_group_name = "model"
+
+    init: str | None = option(
+        None,
+        "start from this lite checkpoint: a folder, or a repository of the Hub. Its sizes are used and --preset is "
+        "not. Without it, weights are random",
+    )
+    preset: str = option("lite", "model size: standard, medium, depth16, lite, small; tiny, tiny-standard for tries")
+    image_size: int | None = option(
+        None, "side in pixels to which images are resized; the preset's or checkpoint's own if not given"
+    )
+    model_overrides: str = option(
+        "{}",
+        "further fields of the preset's config as a JSON object, e.g. '{\"num_queries\": 100}'; in YAML, a mapping",
+    )
+    train_text_encoder: bool = option(
+        False,
+        "train the text encoder too. Otherwise it is frozen: each phrase is encoded once, before training, and the "
+        "encoder stays off the GPU",
+    )
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, slower")
+    compile: bool = option(False, "compile the model with torch.compile: slow first steps, faster afterwards")
+
+    def __post_init__(self):
+        try:
+            self.model_overrides = json.loads(self.model_overrides)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"model_overrides must be a JSON object, got {self.model_overrides!r}: {error}") from None
+        if not isinstance(self.model_overrides, dict):
+            raise ValueError(f"model_overrides must be a JSON object, got {self.model_overrides!r}")
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    _argument_group_name = "data"
+
+    data: str | None = option(
+        None,
+        "dataset: a folder in the Roboflow layout (train/_annotations.coco.json), a datasets repository or "
+        "save_to_disk folder, or 'generated' for pictures drawn into OUTPUT_DIR/data",
+    )
+    train_split: str = option("train", "name of the training split")
+    valid_split: str = option("valid", "name of the validation split")
+    category_map: str | None = option(
+        None, "YAML file that renames categories into the phrases to prompt with, e.g. 'RBC: red blood cell'"
+    )
+    negative_words: str | None = option(
+        None, "text file, one phrase a line, of things that are in none of the images: further negative prompts"
+    )
+    prompts_per_image: int = option(8, "prompts drawn for each image in each step, at most")
+    negative_ratio: float = option(0.5, "share of the prompts, 0 to 1, whose concept is not in the image")
+    box_prompt_probability: float = option(
+        0.0, "chance, 0 to 1, that a prompt gets a jittered box of one instance, with or instead of its phrase"
+    )
+    num_workers: int = option(4, "processes per training process that decode and augment; 0 decodes in the loop")
+    generated_train: int = option(256, "training images to draw when --data is 'generated'")
+    generated_valid: int = option(32, "validation images to draw when --data is 'generated'")
+    generated_concepts: int = option(8, "concepts to draw when --data is 'generated', 2 to 12")
+
+    def __post_init__(self):
+        if self.data is None:
+            raise ValueError("data is not set: name the dataset with --data PATH, or in the YAML file")
+        check_range(self, "prompts_per_image", 1)
+        check_range(self, "negative_ratio", 0, 1)
+        check_range(self, "box_prompt_probability", 0, 1)
+        check_range(self, "num_workers", 0)
+
+
+@dataclass
+class OptimizationArguments:
+    """How it is trained."""
+
+    _argument_group_name = "optimization"
+
+    epochs: int = option(30, "passes over the training split")
+    max_steps: int | None = option(None, "stop after so many optimizer steps, whatever --epochs says")
+    batch_size: str = option(
+        "4",
+        "images per process and forward pass, or 'auto': the largest power of two from 64 down that fits into "
+        "memory. The learning rate does not follow the batch size",
+    )
+    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step")
+    learning_rate: float = option(2e-4, "highest learning rate, reached after the warm-up")
+    vision_learning_rate: float | None = option(None, "the same for the vision encoder; --learning_rate if not given")
+    text_learning_rate: float | None = option(None, "the same for the text encoder; --learning_rate if not given")
+    warmup_ratio: float = option(0.05, "share of the steps, 0 to 1, in which the learning rate rises from 0")
+    final_learning_rate_ratio: float = option(0.01, "share of the learning rate that the cosine ends at, 0 to 1")
+    vit_layer_decay: float = option(
+        0.9, "factor on the learning rate per ViT layer from the last to the first; position embeddings are exempt"
+    )
+    weight_decay: float = option(0.1, "decoupled weight decay of AdamW; biases and norms have none")
+    max_grad_norm: float = option(0.1, "norm that gradients are clipped to; 0 does not clip")
+    ema_decay: float = option(
+        0.0, "decay per step of an average of the weights, e.g. 0.999; it is what is evaluated and exported. 0: off"
+    )
+    mixed_precision: Literal["fp16", "bf16", "no"] = option(
+        "no",
+        "precision of the forward and backward pass over float32 weights; where fp16 cannot run, float32 is used",
+    )
+    seed: int = option(0, "seed of weights, data order, augmentation and prompts")
+
+    def __post_init__(self):
+        if self.batch_size != "auto":
+            try:
+                self.batch_size = int(self.batch_size)
+            except ValueError:
+                raise ValueError(f"batch_size must be a number or 'auto', got {self.batch_size!r}") from None
+            check_range(self, "batch_size", 1)
+        check_range(self, "epochs", 1)
+        if self.max_steps is not None:
+            check_range(self, "max_steps", 1)
+        check_range(self, "gradient_accumulation_steps", 1)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed"):
+            check_range(self, name, 0)
+        for name in ("warmup_ratio", "final_learning_rate_ratio", "vit_layer_decay", "ema_decay"):
+            check_range(self, name, 0, 1)
+        if self.ema_decay == 1:
+            raise ValueError("ema_decay must be below 1: at 1 the average would never leave the first weights")
+
+
+@dataclass
+class LossArguments:
+    """Weights of the loss; those left out keep the checkpoint's, or the preset's, own."""
+
+    _argument_group_name = "loss (a weight that is not given stays the checkpoint's or preset's own)"
+
+    bbox_loss_weight: float | None = option(None, "weight of the L1 distance of boxes (cxcywh)")
+    giou_loss_weight: float | None = option(None, "weight of the generalised IoU of boxes")
+    class_loss_weight: float | None = option(None, "weight of the IoU-aware classification of queries")
+    presence_loss_weight: float | None = option(None, "weight of the presence of the concept in the image")
+    mask_focal_loss_weight: float | None = option(None, "weight of the focal loss of instance masks")
+    mask_dice_loss_weight: float | None = option(None, "weight of the dice loss of instance masks")
+    mask_num_points: int | None = option(None, "points sampled per mask for the mask losses")
+    semantic_focal_loss_weight: float | None = option(None, "weight of the focal loss of the semantic map")
+    semantic_dice_loss_weight: float | None = option(None, "weight of the dice loss of the semantic map")
+    one_to_many_weight: float | None = option(None, "weight of the one-to-many auxiliary branch; 0 switches it off")
+
+    def given(self) -> dict:
+        """The fields that were set: {name: value}."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclass
+class OutputArguments:
+    """What is written, how often, and how a run goes on."""
+
+    _argument_group_name = "output"
+
+    output_dir: str = option("outputs/train", "folder of the run: checkpoints, curves, pictures, log, final model")
+    resume: str = option(
+        "none",
+        "'auto' goes on from OUTPUT_DIR/checkpoints/last, or starts if there is none; a path goes on from that "
+        "checkpoint; 'none' starts",
+    )
+    overwrite_output_dir: bool = option(False, "delete the run that OUTPUT_DIR holds and start anew")
+    eval_batch_size: int = option(4, "validation images per process and forward pass")
+    eval_every_epochs: int = option(1, "evaluate after every so many epochs, and after the last")
+    save_every_epochs: int = option(5, "keep checkpoints/epoch_N every so many epochs; 0 keeps none")
+    save_every_steps: int = option(
+        0, "also write checkpoints/last every so many steps; 0 writes it after each epoch only"
+    )
+    metric_for_best: Literal[METRICS] = option(
+        "auto",
+        "validation score that picks checkpoints/best, and with it the exported model; 'auto' is segm_AP if the "
+        "dataset has masks, otherwise bbox_AP",
+    )
+    log_every_steps: int = option(10, "write a line to metrics.jsonl and TensorBoard every so many steps")
+    prediction_images: int = option(8, "validation images to draw at each evaluation, truth beside prediction")
+
+    def __post_init__(self):
+        for name in ("eval_batch_size", "eval_every_epochs", "log_every_steps"):
+            check_range(self, name, 1)
+        for name in ("save_every_epochs", "save_every_steps", "prediction_images"):
+            check_range(self, name, 0)
+        if self.overwrite_output_dir and self.resume != "none":
+            raise ValueError("overwrite_output_dir deletes what resume would go on from; give only one of them")
+
+
+GROUPS = (ModelArguments, DataArguments, OptimizationArguments, LossArguments, OutputArguments)
+
+
+@dataclass
+class Arguments:
+    """The five groups; `arguments.model.preset` and so on."""
+
+    model: ModelArguments
+    data: DataArguments
+    optimization: OptimizationArguments
+    loss: LossArguments
+    output: OutputArguments
+
+    def flat(self) -> dict:
+        """All fields in one dict, as a YAML file would hold them."""
+        return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
+
+
+def check_range(group, name: str, low: float, high: float | None = None) -> None:
+    """Raises ValueError naming the field if its value is below `low` or above `high`."""
+    value = getattr(group, name)
+    if value < low or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {limits}, got {value}")
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """
+    Reads `[CONFIG.yaml] [--flag value ...]`; flags win over the file.
+
+    Args:
+        argv: the command line without the script's name; `sys.argv[1:]` if None.
+
+    Raises:
+        SystemExit: help was asked for, or an argument is wrong; the message names it, and the nearest valid name.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        GROUPS,
+        prog="train.py",
+        usage="accelerate launch training/train.py [CONFIG.yaml] [--flag value ...]",
+        description="Trains a lite SAM 3. Each flag may also stand in the YAML file, without the dashes.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    if argv and not argv[0].startswith("-"):
+        try:
+            argv = _yaml_as_flags(Path(argv[0])) + argv[1:]
+        except ValueError as error:
+            parser.error(str(error))
+    _, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_unknown("argument", unknown[0].split("=")[0]))
+    try:
+        return Arguments(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _field_names() -> list[str]:
+    return [item.name for group in GROUPS for item in dataclasses.fields(group)]
+
+
+def _yaml_as_flags(path: Path) -> list[str]:
+    """The file as `--key=value`, so that both ways in are read, converted and checked by the same parser."""
+    if not path.is_file():
+        raise ValueError(f"there is no configuration file {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold one 'key: value' a line")
+    flags = []
+    for key, value in values.items():
+        if key not in _field_names():
+            raise ValueError(_unknown(f"key in {path}", str(key)))
+        if value is False and key == "mixed_precision":
+            value = "no"  # which YAML reads as false
+        if isinstance(value, dict) and key == "model_overrides":
+            value = json.dumps(value)
+        elif isinstance(value, (dict, list)):
+            raise ValueError(f"{path}: {key} must be one value, got {value!r}")
+        if value is not None:
+            flags.append(f"--{key}={value}")
+    return flags
+
+
+def _unknown(kind: str, name: str) -> str:
+    dashes = "--" if name.startswith("--") else ""
+    near = difflib.get_close_matches(name.strip("-").replace("-", "_"), _field_names(), n=1, cutoff=0.5)
+    return f"unknown {kind}: {name}" + (f"; did you mean {dashes}{near[0]}?" if near else "; --help lists all")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling per flag with the kind of its value, and no '(default: None)'."""
+
+    def __init__(self, prog, **kwargs):
+        super().__init__(prog, max_help_position=34, **kwargs)
+
+    def _format_action_invocation(self, action):
+        if action.nargs == 0:
+            return ", ".join(action.option_strings)
+        if action.choices:
+            return f"{action.option_strings[0]} {{{','.join(action.choices)}}}"
+        kinds = {int: "INT", float: "NUMBER", str: "TEXT"}
+        return f"{action.option_strings[0]} {kinds.get(action.type, '[true|false]')}"
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)

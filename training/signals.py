@@ -1,0 +1,25 @@
+"""Ctrl-C and SIGTERM end the run after the current step."""
+
+import signal
+import time
+
+
+class StopSignal:
+    """
+    Remembers the first SIGINT or SIGTERM in `received`; a second SIGINT interrupts at once.
+
+    A terminal sends Ctrl-C to all processes of a launch and launchers pass it on, so one key press can arrive twice:
+    signals within two seconds of the first count as the same.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._time = 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        if self.received is None:
+            self.received, self._time = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._time > 2:
+            raise KeyboardInterrupt
