@@ -357,7 +357,8 @@ def _complete_vision_sizes(fields: dict, short: dict) -> dict:
         completed.setdefault("vision_intermediate_size", round(width * MLP_RATIO))
     depth = short.get("vision_num_hidden_layers", vit["num_hidden_layers"])
     if depth != vit["num_hidden_layers"]:
-        completed.setdefault("vision_global_attn_indexes", spread_global_layers(depth, len(vit["global_attn_indexes"])))
+        num_global = len(vit["global_attn_indexes"])
+        completed.setdefault("vision_global_attn_indexes", spread_global_layers(depth, num_global))
     return completed
 
 

@@ -36,6 +36,9 @@ except ImportError:
 MIN_AREA = 1e-7
 # Lowest classification target of a matched query (IABCE of SAM 3): a poor match is still a positive.
 MIN_QUALITY = 0.01
+# The classification loss is a mean over at least this many queries per prompt (`pad_n_queries` of the recipe), so that
+# its scale does not grow as a model's queries become fewer.
+CLASS_QUERIES = 200
 # Masks whose points are drawn and scored together; bounds the memory of the mask losses.
 MASK_CHUNK = 64
 
@@ -150,6 +153,11 @@ def sam3_lite_loss(
     return loss, {name: value.detach() for name, value in losses.items()}
 
 
+def _on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    # Blocking copies to a GPU wait for everything queued before them.
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
 def pack_labels(labels: list[dict[str, Tensor]], num_prompts: int, device: torch.device) -> PackedTargets:
     """Checks the labels of a batch and lays their objects end to end on `device`.
 
@@ -171,7 +179,7 @@ def pack_labels(labels: list[dict[str, Tensor]], num_prompts: int, device: torch
             )
         masks.append(None if mask is None else mask.to(device))
     counts = np.array([len(label["boxes"]) for label in labels], dtype=np.int64)
-    prompt = torch.from_numpy(np.repeat(np.arange(num_prompts), counts)).to(device)
+    prompt = _on_device(np.repeat(np.arange(num_prompts), counts), device)
     boxes = torch.cat([torch.zeros(0, 4, device=device)] + [label["boxes"].to(device).float() for label in labels])
     visible = (boxes[:, 2:] > 0).all(-1).float()
     present = boxes.new_zeros(num_prompts).index_add(0, prompt, visible).clamp(max=1)
@@ -185,8 +193,8 @@ def global_normalizers(targets: PackedTargets, semantic_valid: Tensor) -> Normal
     `sum / count` is the whole batch's.
     """
     masked = sum(int(count) for count, mask in zip(targets.counts, targets.masks, strict=True) if mask is not None)
-    known = torch.tensor([len(targets.boxes), len(targets.counts), masked], dtype=torch.float32)
-    counts = torch.cat([known.to(semantic_valid.device), semantic_valid.sum()[None]])
+    known = np.array([len(targets.boxes), len(targets.counts), masked], dtype=np.float32)
+    counts = torch.cat([_on_device(known, semantic_valid.device), semantic_valid.sum()[None]])
     processes = 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(counts)
@@ -328,7 +336,7 @@ def _detection_terms(
     sizes = [len(match.query) for match in matches]
     set_index = np.repeat(np.arange(len(matches)), sizes)
     columns = [set_index] + [np.concatenate(column) for column in zip(*matches, strict=True)]
-    index, prompt, query, target = torch.from_numpy(np.stack(columns)).to(logits.device)  # (matches of all sets,) each
+    index, prompt, query, target = _on_device(np.stack(columns), logits.device)  # (matches of all sets,) each
     predicted, wanted = boxes[index, prompt, query], targets.boxes[target]  # (matches of all sets, 4)
     iou, giou = box_overlaps(predicted, wanted)
 
@@ -362,7 +370,7 @@ def _class_terms(
     A matched query is drawn towards `max(prob**alpha * IoU**(1 - alpha), MIN_QUALITY)` with weight `class_pos_weight`,
     any other towards 0 with weight `prob**gamma`. Prompts whose concept is absent count nothing: there the presence
     logit alone learns. A query of several objects takes the best target. The mean runs over all prompts and at least
-    `class_pad_queries` queries, so that models with fewer queries see the same scale.
+    `CLASS_QUERIES` queries.
 
     Args:
         logits: (sets, prompts, queries). flat: (matches,) positions of matched queries in the flattened logits.
@@ -377,7 +385,7 @@ def _class_terms(
     goal = torch.zeros_like(prob).flatten().scatter_reduce(0, flat, quality, "amax").view_as(prob)
     weight = torch.where(goal > 0, config.class_pos_weight, prob**config.class_gamma)
     loss = weight * F.binary_cross_entropy_with_logits(logits, goal, reduction="none") * present[:, None]
-    return loss.sum((1, 2)) / (norms.prompts * max(logits.shape[2], config.class_pad_queries))
+    return loss.sum((1, 2)) / (norms.prompts * max(logits.shape[2], CLASS_QUERIES))
 
 
 def _presence_terms(presence_logits: Tensor, present: Tensor, norms: Normalizers) -> Tensor:
@@ -423,7 +431,7 @@ def _semantic_terms(
     totals = semantic_logits[:0].float().sum().expand(2)  # keeps the head in the graph when no prompt has masks
     for is_valid, (prompt, union) in zip(valid, unions.items(), strict=True):
         # Recomputed in the backward pass: full-resolution intermediates of one prompt at a time.
-        pair = checkpoint(_semantic_pair, rows[prompt], union, config, use_reentrant=False)
+        pair = checkpoint(_semantic_pair, rows[prompt], union, config, use_reentrant=False, preserve_rng_state=False)
         totals = totals + is_valid * pair
     focal, dice = totals / norms.semantic_prompts
     return {
@@ -453,7 +461,7 @@ def _mask_terms(
     """Weighted mask focal and Dice of the matched queries of prompts with masks, per object with a mask."""
     has_masks = np.array([mask is not None for mask in targets.masks], dtype=bool)
     match = Match(*(column[has_masks[match.prompt]] for column in match))
-    prompt, query = torch.from_numpy(np.stack([match.prompt, match.query])).to(targets.boxes.device)
+    prompt, query = _on_device(np.stack([match.prompt, match.query]), targets.boxes.device)
     logits = mask_logits_fn(prompt, query, one_to_many)  # (matches, height, width)
     with torch.autocast(logits.device.type, enabled=False):
         totals = logits[:0].float().sum().expand(2)  # keeps the head in the graph when nothing is matched
@@ -462,7 +470,9 @@ def _mask_terms(
             points = uncertain_points(rows.detach().float(), config)
             goal = _sample_targets(part, targets, points)
             # Recomputed in the backward pass: what the points need is larger than the logits themselves.
-            totals = totals + checkpoint(_mask_pair, rows, points, goal, config, use_reentrant=False)
+            totals = totals + checkpoint(
+                _mask_pair, rows, points, goal, config, use_reentrant=False, preserve_rng_state=False
+            )
         focal, dice = totals / norms.masked_objects
     weight, suffix = (config.one_to_many_weight, "_o2m") if one_to_many else (1.0, "")
     return {
@@ -515,7 +525,7 @@ def _sample_targets(match: Match, targets: PackedTargets, points: Tensor) -> Ten
     """Ground truth of each matched mask at its (masks, points, 2) points: (masks, points) float32 in [0, 1]."""
     parts = []
     prompts, starts = np.unique(match.prompt, return_index=True)
-    objects = torch.from_numpy(match.object - targets.first[match.prompt]).to(points.device)
+    objects = _on_device(match.object - targets.first[match.prompt], points.device)
     for prompt, start, stop in zip(prompts, starts, [*starts[1:], len(match.prompt)], strict=True):
         parts.append(sample_masks(targets.masks[prompt], objects[start:stop], points[start:stop]))
     return torch.cat(parts)
@@ -533,15 +543,13 @@ def sample_masks(masks: Tensor, index: Tensor, points: Tensor) -> Tensor:
         (m, points) float32 in [0, 1].
     """
     height, width = masks.shape[-2:]
-    position = points * points.new_tensor([width, height]) - 0.5
-    corner = position.floor()
-    part = position - corner
-    result = torch.zeros_like(part[..., 0])
+    position_x, position_y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
+    left, top = position_x.floor(), position_y.floor()
+    part_x, part_y = position_x - left, position_y - top
+    result = torch.zeros_like(part_x)
     for right, down in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        x, y = corner[..., 0].long() + right, corner[..., 1].long() + down
+        x, y = left.long() + right, top.long() + down
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
         pixel = masks[index[:, None], y.clamp(0, height - 1), x.clamp(0, width - 1)].ne(0) & inside
-        weight_x = part[..., 0] if right else 1 - part[..., 0]
-        weight_y = part[..., 1] if down else 1 - part[..., 1]
-        result += weight_x * weight_y * pixel
+        result += (part_x if right else 1 - part_x) * (part_y if down else 1 - part_y) * pixel
     return result

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPTextModel
+from transformers import CLIPTextModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -85,7 +85,7 @@ class DetectorOutput(ModelOutput):
 
 
 def additive_mask(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Turns a `(batch, keys)` bool mask into `(batch, 1, 1, keys)` attention biases: 0 where valid, lowest elsewhere."""
+    """`(batch, keys)` bool mask to `(batch, 1, 1, keys)` attention biases: 0 where valid, the lowest value else."""
     if valid is None:
         return None
     bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
@@ -284,13 +284,13 @@ class Sam3LiteDetrDecoder(Sam3DetrDecoder):
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        if module is self:
-            # Queries must differ and cover the image before anything is learnt (deformable DETR's initialisation);
-            # the stock one puts all of them on one spot, which no training from scratch escapes quickly.
-            init.normal_(self.query_embed.weight)
-            init.normal_(self.reference_points.weight, std=1.0)
-            init.zeros_(self.box_head.layer3.weight)
-            init.zeros_(self.box_head.layer3.bias)
+        # Queries must differ and cover the image before anything is learnt (deformable DETR's initialisation); the
+        # stock one puts all of them on one spot, which no training from scratch escapes quickly.
+        if module is self.query_embed or module is self.reference_points:
+            init.normal_(module.weight)
+        elif module is self.box_head.layer3:
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
 
     def forward(
         self,
@@ -311,15 +311,14 @@ class Sam3LiteDetrDecoder(Sam3DetrDecoder):
             one_to_many: append a second copy of the queries that skips self-attention.
 
         Returns:
-            Normalised hidden states `(layers, prompts, queries, hidden)`, boxes `(layers, prompts, queries, 4)` float32
-            cxcywh in [0, 1], presence logits `(layers, prompts)`. With `one_to_many` there are twice the queries.
+            Normalised hidden states `(layers, prompts, queries, hidden)`, boxes `(layers, prompts, queries, 4)`
+            float32 cxcywh in [0, 1], presence logits `(layers, prompts)`. With `one_to_many`, twice the queries.
         """
         num_prompts = vision.shape[0]
         copies = 2 if one_to_many else 1
-        dtype = vision.dtype
         queries = self.query_embed.weight.repeat(copies, 1).expand(num_prompts, -1, -1)
         presence = self.presence_token.weight.expand(num_prompts, 1, -1)
-        hidden = torch.cat([presence, queries], dim=1).to(dtype)  # (prompts, 1 + queries, hidden)
+        hidden = torch.cat([presence, queries], dim=1)  # (prompts, 1 + queries, hidden)
         boxes = self.reference_points.weight.float().sigmoid().repeat(copies, 1).expand(num_prompts, -1, -1)
 
         all_hidden, all_boxes, all_presence = [], [], []
@@ -536,8 +535,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
     ) -> Sam3LiteOutput:
         r"""
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`): normalised images. Exactly one
-                of this and `vision_embeds`.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`): normalised images. Exactly
+                one of this and `vision_embeds`.
             vision_embeds: output of [`~Sam3LiteModel.get_vision_features`].
             input_ids (`torch.LongTensor` of shape `(num_prompts, num_tokens)`): exactly one of this and `text_embeds`.
             attention_mask (`torch.LongTensor` of shape `(num_prompts, num_tokens)`, *optional*): 0 for padding.
@@ -574,7 +573,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         text_mask = None if attention_mask is None else attention_mask.bool()
         if input_boxes is not None:
             input_boxes_labels = self._check_boxes(input_boxes, input_boxes_labels)
-        prompts = self._assign_images(levels[0].shape[0], image_index, text, text_mask, input_boxes, input_boxes_labels)
+        prompts = self._assign_images(len(levels[0]), image_index, text, text_mask, input_boxes, input_boxes_labels)
         if labels is not None:
             return self._forward_with_labels(levels, prompts, labels)
         return self._forward_in_chunks(levels, prompts, prompt_chunk_size)
@@ -633,7 +632,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             return torch.ones(boxes.shape[:2], dtype=torch.long, device=boxes.device)
         if labels.shape != boxes.shape[:2]:
             raise ValueError(
-                f"`input_boxes_labels` has shape {tuple(labels.shape)}, `input_boxes` asks for {tuple(boxes.shape[:2])}."
+                f"`input_boxes_labels` has shape {tuple(labels.shape)}, `input_boxes` has {tuple(boxes.shape)}."
             )
         return labels
 

@@ -103,9 +103,9 @@ class Sam3LiteProcessor(Sam3Processor):
             return_tensors: "pt".
 
         Returns:
-            What [`Sam3LiteModel`] takes: `pixel_values`, `original_sizes`, `input_ids`, `attention_mask`; `image_index`
-            with several prompts per image; `input_boxes` (cxcywh in [0, 1]) and `input_boxes_labels` with boxes;
-            `labels` with annotations.
+            What [`Sam3LiteModel`] takes: `pixel_values`, `original_sizes`, `input_ids`, `attention_mask`;
+            `image_index` with several prompts per image; `input_boxes` (cxcywh in [0, 1]) and `input_boxes_labels`
+            with boxes; `labels` with annotations.
 
         Raises:
             ValueError: the numbers of images, prompts, boxes and annotations do not match.

@@ -70,7 +70,8 @@ class Problems:
 def check_dataset(splits: Iterable[RawSplit], problems: Problems | None = None) -> None:
     """Checks images, boxes and segmentations of all splits, and repairs what is harmless in place.
 
-    Repaired and counted in the log: boxes and polygons up to 2 pixels over the edge of the image (clipped), missing
+    Repaired and counted in the log: boxes and polygons up to 2 pixels over the edge of the image (clipped); boxes 0
+    pixels wide or high without a segmentation, the trace of a stray click (left out, the first ten named); missing
     `area` (computed). Uncompressed run-length encodings become compressed ones.
 
     Args:
@@ -78,13 +79,14 @@ def check_dataset(splits: Iterable[RawSplit], problems: Problems | None = None) 
         problems: those already found while reading.
 
     Raises:
-        DatasetError: images missing, unreadable or of another size than stated; boxes out of the image, of no area or
-            malformed; invalid polygons or run-length encodings; and whatever `problems` holds.
+        DatasetError: images missing, unreadable or of another size than stated; boxes out of the image, of negative or
+            no area, or malformed; invalid polygons or run-length encodings; and whatever `problems` holds.
     """
     problems = problems or Problems()
     for split in splits:
         check_images(split, problems)
         repairs = Counter()
+        remove_stray_clicks(split)
         for row in split.rows:
             for item in row["objects"]:
                 check_object(item, row, problems, repairs)
@@ -98,12 +100,32 @@ def check_images(split: RawSplit, problems: Problems) -> None:
 
     def fault(position: int):
         row = split.rows[position]
-        return image_fault(split.images[position], row["width"], row["height"])
+        return image_fault(split.image(position), row["width"], row["height"])
 
     with ThreadPoolExecutor(min(CHECK_THREADS, 4 * (os.cpu_count() or 1))) as pool:
         for row, found in zip(split.rows, pool.map(fault, range(len(split.rows))), strict=True):
             if found:
                 problems.add(found[0], row["file_name"], found[1])
+
+
+def remove_stray_clicks(split: RawSplit) -> None:
+    """Leaves out objects whose box is 0 pixels wide or high and that have no segmentation; names them in the log."""
+    removed = []
+    for row in split.rows:
+        stray = [item for item in row["objects"] if _is_stray_click(item)]
+        if stray:
+            row["objects"] = [item for item in row["objects"] if not _is_stray_click(item)]
+            removed += [f"{row['file_name']}, annotation {item['id']}" for item in stray]
+    if removed:
+        listed = "; ".join(removed[:LISTED])
+        text = "%s: %d boxes 0 pixels wide or high left out; first %d: %s"
+        logger.warning(text, split.source, len(removed), min(len(removed), LISTED), listed)
+
+
+def _is_stray_click(item: dict) -> bool:
+    box = item["bbox"]
+    well_formed = isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)
+    return well_formed and item["segmentation"] is None and min(box[2:]) == 0
 
 
 def check_object(item: dict, row: dict, problems: Problems, repairs: Counter) -> None:
@@ -119,8 +141,8 @@ def check_object(item: dict, row: dict, problems: Problems, repairs: Counter) ->
     if item["segmentation"] is not None:
         found = check_segmentation(item, width, height, repairs) or found
     if found:
-        problems.add(*found[:1], row["file_name"], found[1], item["id"])
-    elif item["area"] is None:
+        problems.add(found[0], row["file_name"], found[1], item["id"])
+    elif not _is_finite(item["area"]):
         item["area"] = masks.segmentation_area(item["segmentation"], item["bbox"], height, width)
         repairs["missing areas computed"] += 1
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 
 CONCEPTS = (  # up to the eighth, each adjective and each noun comes twice
     "red circle",
@@ -208,14 +208,16 @@ def _polygon_area(polygon: np.ndarray) -> float:
 
 def _rasterise(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
     """Share of each pixel inside the polygon, (height, width) float in [0, 1]."""
-    left, top = np.clip(np.floor(polygon.min(axis=0)).astype(int), 0, [width - 1, height - 1]).tolist()
-    right, bottom = np.clip(np.ceil(polygon.max(axis=0)).astype(int), [left + 1, top + 1], [width, height]).tolist()
-    canvas = Image.new("L", ((right - left) * SUPERSAMPLING, (bottom - top) * SUPERSAMPLING))
-    points = (polygon - [left, top]) * SUPERSAMPLING - 0.5  # PIL counts from pixel centres
-    ImageDraw.Draw(canvas).polygon([tuple(point) for point in points.tolist()], fill=1)
-    coverage = np.zeros((height, width))
-    coverage[top:bottom, left:right] = _to_pixels(np.asarray(canvas, dtype=np.float64))
-    return coverage
+    start = polygon * SUPERSAMPLING
+    end = np.roll(start, -1, axis=0)
+    samples = np.arange(height * SUPERSAMPLING) + 0.5
+    edge, row = np.nonzero((start[:, 1, None] <= samples) != (end[:, 1, None] <= samples))
+    share = (samples[row] - start[edge, 1]) / (end[edge, 1] - start[edge, 1])
+    crossing = start[edge, 0] + share * (end[edge, 0] - start[edge, 0])
+    column = np.clip(np.ceil(crossing - 0.5), 0, width * SUPERSAMPLING).astype(int)
+    crossings = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING + 1), dtype=np.int32)
+    np.add.at(crossings, (row, column), 1)
+    return _to_pixels(np.cumsum(crossings[:, :-1], axis=1) % 2)  # inside after an odd number of edges
 
 
 def _to_pixels(fine: np.ndarray) -> np.ndarray:

@@ -11,10 +11,10 @@ Segmentations stay as compact as they came (polygons, or compressed run-length e
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import datasets
+import pyarrow.compute as compute
 from datasets import ClassLabel, Features, Image, List, Value
 
 
@@ -27,15 +27,22 @@ class RawSplit:
         source: annotation file or repository, for messages.
         rows: dicts with `image_id`, `file_name`, `width`, `height` and `objects`, whose `category` is a name, whose
             `segmentation` is a list, dict or None, and whose `area` may be None.
-        images: {"path", "bytes"} of each row; a list, or a column of an Arrow table.
+        images: {"path", "bytes"} of each row: a list, or a dataset with an undecoded `image` column.
         category_names: in the order of the source.
+        numbered: the names are bare numbers, for want of any other.
     """
 
     name: str
     source: str
     rows: list[dict]
-    images: Sequence[dict]
+    images: list[dict] | datasets.Dataset
     category_names: list[str]
+    numbered: bool = False
+
+    def image(self, position: int) -> dict:
+        """{"path", "bytes"} of the row at `position`."""
+        entry = self.images[position]
+        return entry["image"] if isinstance(self.images, datasets.Dataset) else entry
 
 
 def build_dataset(split: RawSplit, concepts: list[str], category_index: dict[str, int]) -> datasets.Dataset:
@@ -67,12 +74,9 @@ def build_dataset(split: RawSplit, concepts: list[str], category_index: dict[str
     )
     columns = {name: [row[name] for row in rows] for name in features}
     table = datasets.Dataset.from_dict(columns, features=features)
-    if isinstance(split.images, list):
-        images = datasets.Dataset.from_dict(
-            {"image": split.images}, features=Features({"image": Image(decode=False)})
-        )
-    else:
-        images = split.images.source.select_columns(["image"])  # stays on disk
+    images = split.images
+    if isinstance(images, list):
+        images = datasets.Dataset.from_dict({"image": images}, features=Features({"image": Image(decode=False)}))
     return datasets.concatenate_datasets([images, table], axis=1)
 
 
@@ -89,8 +93,9 @@ def concept_names(dataset: datasets.Dataset) -> list[str]:
 
 def has_masks(dataset: datasets.Dataset) -> bool:
     """Whether there are objects and each one has a segmentation, so that masks can be trained and scored."""
-    objects = [item for items in dataset.select_columns(["objects"]).with_format(None)["objects"] for item in items]
-    return bool(objects) and all(item["segmentation"] for item in objects)
+    column = dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"]
+    segmentations = compute.struct_field(compute.list_flatten(column), "segmentation")
+    return len(segmentations) > 0 and compute.all(compute.not_equal(segmentations, "")).as_py()
 
 
 def segmentation_of(item: dict) -> list | dict | None:

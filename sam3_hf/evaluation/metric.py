@@ -1,10 +1,13 @@
 """What the two metrics share: the rows' schema, their checks, and gathering them over processes."""
 
+import uuid
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import evaluate
 import numpy as np
 from datasets import Features, List, Value
+from torch import distributed
 
 _RLE = {"size": List(Value("int32")), "counts": Value("string")}
 _PAIR = {
@@ -24,23 +27,28 @@ FEATURES = Features(
 class DetectionMetric(evaluate.Metric):
     """Base of `CocoAP` and `CGF1`: both take the same rows, described in `sam3_hf.evaluation.rows`.
 
-    Works without network. With several processes, build it in each with the same `experiment_id`, the same `cache_dir`
-    (on a file system that all of them see) and `num_process` / `process_id`; each adds its own rows, every one calls
-    `compute()`, and process 0 gets the result, the others None. `experiment_id` has to be fresh to the run. A pair
-    that arrives twice, as when a sampler pads the last batch, counts once.
+    Works without network. With several processes, where `torch.distributed` is set up, build it in each with
+    `num_process` and `process_id` (world size and rank); each adds its own rows and calls `compute()`, which is a
+    collective operation: process 0 gets the result over the rows of all, the others None. The rows travel through
+    `torch.distributed` and not through lock files as elsewhere in `evaluate`, which deadlock when one process enters
+    the next round before another has left the last, and need a file system that all nodes share. A pair that arrives
+    twice, as when a sampler pads the last batch, counts once.
 
     Args:
         iou_types: "segm" for masks, "bbox" for boxes, or both.
         category_names: {category id: name} for the per-class results; the ids themselves where it has no entry.
-        timeout: seconds that processes wait for each other.
-        kwargs: of `evaluate.Metric`: cache_dir, keep_in_memory, num_process, process_id, experiment_id, ...
+        num_process, process_id: how many processes add rows, and which this one is.
+        kwargs: of `evaluate.Metric`, as `cache_dir` (where the rows are kept on disk until they are evaluated) and
+            `keep_in_memory`.
     """
 
     def __init__(
         self,
         iou_types: Sequence[str] = ("bbox", "segm"),
         category_names: Mapping[int, str] | None = None,
-        timeout: float = 1800,
+        num_process: int = 1,
+        process_id: int = 0,
+        experiment_id: str | None = None,
         **kwargs,
     ):
         unknown = set(iou_types) - {"bbox", "segm"}
@@ -51,9 +59,13 @@ class DetectionMetric(evaluate.Metric):
             raise ValueError(
                 f"category_names holds a name twice: {sorted(names)}; per-class results need distinct ones"
             )
+        if num_process > 1:
+            _check_process_group(num_process, process_id)
         self.iou_types = tuple(iou_types)
         self.category_names = dict(category_names or {})
-        super().__init__(timeout=timeout, **kwargs)
+        self.processes = num_process
+        # a name of its own keeps the rows apart from those of other processes and of runs that were killed
+        super().__init__(experiment_id=f"{experiment_id or 'rows'}-{uuid.uuid4().hex}", **kwargs)
 
     def _info(self):
         return evaluate.MetricInfo(
@@ -81,7 +93,7 @@ class DetectionMetric(evaluate.Metric):
     def compute(self, *, predictions=None, references=None):
         """Computes the figures over all rows added, plus those given here; None on processes other than 0."""
         if predictions is None and references is None:
-            # a process that had no rows must still leave its file for process 0 to find
+            # a process that had no rows still takes part
             predictions, references = [], []
         return super().compute(predictions=predictions, references=references)
 
@@ -117,6 +129,12 @@ class DetectionMetric(evaluate.Metric):
             raise ValueError(f"{where}: masks of different sizes {sorted(sizes)}; all must have the image's size")
 
     def _compute(self, predictions, references):
+        if self.processes > 1:
+            shares = [None] * self.processes if distributed.get_rank() == 0 else None
+            distributed.gather_object((predictions, references), shares, dst=0)
+            if shares is None:
+                return None
+            predictions, references = (list(chain.from_iterable(rows)) for rows in zip(*shares, strict=True))
         pairs = {}
         for prediction, reference in zip(predictions, references, strict=True):
             key = (reference["image_id"], reference["category"])
@@ -132,6 +150,20 @@ class DetectionMetric(evaluate.Metric):
 
     def name_of(self, category: int) -> str:
         return self.category_names.get(category, str(category))
+
+
+def _check_process_group(num_process: int, process_id: int) -> None:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise ValueError(
+            f"num_process is {num_process}, but torch.distributed is not initialised; start the processes "
+            "with `accelerate launch` or `torchrun`"
+        )
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    if (process_id, num_process) != (rank, world):
+        raise ValueError(
+            f"process_id {process_id} of num_process {num_process} does not agree with torch.distributed, where this "
+            f"is rank {rank} of {world}"
+        )
 
 
 def _complete(row: Mapping, features: Mapping) -> dict:

@@ -1,0 +1,192 @@
+"""COCO annotation files, with their images in one folder or in the Roboflow layout.
+
+Roboflow's exports hold a category that names the whole project: no annotation uses it and the others state it as
+their `supercategory`. As a negative prompt it would teach the model that a "blood cells" image has no blood cells, and
+it may bear the name of a real category, so it is left out (and logged).
+"""
+
+import json
+import logging
+import os
+from collections import Counter
+from pathlib import Path, PureWindowsPath
+
+from .checks import DatasetError, Problems
+from .rows import RawSplit
+
+logger = logging.getLogger(__name__)
+
+ROBOFLOW_FILE = "_annotations.coco.json"
+SPLIT_NAMES = {
+    "train": "train",
+    "valid": "validation",
+    "val": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+REQUIRED_FIELDS = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
+
+
+def split_name(name: str) -> str:
+    """ "train", "validation" or "test" from a name in use for it ("valid", "val"); others pass through."""
+    return SPLIT_NAMES.get(name, name)
+
+
+def find_roboflow_files(folder: Path) -> dict[str, Path]:
+    """{split: annotation file} of a folder in the Roboflow layout; empty if it is not in that layout.
+
+    Raises:
+        DatasetError: two folders are the same split (valid/ and val/).
+    """
+    files = {}
+    for name in SPLIT_NAMES:
+        file = folder / name / ROBOFLOW_FILE
+        if file.is_file():
+            if split_name(name) in files:
+                raise DatasetError(f"{file} and {files[split_name(name)]} are both the {split_name(name)} split")
+            files[split_name(name)] = file
+    if not files and (folder / ROBOFLOW_FILE).is_file():
+        files["train"] = folder / ROBOFLOW_FILE
+    return files
+
+
+def read_coco(name: str, file: Path, image_folder: Path | None, problems: Problems) -> RawSplit:
+    """Reads one COCO file.
+
+    Args:
+        name: split.
+        file: JSON with `images`, `annotations`, `categories`.
+        image_folder: where each `file_name` starts; default: the folder of `file`, or `images/` in it.
+        problems: what is wrong inside is added: missing fields, duplicate or dangling ids, duplicate category names,
+            file names that lead out of the image folder. Entries concerned are missing from the result.
+
+    Raises:
+        DatasetError: the file cannot be read, is not JSON, or lacks one of the three lists.
+    """
+    content = load_json(file)
+    images = _valid_entries(content, "images", file, problems)
+    annotations = _valid_entries(content, "annotations", file, problems)
+    categories = _read_categories(_valid_entries(content, "categories", file, problems), annotations, file, problems)
+    roots = [image_folder] if image_folder is not None else [file.parent, file.parent / "images"]
+    resolved = [os.path.realpath(root) for root in roots]
+    rows, sources, objects_by_image = [], [], {}
+    for image in images:
+        objects_by_image[image["id"]] = objects = []
+        path = locate_image(str(image["file_name"]), roots, resolved)
+        if path is None:
+            problems.add("file_name leads out of the image folder", file, f"image {image['id']}: {image['file_name']}")
+            continue
+        if not all(isinstance(image[side], int) and image[side] > 0 for side in ("width", "height")):
+            problems.add("invalid image size", file, f"image {image['id']}: {image['width']}x{image['height']}")
+            continue
+        sources.append({"path": path, "bytes": None})
+        rows.append(
+            {
+                "image_id": image["id"],
+                "file_name": image["file_name"],
+                "width": image["width"],
+                "height": image["height"],
+                "objects": objects,
+            }
+        )
+    for annotation in annotations:
+        if annotation["image_id"] not in objects_by_image:
+            problems.add("dangling image_id", file, f"there is no image {annotation['image_id']}", annotation["id"])
+        elif annotation["category_id"] not in categories:
+            detail = f"there is no category {annotation['category_id']}"
+            problems.add("dangling category_id", file, detail, annotation["id"])
+        else:
+            objects_by_image[annotation["image_id"]].append(_object(annotation, categories))
+    return RawSplit(name, str(file), rows, sources, list(dict.fromkeys(categories.values())))
+
+
+def load_json(file: Path) -> dict:
+    """The content of a COCO file. Raises DatasetError naming the file and what it lacks."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"cannot read the annotation file {file}: {error}") from error
+    except json.JSONDecodeError as error:
+        raise DatasetError(f"{file} is not valid JSON: {error}") from error
+    for field in REQUIRED_FIELDS:
+        if not isinstance(content, dict) or not isinstance(content.get(field), list):
+            raise DatasetError(f"{file} lacks the list '{field}'; a COCO file has {', '.join(REQUIRED_FIELDS)}")
+    return content
+
+
+def _valid_entries(content: dict, kind: str, file: Path, problems: Problems) -> list[dict]:
+    """Entries of a list that have all fields, with whole numbers for ids, the first of each id."""
+    valid, seen = [], set()
+    for position, entry in enumerate(content[kind]):
+        if not isinstance(entry, dict):
+            problems.add("malformed entry", file, f"{kind}[{position}] is not an object")
+            continue
+        annotation_id = entry.get("id") if kind == "annotations" else None
+        missing = [field for field in REQUIRED_FIELDS[kind] if entry.get(field) is None]
+        ids = [field for field in ("id", "image_id", "category_id") if field in REQUIRED_FIELDS[kind]]
+        malformed = [field for field in ids if field not in missing and type(entry[field]) is not int]
+        if missing:
+            detail = f"{kind}[{position}] lacks '{missing[0]}'"
+            problems.add("missing field", file, detail, annotation_id)
+        elif malformed:
+            detail = f"{kind}[{position}]: '{malformed[0]}' is {entry[malformed[0]]!r}, not a whole number"
+            problems.add("malformed id", file, detail, annotation_id)
+        elif entry["id"] in seen:
+            problems.add(f"duplicate id in {kind}", file, f"{entry['id']}", annotation_id)
+        else:
+            seen.add(entry["id"])
+            valid.append(entry)
+    return valid
+
+
+def _read_categories(entries: list[dict], annotations: list[dict], file: Path, problems: Problems) -> dict[int, str]:
+    """{id: name}, without Roboflow's project category."""
+    used = {annotation["category_id"] for annotation in annotations}
+    parents = {entry.get("supercategory") for entry in entries if entry.get("supercategory") != "none"}
+    categories = {}
+    for entry in entries:
+        name = str(entry["name"]).strip()
+        if entry.get("supercategory") == "none" and entry["name"] in parents and entry["id"] not in used:
+            logger.info("%s: category '%s' names the project, no annotation uses it; left out", file, name)
+        elif not name:
+            problems.add("empty category name", file, f"category {entry['id']}")
+        else:
+            categories[entry["id"]] = name
+    for name, count in Counter(categories.values()).items():
+        if count > 1:
+            ids = ", ".join(str(category_id) for category_id, other in categories.items() if other == name)
+            problems.add("duplicate category name", file, f"'{name}' is the name of categories {ids}")
+    return categories
+
+
+def locate_image(file_name: str, roots: list[Path], resolved: list[str]) -> str | None:
+    """The path of an image, or None if it leads out of the folder.
+
+    Args:
+        file_name: as in the annotations; `/` or `\\` between its parts.
+        roots: folders to look in, in this order; where the file is in none, the path is the one in the first.
+        resolved: their real paths, symbolic links followed.
+    """
+    name = PureWindowsPath(file_name)  # knows both separators, and drives
+    if ".." in name.parts or name.anchor:
+        return None
+    for root, real_root in zip(roots, resolved, strict=True):
+        path = os.path.join(root, *name.parts)
+        if os.path.lexists(path):
+            return path if os.path.realpath(path).startswith(os.path.join(real_root, "")) else None
+    return os.path.join(roots[0], *name.parts)
+
+
+def _object(annotation: dict, categories: dict[int, str]) -> dict:
+    return {
+        "id": annotation["id"],
+        "category": categories[annotation["category_id"]],
+        "bbox": annotation["bbox"],
+        "area": annotation.get("area"),
+        "iscrowd": bool(annotation.get("iscrowd", 0)),
+        "segmentation": annotation.get("segmentation") or None,
+    }

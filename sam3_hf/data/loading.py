@@ -1,0 +1,144 @@
+"""The way in: from what a user has to checked `datasets` splits."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+import yaml
+
+from .checks import DatasetError, Problems, check_dataset
+from .coco import find_roboflow_files, read_coco, split_name
+from .objects import read_objects
+from .rows import RawSplit, build_dataset
+
+logger = logging.getLogger(__name__)
+
+Source = str | Path
+
+
+def load_dataset_splits(
+    data: Source | Mapping[str, Source],
+    image_folder: Source | Mapping[str, Source] | None = None,
+    category_map: Source | Mapping[str, str] | None = None,
+) -> datasets.DatasetDict:
+    """Reads a dataset, checks and repairs it, and brings it into one row schema (see `sam3_hf.data.rows`).
+
+    Args:
+        data: one of
+            a folder in the Roboflow layout (train/, valid/, test/ with _annotations.coco.json, images beside it or
+            under images/);
+            a COCO file, or {split: COCO file};
+            a folder written by `datasets` (`save_to_disk`, parquet) or a repository of the Hub with the columns
+            `image` and `objects` (see `sam3_hf.data.objects`).
+        image_folder: for COCO files: where their file names start, or {split: folder}; default: the folder of the
+            file, or images/ in it.
+        category_map: YAML file, or dict, {category name: phrase to prompt with}; names left out stay as they are, two
+            names with one phrase become one concept.
+
+    Returns:
+        {"train": ..., "validation": ..., "test": ...}, those that there are. Concepts are the same in all splits:
+        `concept_names(split)`.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        DatasetError: the dataset has faults; the message lists the first ten and counts each kind. Or the category map
+            has an unknown name, or leaves numbers without a name.
+    """
+    problems = Problems()
+    splits = _read(data, image_folder, problems)
+    names = list(dict.fromkeys(name for split in splits for name in split.category_names))
+    category_map = read_category_map(category_map, names)
+    unnamed = [name for name in names if name not in category_map]
+    if unnamed and any(split.numbered for split in splits):
+        raise DatasetError(
+            f"categories {', '.join(unnamed[:10])} are numbers without a name; give a category_map, "
+            f"e.g. '{unnamed[0]}: red blood cell'"
+        )
+    check_dataset(splits, problems)
+    phrases = [category_map.get(name, name) for name in names]
+    concepts = list(dict.fromkeys(phrases))
+    if len(concepts) < len(names):
+        logger.info("the category map merges %d categories into %d concepts", len(names), len(concepts))
+    category_index = {name: concepts.index(phrase) for name, phrase in zip(names, phrases, strict=True)}
+    for split in splits:
+        objects = [item for row in split.rows for item in row["objects"]]
+        crowds = sum(item["iscrowd"] for item in objects)
+        text = "%s: %d images (%d without annotations), %d objects, %d crowd regions, %d concepts"
+        empty = sum(not row["objects"] for row in split.rows)
+        logger.info(text, split.name, len(split.rows), empty, len(objects) - crowds, crowds, len(concepts))
+    return datasets.DatasetDict({split.name: build_dataset(split, concepts, category_index) for split in splits})
+
+
+def read_category_map(category_map: Source | Mapping[str, str] | None, names: list[str]) -> dict[str, str]:
+    """{category name: phrase} from a YAML file or a dict.
+
+    Args:
+        names: the categories of the dataset.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DatasetError: not a mapping of names to phrases, or a key is not a category; the message lists those known.
+    """
+    if category_map is None:
+        return {}
+    where = "category_map"
+    if not isinstance(category_map, Mapping):
+        where = f"category map {category_map}"
+        with open(category_map, encoding="utf-8") as file:
+            try:
+                # BaseLoader leaves everything text, so that a category named 'no' or '0' stays one
+                category_map = yaml.load(file, Loader=yaml.BaseLoader)
+            except yaml.YAMLError as error:
+                raise DatasetError(f"{where} is not valid YAML: {error}") from error
+    if not isinstance(category_map, Mapping):
+        raise DatasetError(f"{where} must hold one 'category: phrase' a line")
+    category_map = {str(name): phrase for name, phrase in category_map.items()}
+    unknown = [name for name in category_map if name not in names]
+    if unknown:
+        raise DatasetError(f"{where}: unknown categories {', '.join(unknown)}; those known are {', '.join(names)}")
+    for name, phrase in category_map.items():
+        if not isinstance(phrase, str) or not phrase.strip():
+            raise DatasetError(f"{where}: '{name}' must be followed by a phrase, got {phrase!r}")
+    return {name: phrase.strip() for name, phrase in category_map.items()}
+
+
+def _read(data, image_folder, problems: Problems) -> list[RawSplit]:
+    files = _coco_files(data)
+    if files:
+        splits = []
+        for name, file in files.items():
+            folder = image_folder.get(name) if isinstance(image_folder, Mapping) else image_folder
+            splits.append(read_coco(name, file, Path(folder) if folder is not None else None, problems))
+        return splits
+    if image_folder is not None:
+        raise DatasetError(f"image_folder is for COCO files; {data} is not one")
+    loaded = _load_with_datasets(str(data))
+    if isinstance(loaded, datasets.Dataset):
+        loaded = {"train": loaded}
+    return [read_objects(split_name(name), split, str(data), problems) for name, split in loaded.items()]
+
+
+def _coco_files(data) -> dict[str, Path]:
+    """{split: COCO file}; empty if `data` is for the `datasets` library."""
+    if isinstance(data, Mapping):
+        files = {split_name(name): Path(file) for name, file in data.items()}
+        if len(files) < len(data):
+            raise DatasetError(f"two of the splits {', '.join(data)} are the same")
+    elif str(data).endswith(".json"):
+        files = {"train": Path(data)}
+    else:
+        files = find_roboflow_files(Path(data))
+    for file in files.values():
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no annotation file {file}")
+    return files
+
+
+def _load_with_datasets(data: str):
+    folder = Path(data)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return datasets.load_from_disk(data)
+    if not folder.exists() and (folder.is_absolute() or data.startswith(".") or data.count("/") > 1):
+        raise FileNotFoundError(f"there is no dataset {data}: neither a file or folder, nor 'owner/name' of the Hub")
+    return datasets.load_dataset(data)

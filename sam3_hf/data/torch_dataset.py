@@ -1,0 +1,246 @@
+"""Map-style torch datasets that turn rows into samples, for training and for evaluation."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..evaluation.rows import coco_reference_row
+from . import transforms
+from .images import load_image
+from .rows import concept_names, has_masks, segmentation_of
+from .sampling import Prompt, PromptSampling, add_box, draw_prompts, image_rng
+from .transforms import Augmentation, Placement
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Sample:
+    """One image with its prompts; what collation takes.
+
+    Attributes:
+        pixel_values: (3, size, size) float32, -1 to 1.
+        phrases: one per prompt.
+        labels: one dict per prompt: boxes (n, 4) float32 cxcywh in [0, 1]; masks (n, size, size) bool where all of the
+            prompt's objects have a segmentation, and (0, size, size) for an absent concept of a dataset with masks.
+        boxes: one per prompt: (4,) float32 cxcywh in [0, 1], or None.
+        image_id: of the row.
+        original_size: (height, width) in pixels; evaluation only, as the following.
+        categories: position of each prompt's concept in `concept_names`.
+        references: one per prompt: what `sam3_hf.evaluation` takes as ground truth, crowd regions included.
+    """
+
+    pixel_values: torch.Tensor
+    phrases: list[str]
+    labels: list[dict]
+    boxes: list[torch.Tensor | None]
+    image_id: int
+    original_size: tuple[int, int] | None = None
+    categories: list[int] = field(default_factory=list)
+    references: list[dict] = field(default_factory=list)
+
+
+class TrainDataset(Dataset):
+    """Augmented images with sampled prompts.
+
+    An item depends only on (seed, epoch, index): a run that is killed and resumed sees the same batches, with any
+    number of workers. The epoch comes with the key, `dataset[epoch, index]`, as `EpochBatchSampler` asks for it; a
+    plain `dataset[index]` takes the epoch of `set_epoch`, which reaches running workers too.
+
+    Args:
+        rows: a split of `load_dataset_splits`.
+        image_size: side of the model's square input in pixels.
+        sampling: which prompts are drawn.
+        augmentation: how images are varied.
+        seed: 0 or more.
+
+    Raises:
+        ValueError: a negative word is a concept of the dataset, or the dataset has no images.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        image_size: int,
+        sampling: PromptSampling | None = None,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ):
+        if len(rows) == 0:
+            raise ValueError("the training split has no images")
+        self.rows, self.image_size, self.seed = rows, image_size, seed
+        self.sampling, self.augmentation = sampling or PromptSampling(), augmentation or Augmentation()
+        self.concepts = concept_names(rows)
+        self.has_masks = has_masks(rows)
+        known = set(self.concepts) & set(self.sampling.negative_words)
+        if known:
+            raise ValueError(f"negative words {', '.join(sorted(known))} are concepts of the dataset; remove them")
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of plain indices."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        epoch, index = key if isinstance(key, tuple) else (int(self._epoch), key)
+        rng, row = image_rng(self.seed, epoch, index), self.rows[index]
+        placement = transforms.draw_placement(row["width"], row["height"], self.image_size, self.augmentation, rng)
+        pixels = self._pixels(row, placement, rng)
+        boxes, cut, visible = transforms.place_boxes(boxes_of(row["objects"]), placement)
+        by_concept, barred = {}, set()
+        for place, item in enumerate(row["objects"]):
+            if item["iscrowd"]:
+                barred.add(item["category"])
+            elif visible[place]:
+                by_concept.setdefault(item["category"], []).append(place)
+        prompts = draw_prompts(by_concept, barred, self.concepts, self.sampling, rng)
+        labels, final_prompts = [], []
+        for prompt in prompts:
+            label, kept = make_label(prompt, row["objects"], boxes, cut, placement, self.has_masks)
+            prompt = replace(prompt, objects=kept)
+            if kept and rng.random() < self.sampling.box_prompt_probability:
+                prompt = add_box(prompt, label["boxes"].numpy(), self.image_size, rng)
+            labels.append(to_unit(label, self.image_size))
+            final_prompts.append(prompt)
+        return Sample(
+            pixel_values=pixels,
+            phrases=[prompt.phrase for prompt in final_prompts],
+            labels=labels,
+            boxes=[_unit_box(prompt.box, self.image_size) for prompt in final_prompts],
+            image_id=row["image_id"],
+        )
+
+    def _pixels(self, row: dict, placement: Placement, rng: np.random.Generator) -> torch.Tensor:
+        scale = placement.side / placement.width, placement.side / placement.height
+        needed = row["width"] * scale[0], row["height"] * scale[1]
+        pixels, factor = load_image(row["image"], row["width"], row["height"], needed)
+        pixels = transforms.place_pixels(pixels, placement, factor).contiguous()
+        if self.augmentation.color_jitter > 0:
+            pixels = transforms.jitter_colors(pixels, self.augmentation.color_jitter, rng)
+        return transforms.normalize(transforms.pad_to_canvas(pixels, placement))
+
+
+class EvalDataset(Dataset):
+    """Images as they are, each asked for every concept.
+
+    Args:
+        rows: a split of `load_dataset_splits`.
+        image_size: side of the model's square input in pixels.
+        categories: positions in `concept_names` to ask for; default: all.
+
+    Raises:
+        ValueError: a category is not among the concepts, or the dataset has no images.
+    """
+
+    def __init__(self, rows: datasets.Dataset, image_size: int, categories: Sequence[int] | None = None):
+        if len(rows) == 0:
+            raise ValueError("the evaluation split has no images")
+        self.rows, self.image_size = rows, image_size
+        self.concepts = concept_names(rows)
+        self.has_masks = has_masks(rows)
+        self.categories = list(range(len(self.concepts)) if categories is None else categories)
+        unknown = [category for category in self.categories if category not in range(len(self.concepts))]
+        if unknown:
+            raise ValueError(f"categories {unknown} are not positions among the {len(self.concepts)} concepts")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.rows[index]
+        width, height, objects = row["width"], row["height"], row["objects"]
+        placement = transforms.whole_image(width, height, self.image_size)
+        pixels, _ = load_image(row["image"], width, height)
+        pixels = transforms.normalize(transforms.place_pixels(pixels, placement))
+        boxes, cut, _ = transforms.place_boxes(boxes_of(objects), placement)
+        image = {"id": row["image_id"], "width": width, "height": height}
+        labels, references = [], []
+        for category in self.categories:
+            of_category = [place for place, item in enumerate(objects) if item["category"] == category]
+            targets = tuple(place for place in of_category if not objects[place]["iscrowd"])
+            prompt = Prompt(self.concepts[category], category, targets)
+            label, _ = make_label(prompt, objects, boxes, cut, placement, self.has_masks)
+            labels.append(to_unit(label, self.image_size))
+            annotations = [objects[place] | {"segmentation": segmentation_of(objects[place])} for place in of_category]
+            references.append(coco_reference_row(image, category, annotations, with_masks=self.has_masks))
+        return Sample(
+            pixel_values=pixels,
+            phrases=[self.concepts[category] for category in self.categories],
+            labels=labels,
+            boxes=[None] * len(labels),
+            image_id=row["image_id"],
+            original_size=(height, width),
+            categories=list(self.categories),
+            references=references,
+        )
+
+
+def boxes_of(objects: list[dict]) -> np.ndarray:
+    """(n, 4) float64 xywh in pixels of the image."""
+    return np.array([item["bbox"] for item in objects], dtype=np.float64).reshape(-1, 4)
+
+
+def make_label(
+    prompt: Prompt, objects: list[dict], boxes: np.ndarray, cut: np.ndarray, placement: Placement, with_masks: bool
+) -> tuple[dict, tuple[int, ...]]:
+    """The target of one prompt, and the objects that are in it.
+
+    Masks are made only if all of the prompt's objects have a segmentation. An object that the crop took something of
+    gets the box of its remaining pixels, or is left out if there are none. An object too thin to have pixels at this
+    size gets those of its box.
+
+    Args:
+        objects: of the row.
+        boxes, cut: of `place_boxes`.
+        with_masks: whether the dataset has masks; an absent concept then gets an empty stack of them.
+
+    Returns:
+        ({"boxes": (n, 4) float32 xyxy in pixels of the canvas, "masks": (n, canvas, canvas) bool or absent}, objects)
+    """
+    if not prompt.objects:
+        label = {"boxes": torch.zeros(0, 4)}
+        if with_masks:
+            label["masks"] = torch.zeros(0, placement.canvas, placement.canvas, dtype=torch.bool)
+        return label, ()
+    segmentations = [segmentation_of(objects[place]) for place in prompt.objects]
+    if not all(segmentations):
+        return {"boxes": torch.from_numpy(boxes[list(prompt.objects)]).float()}, prompt.objects
+    kept, final_boxes, masks = [], [], []
+    for place, segmentation in zip(prompt.objects, segmentations, strict=True):
+        mask, box = transforms.place_mask(segmentation, placement), boxes[place]
+        empty = not mask.any()
+        if empty and cut[place]:
+            continue
+        if empty:
+            left, top, right, bottom = *np.floor(box[:2]).astype(int), *np.ceil(box[2:]).astype(int)
+            mask[top:bottom, left:right] = True
+        elif cut[place]:
+            box = transforms.mask_box(mask)
+        kept.append(place)
+        final_boxes.append(torch.as_tensor(box, dtype=torch.float32))
+        masks.append(mask)
+    if not kept:
+        return make_label(replace(prompt, objects=()), objects, boxes, cut, placement, True)
+    return {"boxes": torch.stack(final_boxes), "masks": torch.stack(masks)}, tuple(kept)
+
+
+def to_unit(label: dict, canvas: int) -> dict:
+    """The label with boxes as cxcywh in [0, 1] instead of xyxy in pixels."""
+    return label | {"boxes": _to_cxcywh(label["boxes"]) / canvas}
+
+
+def _unit_box(box: np.ndarray | None, canvas: int) -> torch.Tensor | None:
+    return None if box is None else _to_cxcywh(torch.as_tensor(box, dtype=torch.float32)) / canvas
+
+
+def _to_cxcywh(boxes: torch.Tensor) -> torch.Tensor:
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)

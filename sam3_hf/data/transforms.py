@@ -1,0 +1,196 @@
+"""Geometry and colour of training images.
+
+A `Placement` is drawn first: which part of the image becomes which square of the model's canvas, mirrored or not. The
+pixels then follow through torchvision's v2 functions; boxes and polygon corners follow by arithmetic, so that polygons
+are rasterised once, at the size that is needed, and only those that are needed.
+
+As in the published fine-tuning of SAM 3, images are made square (their aspect is not kept), 480 to 1008 pixels wide at
+a resolution of 1008, and put at a random place of a black canvas. Flips, crops and colours are additions.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from .masks import polygons_to_mask, rle_to_mask
+
+SMALLEST_SIDE = 480 / 1008  # sam3 configs/roboflow_v100: RandomResizeAPI min_size and resolution
+VISIBLE_SIDE = 1.0  # pixels of the canvas; what a crop leaves of an object must be as wide and high
+BLOCK = 8  # crops start and end at multiples, where a JPEG decoded at 1/8 has whole pixels
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied.
+
+    Attributes:
+        horizontal_flip: probability, 0 to 1; 0 if phrases tell left from right.
+        crop: probability of cutting out a part, 0 to 1.
+        smallest_crop: shortest side of that part, as a share of the image's, above 0 up to 1; its aspect is kept.
+        smallest_side: least side of the image on the canvas, as a share of the canvas, above 0 up to 1.
+        color_jitter: brightness, contrast and saturation are each multiplied by 1 - this to 1 + this; 0 to below 1.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    horizontal_flip: float = 0.5
+    crop: float = 0.5
+    smallest_crop: float = 0.5
+    smallest_side: float = SMALLEST_SIDE
+    color_jitter: float = 0.2
+
+    def __post_init__(self):
+        for name in ("horizontal_flip", "crop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        for name in ("smallest_crop", "smallest_side"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
+        if not 0 <= self.color_jitter < 1:
+            raise ValueError(f"color_jitter must be from 0 to below 1, got {self.color_jitter}")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a part of an image comes to lie on the model's square canvas.
+
+    Attributes:
+        left, top, width, height: the part, in pixels of the image.
+        flip: mirrored left to right.
+        side: of the square that the part becomes, in pixels of the canvas.
+        x, y: its top left corner on the canvas.
+        canvas: side of the canvas in pixels.
+    """
+
+    left: int
+    top: int
+    width: int
+    height: int
+    flip: bool
+    side: int
+    x: int
+    y: int
+    canvas: int
+
+    def move(self, points: np.ndarray) -> np.ndarray:
+        """(..., 2) x, y in pixels of the image -> pixels of the canvas; may lie outside of the square."""
+        moved = (points - (self.left, self.top)) * (self.side / self.width, self.side / self.height)
+        if self.flip:
+            moved[..., 0] = self.side - moved[..., 0]
+        return moved + (self.x, self.y)
+
+
+def whole_image(width: int, height: int, canvas: int) -> Placement:
+    """The placement of evaluation, as processors resize: all of the image on all of the canvas."""
+    return Placement(0, 0, width, height, False, canvas, 0, 0, canvas)
+
+
+def draw_placement(
+    width: int, height: int, canvas: int, augmentation: Augmentation, rng: np.random.Generator
+) -> Placement:
+    """A random placement of a width x height image on a canvas x canvas square."""
+    flip = rng.random() < augmentation.horizontal_flip
+    left, top, right, bottom = 0, 0, width, height
+    if rng.random() < augmentation.crop:
+        share = rng.uniform(augmentation.smallest_crop, 1)
+        left, right = _draw_interval(width, share, rng)
+        top, bottom = _draw_interval(height, share, rng)
+    side = int(rng.integers(int(np.ceil(canvas * augmentation.smallest_side)), canvas + 1))
+    x, y = (int(value) for value in rng.integers(0, canvas - side + 1, size=2))
+    return Placement(left, top, right - left, bottom - top, flip, side, x, y, canvas)
+
+
+def _draw_interval(length: int, share: float, rng: np.random.Generator) -> tuple[int, int]:
+    size = length * share
+    start = rng.uniform(0, length - size)
+    first, last = BLOCK * round(start / BLOCK), BLOCK * round((start + size) / BLOCK)
+    return (first, min(last, length)) if first < min(last, length) else (0, length)
+
+
+def place_pixels(pixels: torch.Tensor, placement: Placement, factor: int = 1) -> torch.Tensor:
+    """The part of the pixels that the placement names, as it lies on its square (not yet on the canvas).
+
+    Args:
+        pixels: (channels, height, width) uint8.
+        factor: 1, 2, 4 or 8: the pixels are those of the image divided by so much.
+
+    Returns:
+        (channels, side, side) uint8.
+    """
+    top, left = placement.top // factor, placement.left // factor
+    height, width = -(-placement.height // factor), -(-placement.width // factor)
+    placed = F.resized_crop(
+        tv_tensors.Image(pixels), top, left, height, width, [placement.side, placement.side], antialias=True
+    )
+    return F.horizontal_flip(placed) if placement.flip else placed
+
+
+def jitter_colors(pixels: torch.Tensor, strength: float, rng: np.random.Generator) -> torch.Tensor:
+    """Changes brightness, contrast and saturation of (3, height, width) uint8, in random order."""
+    adjust = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation]
+    factors = rng.uniform(1 - strength, 1 + strength, size=3)
+    for position in rng.permutation(3):
+        pixels = adjust[position](pixels, float(factors[position]))
+    return pixels
+
+
+def pad_to_canvas(pixels: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """(channels, side, side) -> (channels, canvas, canvas), zeros around it."""
+    rest = placement.canvas - placement.side
+    if rest == 0:
+        return pixels
+    return F.pad(pixels, [placement.x, placement.y, rest - placement.x, rest - placement.y])
+
+
+def place_boxes(boxes: np.ndarray, placement: Placement) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes on the canvas.
+
+    Args:
+        boxes: (n, 4) xywh in pixels of the image.
+
+    Returns:
+        (boxes, cut, visible): (n, 4) xyxy in pixels of the canvas, clamped to the square of the image; (n,) bool, what
+        the crop took something of; (n,) bool, what the crop left at least a pixel of, each way.
+    """
+    corners = np.stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)  # (n, 2, 2)
+    moved = placement.move(corners)
+    moved = np.concatenate([moved.min(axis=1), moved.max(axis=1)], axis=1)  # a flip swaps left and right
+    low, high = np.array([placement.x, placement.y] * 2), np.array([placement.x, placement.y] * 2) + placement.side
+    clamped = np.clip(moved, low, high)
+    cut = np.abs(clamped - moved).max(axis=1, initial=0) > 1e-6
+    sides = clamped[:, 2:] - clamped[:, :2]
+    return clamped, cut, ~cut | (sides >= VISIBLE_SIDE).all(axis=1)
+
+
+def place_mask(segmentation: list | dict, placement: Placement) -> torch.Tensor:
+    """The pixels of one object on the canvas: (canvas, canvas) bool.
+
+    Args:
+        segmentation: polygons in pixels of the image, or a compressed run-length encoding.
+    """
+    side, canvas = placement.side, torch.zeros(placement.canvas, placement.canvas, dtype=torch.bool)
+    if isinstance(segmentation, list):
+        corner = np.array([placement.x, placement.y])
+        polygons = [placement.move(np.array(polygon, dtype=np.float64).reshape(-1, 2)) for polygon in segmentation]
+        inside = torch.from_numpy(polygons_to_mask([polygon - corner for polygon in polygons], side, side))
+    else:
+        mask = torch.from_numpy(np.ascontiguousarray(rle_to_mask(segmentation)))
+        inside = place_pixels(mask[None] * 255, placement)[0] > 127  # as the image: half covered is inside
+    canvas[placement.y : placement.y + side, placement.x : placement.x + side] = inside
+    return canvas
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 0 to 255 -> float32 -1 to 1: mean and deviation 0.5, as SAM 3's processors do."""
+    return v2.functional.to_dtype(pixels, torch.float32).div_(127.5).sub_(1)
+
+
+def mask_box(mask: torch.Tensor) -> np.ndarray:
+    """(4,) xyxy in pixels around the True pixels of a (height, width) bool mask that has some."""
+    rows, columns = torch.nonzero(mask.any(dim=1))[:, 0], torch.nonzero(mask.any(dim=0))[:, 0]
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)

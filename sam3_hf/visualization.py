@@ -1,0 +1,333 @@
+"""Pictures for people: instances drawn over an image, prediction beside ground truth, training curves."""
+
+import colorsys
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+
+LONGEST_SIDE = (512, 1280)  # drawings are scaled into this range of pixels: labels need room, files should stay small
+FILL_OPACITY = 0.42
+PALETTE = ("#f5b700", "#00a1e4", "#dc0073", "#5dd400", "#8f5bd6", "#ff7a33", "#00c2a8", "#3b4cca")
+PAPER, INK, FAINT_INK = (255, 255, 255), (34, 38, 46), (110, 116, 128)
+
+Colours = Mapping[str, tuple[int, int, int]]
+
+
+def concept_colours(concepts: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+    """A colour per concept, RGB in 0 to 255, set by its place in `concepts`; pass the same list for every picture."""
+    colours = {}
+    for index, concept in enumerate(dict.fromkeys(concepts)):
+        if index < len(PALETTE):
+            red, green, blue = (int(PALETTE[index][start : start + 2], 16) for start in (1, 3, 5))
+        else:  # steps of the golden ratio keep hues apart however many follow
+            shade = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.85 - 0.25 * (index % 2), 0.9)
+            red, green, blue = (round(255 * channel) for channel in shade)
+        colours[concept] = (red, green, blue)
+    return colours
+
+
+def draw_instances(
+    image: Image.Image | np.ndarray,
+    boxes=None,
+    masks=None,
+    labels: Sequence[str] | None = None,
+    scores=None,
+    colours: Colours | None = None,
+    tag_labels: bool = True,
+) -> Image.Image:
+    """Draws masks, boxes and tags over an image.
+
+    Small images are enlarged and large ones reduced, so that the longest side is between 512 and 1280 pixels.
+
+    Args:
+        image: PIL image, or (height, width, 3) uint8.
+        boxes: (n, 4) xyxy in pixels of `image`; None draws masks alone.
+        masks: (n, height, width) bool or 0/1 at the size of `image`; None draws boxes alone.
+        labels: n concepts; default "object".
+        scores: (n,) in [0, 1]; None leaves them out.
+        colours: {concept: RGB}, from `concept_colours`; default by the alphabetical order of `labels`.
+        tag_labels: False leaves the concept out of the tags, for pictures with a legend.
+
+    Raises:
+        ValueError: lengths differ, or masks are not of the image's size.
+    """
+    image = _as_image(image)
+    boxes, masks, labels, scores = _check_instances(image, boxes, masks, labels, scores)
+    colours = colours or concept_colours(sorted(set(labels)))
+    scale = _scale_of(image)
+    canvas = _resize(image, scale)
+    stroke = max(2, round(max(canvas.size) / 340))
+
+    order = range(len(labels)) if masks is None else np.argsort(-masks.sum(axis=(1, 2)), kind="stable")
+    if masks is not None:
+        for index in order:  # small ones last: on top
+            canvas = _draw_mask(canvas, masks[index], colours[labels[index]], stroke)
+    draw = ImageDraw.Draw(canvas)
+    if boxes is None:
+        boxes = np.array([_bounds(mask) for mask in masks]).reshape(-1, 4) if masks is not None else np.zeros((0, 4))
+    elif len(boxes):
+        for index in order:
+            _draw_box(draw, boxes[index] * scale, colours[labels[index]], stroke)
+    taken = []
+    for index in order:
+        words = [labels[index]] if tag_labels else []
+        words += [f"{scores[index]:.2f}"] if scores is not None else []
+        if words:
+            _draw_tag(draw, canvas.size, boxes[index] * scale, " ".join(words), colours[labels[index]], taken)
+    return canvas
+
+
+def side_by_side(
+    image: Image.Image | np.ndarray,
+    prediction: Mapping,
+    ground_truth: Mapping,
+    colours: Colours | None = None,
+    title: str = "",
+) -> Image.Image:
+    """Prediction at the left, ground truth at the right, a legend of the concepts below.
+
+    Args:
+        image: PIL image, or (height, width, 3) uint8.
+        prediction, ground_truth: dicts of `boxes`, `masks`, `labels`, `scores`, each as in `draw_instances`.
+        colours: {concept: RGB}; default by the alphabetical order of the concepts shown.
+        title: a line above, as the file name.
+    """
+    image = _as_image(image)
+    shown = sorted({*(prediction.get("labels") or ()), *(ground_truth.get("labels") or ())})
+    colours = colours or concept_colours(shown)
+    fields = ("boxes", "masks", "labels", "scores")
+    halves = [
+        draw_instances(image, *(instances.get(field) for field in fields), colours=colours, tag_labels=False)
+        for instances in (prediction, ground_truth)
+    ]
+    width, height = halves[0].size
+    margin, text_height = 16, 20
+    title_height = 34 if title else 0
+    legend = [
+        f"{concept}: {_count(prediction, concept)} predicted, {_count(ground_truth, concept)} true"
+        for concept in shown
+    ] or ["nothing predicted, nothing to find"]
+    rows = _flow(legend, 2 * width + margin)
+    top = margin + title_height + 32
+    panel = Image.new("RGB", (2 * width + 3 * margin, top + height + margin + len(rows) * 28 + margin // 2), PAPER)
+    draw = ImageDraw.Draw(panel)
+    if title:
+        draw.text((margin, margin - 2), _fit(title, 2 * width, 22), font=_font(22), fill=INK)
+    for name, half, left in zip(("Prediction", "Ground truth"), halves, (margin, width + 2 * margin), strict=True):
+        draw.text((left, margin + title_height), name, font=_font(text_height), fill=INK)
+        panel.paste(half, (left, top))
+    for row, entries in enumerate(rows):
+        y = top + height + margin + row * 28
+        for x, index in entries:
+            if shown:
+                draw.rounded_rectangle((margin + x, y + 2, margin + x + 18, y + 18), 4, fill=colours[shown[index]])
+            draw.text(
+                (margin + x + (26 if shown else 0), y + 10), legend[index], font=_font(17), fill=FAINT_INK, anchor="lm"
+            )
+    return panel
+
+
+def plot_curves(metrics_jsonl: str | Path, out_png: str | Path) -> Path:
+    """Draws the curves of a training run: losses, scores and learning rates by step.
+
+    Args:
+        metrics_jsonl: one JSON object a line with `kind` ("train", ...), `step` and numbers. Drawn are `loss` of
+            every kind; AP, AP50, cgF1 and IL_MCC, by the names that `CocoAP` and `CGF1` give them; `lr` and all that
+            starts with `lr_`. Panels without numbers are left out.
+        out_png: the picture to write.
+
+    Raises:
+        ValueError: the file has no such number.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {name: series for name, series in _read_series(Path(metrics_jsonl)).items() if series}
+    if not panels:
+        raise ValueError(
+            f"{metrics_jsonl}: no loss, score or learning rate in it; was it written by training/train.py?"
+        )
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 3.8), squeeze=False, layout="constrained")
+    for axis, (name, series) in zip(axes[0], panels.items(), strict=True):
+        for index, (label, points) in enumerate(sorted(series.items())):
+            steps, values = np.array(sorted(points.items()), dtype=float).T
+            colour = PALETTE[(index + 1) % len(PALETTE)]
+            noisy = name == "Loss" and len(steps) > 60
+            line = {"color": colour, "linewidth": 1.8, "marker": "o" if len(steps) < 40 else None, "markersize": 4}
+            if noisy:
+                axis.plot(steps, values, color=colour, alpha=0.3)
+            axis.plot(steps, _smooth(values) if noisy else values, label=label, **line)
+        axis.set_title(name, loc="left", fontsize=12)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=9)
+        if name == "Scores":
+            axis.set_ylim(min(0, axis.get_ylim()[0]), 1)
+        elif name == "Learning rate":
+            axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    figure.savefig(out_png, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+    return Path(out_png)
+
+
+def _read_series(path: Path) -> dict[str, dict[str, dict[int, float]]]:
+    """{panel: {label: {step: value}}}; a step written twice keeps the later value."""
+    panels = {"Loss": {}, "Scores": {}, "Learning rate": {}}
+    figures = ("AP", "AP50", "cgF1")
+    scores = {f"{iou_type}_{figure}": f"{iou_type} {figure}" for iou_type in ("bbox", "segm") for figure in figures}
+    scores["IL_MCC"] = "presence MCC"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        for name, value in record.items():
+            if not isinstance(value, (int, float)):
+                continue
+            if name == "loss":
+                panel, label = "Loss", record.get("kind", "loss")
+            elif name in scores:
+                panel, label = "Scores", scores[name]
+            elif name == "lr" or name.startswith("lr_"):
+                panel, label = "Learning rate", name
+            else:
+                continue
+            panels[panel].setdefault(label, {})[record["step"]] = value
+    return panels
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of about a thirtieth of the run, narrower towards the ends."""
+    half = max(1, len(values) // 60)
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+def _as_image(image) -> Image.Image:
+    return (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).convert("RGB")
+
+
+def _as_array(values) -> np.ndarray | None:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().numpy()
+    return None if values is None else np.asarray(values)
+
+
+def _check_instances(image: Image.Image, boxes, masks, labels, scores):
+    boxes, masks, scores = _as_array(boxes), _as_array(masks), _as_array(scores)
+    counts = {
+        name: len(values)
+        for name, values in {"boxes": boxes, "masks": masks, "labels": labels, "scores": scores}.items()
+        if values is not None
+    }
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"boxes, masks, labels and scores must be equally many, got {counts}")
+    count = next(iter(counts.values()), 0)
+    if boxes is not None:
+        boxes = boxes.astype(float).reshape(-1, 4)
+    if masks is not None and count and masks.shape[1:] != (image.height, image.width):
+        raise ValueError(f"masks of {masks.shape[1:]} on an image of {(image.height, image.width)} (height, width)")
+    masks = masks.astype(bool) if masks is not None and count else None
+    return boxes, masks, list(labels) if labels is not None else ["object"] * count, scores
+
+
+def _scale_of(image: Image.Image) -> float:
+    longest = max(image.size)
+    return min(max(longest, LONGEST_SIDE[0]), LONGEST_SIDE[1]) / longest
+
+
+def _resize(image: Image.Image, scale: float) -> Image.Image:
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.copy() if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _draw_mask(canvas: Image.Image, mask: np.ndarray, colour, stroke: int) -> Image.Image:
+    soft = Image.fromarray(mask.astype(np.uint8) * 255).resize(canvas.size, Image.Resampling.BILINEAR)
+    if canvas.width > mask.shape[1]:  # rounds off the steps of enlarged pixels
+        soft = soft.filter(ImageFilter.GaussianBlur(0.6 * canvas.width / mask.shape[1]))
+    inside = soft.point(lambda value: 255 if value >= 128 else 0)
+    edge = ImageChops.subtract(inside, inside.filter(ImageFilter.MinFilter(2 * stroke - 1)))
+    opacity = ImageChops.lighter(inside.point(lambda value: round(value * FILL_OPACITY)), edge)
+    return Image.composite(Image.new("RGB", canvas.size, colour), canvas, opacity)
+
+
+def _draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, colour, stroke: int) -> None:
+    left, top, right, bottom = (round(float(side)) for side in box)
+    right, bottom = max(right - 1, left), max(bottom - 1, top)
+    draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=INK, width=1)
+    draw.rectangle((left, top, right, bottom), outline=colour, width=stroke)
+
+
+def _draw_tag(draw, size: tuple[int, int], box: np.ndarray, text: str, colour, taken: list) -> None:
+    """Writes at the first free place by the box: above it, below it, inside it, or beside it."""
+    height = max(16, round(max(size) / 34))
+    font = _font(round(height * 0.74))
+    width = round(draw.textlength(text, font=font)) + height // 2
+    left, top, right, bottom = (float(side) for side in box)
+    places = [
+        (left, top - height),
+        (left, bottom),
+        (left, top),
+        (right - width, bottom - height),
+        (right, top),
+        (left - width, top),
+        (right - width, top - height),
+        (right - width, bottom),
+    ]
+    places = [
+        (min(max(round(x), 0), max(size[0] - width, 0)), min(max(round(y), 0), max(size[1] - height, 0)))
+        for x, y in places
+    ]
+    tags = [(x, y, x + width, y + height) for x, y in places]
+    tag = min(tags, key=lambda tag: sum(_overlap(tag, other) for other in taken))
+    taken.append(tag)
+    draw.rounded_rectangle(tag, height // 5, fill=colour, outline=INK)
+    light = colour[0] * 0.299 + colour[1] * 0.587 + colour[2] * 0.114 > 140
+    middle = ((tag[0] + tag[2]) / 2, (tag[1] + tag[3]) / 2)
+    draw.text(middle, text, font=font, fill=INK if light else PAPER, anchor="mm")
+
+
+def _overlap(first: tuple, second: tuple) -> int:
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    return max(width, 0) * max(height, 0)
+
+
+def _bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return (0, 0, 0, 0)
+    return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+
+
+def _count(instances: Mapping, concept: str) -> int:
+    return list(instances.get("labels") or ()).count(concept)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=size)
+
+
+def _flow(entries: list[str], width: int) -> list[list[tuple[int, int]]]:
+    """Lays legend entries out in lines of at most `width` pixels: per line (x, index of the entry)."""
+    rows, x = [[]], 0
+    for index, entry in enumerate(entries):
+        needed = 26 + round(_font(17).getlength(entry)) + 28
+        if rows[-1] and x + needed > width:
+            rows.append([])
+            x = 0
+        rows[-1].append((x, index))
+        x += needed
+    return rows
+
+
+def _fit(text: str, width: int, size: int) -> str:
+    """The text, cut at its start where it is too long: the end of a path says more."""
+    if _font(size).getlength(text) <= width:
+        return text
+    while len(text) > 1 and _font(size).getlength("…" + text) > width:
+        text = text[1:]
+    return "…" + text

@@ -1,0 +1,110 @@
+"""Sizes at which the model runs in milliseconds, and stock models that share its weights."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from transformers import Sam3Config, Sam3Model
+
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel
+
+
+def micro_config(**overrides) -> Sam3LiteConfig:
+    """The preset tiny at 64 px with two layers everywhere: every layer kind, a tenth of the time."""
+    sizes = {
+        "image_size": 64,
+        "vision_hidden_size": 32,
+        "vision_num_attention_heads": 2,
+        "vision_num_hidden_layers": 2,
+        "vision_global_attn_indexes": [1],
+        "vision_window_size": 4,
+        "text_num_hidden_layers": 1,
+        "detr_encoder_layers": 2,
+        "detr_decoder_layers": 2,
+        "num_queries": 12,
+    }
+    return Sam3LiteConfig.from_preset("tiny", **{**sizes, **overrides})
+
+
+def stock_config(config: Sam3LiteConfig) -> Sam3Config:
+    """The stock configuration of the same sizes, with the parts that Sam3Lite leaves out."""
+    parts = config.to_dict()
+    return Sam3Config(
+        vision_config={**parts["vision_config"], "scale_factors": [4.0, 2.0, 1.0, 0.5]},
+        text_config=parts["text_config"],
+        geometry_encoder_config=parts["geometry_encoder_config"],
+        detr_encoder_config=parts["detr_encoder_config"],
+        detr_decoder_config=parts["detr_decoder_config"],
+        mask_decoder_config={**parts["mask_decoder_config"], "num_upsampling_stages": 3},
+    )
+
+
+def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Moves every parameter off its initial value, so that none is zero, one, or equal to another by accident."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+@pytest.fixture
+def config() -> Sam3LiteConfig:
+    return micro_config()
+
+
+@pytest.fixture
+def model(config) -> Sam3LiteModel:
+    torch.manual_seed(0)
+    return shake(Sam3LiteModel(config)).eval()
+
+
+@pytest.fixture
+def stock_model(config, model) -> Sam3Model:
+    stock = Sam3Model(stock_config(config)).eval()
+    result = stock.load_state_dict(model.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    return stock
+
+
+@pytest.fixture
+def inputs() -> dict:
+    """Three images, one prompt each, of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[1, 4:] = 0
+    mask[2, 6:] = 0
+    return {
+        "pixel_values": torch.randn(3, 3, 64, 64, generator=generator),
+        "input_ids": torch.randint(3, 1000, (3, 8), generator=generator),
+        "attention_mask": mask,
+    }
+
+
+@pytest.fixture
+def box_inputs(inputs) -> dict:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        **inputs,
+        "input_boxes": torch.rand(3, 2, 4, generator=generator) * 0.3 + 0.3,
+        "input_boxes_labels": torch.tensor([[1, 0], [1, -10], [-10, -10]]),
+    }
+
+
+def make_labels(with_masks: bool = True) -> list[dict]:
+    """Labels for three prompts at 64 px: two objects, none, one."""
+    boxes = [[[0.25, 0.25, 0.25, 0.25], [0.7, 0.6, 0.2, 0.4]], [], [[0.5, 0.5, 0.5, 0.5]]]
+    labels = []
+    for per_prompt in boxes:
+        label = {"boxes": torch.tensor(per_prompt).reshape(-1, 4)}
+        if with_masks:
+            masks = torch.zeros(len(per_prompt), 64, 64, dtype=torch.bool)
+            for mask, (x, y, w, h) in zip(masks, per_prompt, strict=True):
+                mask[int((y - h / 2) * 64) : int((y + h / 2) * 64), int((x - w / 2) * 64) : int((x + w / 2) * 64)] = (
+                    True
+                )
+            label["masks"] = masks
+        labels.append(label)
+    return labels
