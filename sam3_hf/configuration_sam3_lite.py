@@ -91,8 +91,9 @@ class Sam3LiteLossConfig(PreTrainedConfig):
         semantic_focal_loss_weight, semantic_dice_loss_weight (`float`): weights of the semantic losses.
         semantic_focal_alpha, semantic_focal_gamma (`float`): constants of the semantic focal loss.
         one_to_many_weight (`float`): weight of the one-to-many auxiliary branch; 0 switches the branch off.
-        one_to_many_alpha (`float`): exponent of the score; the IoU gets `1 - one_to_many_alpha`.
-        one_to_many_threshold (`float`): lowest IoU of a one-to-many match.
+        one_to_many_alpha (`float`): weight of the score in the quality of a one-to-many match; the IoU gets
+            `1 - one_to_many_alpha`.
+        one_to_many_threshold (`float`): lowest quality of a one-to-many match.
         one_to_many_topk (`int`): most queries matched to one object.
         one_to_many_masks (`bool`): also supervise the masks of the one-to-many branch; up to `one_to_many_topk` times
             the mask memory.

@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from sam3_hf import loss_sam3_lite as loss_module
+from sam3_hf.configuration_sam3_lite import Sam3LiteLossConfig
 from sam3_hf.loss_sam3_lite import (
     DetectionOutputs,
     box_overlaps,
@@ -29,41 +29,11 @@ from sam3_hf.loss_sam3_lite import (
 )
 
 ORACLE = json.loads((Path(__file__).parent / "fixtures" / "loss_oracle.json").read_text())
-DEFAULTS = {
-    "cost_class": 2.0,
-    "cost_bbox": 5.0,
-    "cost_giou": 2.0,
-    "cost_focal_alpha": 0.25,
-    "cost_focal_gamma": 2.0,
-    "bbox_loss_weight": 5.0,
-    "giou_loss_weight": 2.0,
-    "class_loss_weight": 20.0,
-    "presence_loss_weight": 20.0,
-    "class_alpha": 0.25,
-    "class_gamma": 2.0,
-    "class_pos_weight": 10.0,
-    "class_pad_queries": 200,
-    "mask_focal_loss_weight": 200.0,
-    "mask_dice_loss_weight": 10.0,
-    "mask_focal_alpha": 0.25,
-    "mask_focal_gamma": 2.0,
-    "mask_num_points": 64,
-    "mask_oversample_ratio": 3.0,
-    "mask_importance_sample_ratio": 0.75,
-    "semantic_focal_loss_weight": 20.0,
-    "semantic_dice_loss_weight": 30.0,
-    "semantic_focal_alpha": 0.6,
-    "semantic_focal_gamma": 2.0,
-    "one_to_many_weight": 2.0,
-    "one_to_many_alpha": 0.3,
-    "one_to_many_threshold": 0.4,
-    "one_to_many_topk": 4,
-    "one_to_many_masks": True,
-}
 
 
 def make_config(**overrides):
-    return SimpleNamespace(**{**DEFAULTS, **overrides})
+    """The defaults, with fewer points per mask and with masks on the one-to-many queries too."""
+    return Sam3LiteLossConfig(**{"mask_num_points": 64, "one_to_many_masks": True, **overrides})
 
 
 def fixed_points(num_masks, num_points, device):
@@ -174,22 +144,22 @@ def test_terms_of_one_object_by_hand():
 
 def test_classification_target_is_iou_aware():
     box, shifted = [0.5, 0.5, 0.2, 0.2], [0.6, 0.5, 0.2, 0.2]
-    _, losses = sam3_lite_loss(*single([2.0], [shifted], box), make_config(class_pad_queries=1))
+    _, losses = sam3_lite_loss(*single([2.0], [shifted], box), make_config())
     prob = 1 / (1 + math.exp(-2))
     goal = prob**0.25 * (1 / 3) ** 0.75
     expected = -goal * math.log(prob) - (1 - goal) * math.log(1 - prob)
-    assert losses["loss_class"].item() == pytest.approx(20 * 10 * expected, rel=1e-5)
+    assert losses["loss_class"].item() == pytest.approx(20 * 10 * expected / 200, rel=1e-5)
 
 
 def test_query_of_several_objects_takes_its_best_target():
     box, shifted = [0.5, 0.5, 0.2, 0.2], [0.52, 0.5, 0.2, 0.2]
     extra = {"one_to_many_logits": torch.tensor([[[2.0]]]), "one_to_many_boxes": torch.tensor([[[box]]])}
     outputs, labels = single([0.0], [box], [box, shifted], **extra)
-    _, losses = sam3_lite_loss(outputs, labels, make_config(class_pad_queries=1))
+    _, losses = sam3_lite_loss(outputs, labels, make_config())
     prob = 1 / (1 + math.exp(-2))
     goal = prob**0.25  # IoU 1 with the first object, less with the second
     expected = -goal * math.log(prob) - (1 - goal) * math.log(1 - prob)
-    assert losses["loss_class_o2m"].item() == pytest.approx(2 * 20 * 10 * expected, rel=1e-5)
+    assert losses["loss_class_o2m"].item() == pytest.approx(2 * 20 * 10 * expected / 200, rel=1e-5)
     assert losses["loss_bbox_o2m"].item() == pytest.approx(2 * 5 * (0 + 0.02) / 2, rel=1e-4)
 
 
@@ -345,6 +315,15 @@ def test_semantic_target_is_the_union_of_masks():
     assert losses["loss_semantic_dice"].item() == pytest.approx(30 * (1 - (2 * 4 + 1) / (8 + 8 + 1)))
 
 
+def test_prompt_whose_masks_are_empty_counts_nothing_in_the_semantic_terms():
+    case = make_case(seed=3, counts=[2, 1], mask_size=[8, 8])
+    case[1][1]["masks"].zero_()
+    _, losses = case_loss(case)
+    _, alone = case_loss(select_prompts(case, slice(0, 1)))
+    torch.testing.assert_close(losses["loss_semantic_focal"], alone["loss_semantic_focal"])
+    torch.testing.assert_close(losses["loss_semantic_dice"], alone["loss_semantic_dice"])
+
+
 def test_mask_terms_by_hand():
     outputs, labels = single([0.0], [[0.5, 0.5, 0.2, 0.2]], [0.5, 0.5, 0.2, 0.2])
     labels[0]["masks"] = torch.ones(1, 5, 6, dtype=torch.bool)
@@ -485,20 +464,25 @@ def select_prompts(case, rows):
     return part, labels[rows], mask_logits[:, rows]
 
 
-def sharded_case():
-    case = make_case(seed=11, counts=[3, 0, 5, 2, 0], mask_size=[12, 10])
-    del case[1][3]["masks"]
-    return case
+def sharded_cases():
+    """(prompts of the first of two processes, whole batch)."""
+    for first, counts in ((3, [3, 0, 5, 2, 0]), (4, [3, 0, 5, 2, 0]), (1, [1, 0])):
+        case = make_case(seed=11, counts=counts, mask_size=[12, 10])
+        if len(counts) > 3:
+            del case[1][3]["masks"]
+        yield first, case
 
 
 def loss_and_gradients(case):
     outputs, labels, mask_logits = case
     outputs = DetectionOutputs(*(value.detach().clone() for value in vars(outputs).values()))
     mask_logits = mask_logits.detach().clone().requires_grad_()
-    leaves = [*require_grad(outputs), mask_logits]
+    require_grad(outputs)
     loss, losses = case_loss((outputs, labels, mask_logits))
     loss.backward()
-    return {"loss": loss.item(), "losses": losses, "gradients": [leaf.grad for leaf in leaves]}
+    gradients = {name: leaf.grad.transpose(0, 1) for name, leaf in vars(outputs).items()}  # prompts first
+    gradients |= {"semantic_logits": outputs.semantic_logits.grad, "mask_logits": mask_logits.grad.transpose(0, 1)}
+    return {"loss": loss.item(), "losses": losses, "gradients": gradients}
 
 
 def run_shards(folder, rank):
@@ -506,9 +490,9 @@ def run_shards(folder, rank):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     loss_module._random_points = fixed_points
     results = []
-    for split in (3, 4):  # the second process gets prompts 3 and 4 (two objects, no masks), or prompt 4 (no object)
-        rows = slice(0, split) if rank == 0 else slice(split, None)
-        results.append(loss_and_gradients(select_prompts(sharded_case(), rows)))
+    for first, case in sharded_cases():
+        rows = slice(0, first) if rank == 0 else slice(first, None)
+        results.append(loss_and_gradients(select_prompts(case, rows)))
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -523,11 +507,11 @@ def test_two_processes_give_the_loss_and_gradient_of_the_whole_batch(tmp_path, m
     shards = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
 
     monkeypatch.setattr(loss_module, "_random_points", fixed_points)
-    whole = loss_and_gradients(sharded_case())
-    for first, second in zip(*shards, strict=True):
+    for first, second, (_, case) in zip(*shards, sharded_cases(), strict=True):
+        whole = loss_and_gradients(case)
         assert (first["loss"] + second["loss"]) / 2 == pytest.approx(whole["loss"], rel=1e-6)
         for name, value in whole["losses"].items():
             torch.testing.assert_close((first["losses"][name] + second["losses"][name]) / 2, value)
-        for one, other, expected in zip(first["gradients"], second["gradients"], whole["gradients"], strict=True):
-            axis = 0 if one.shape[1] == 1 and one.ndim == 4 else 1  # semantic logits have prompts first
-            torch.testing.assert_close(torch.cat([one, other], dim=axis) / 2, expected)
+        for name, gradient in whole["gradients"].items():
+            halves = torch.cat([first["gradients"][name], second["gradients"][name]]) / 2
+            torch.testing.assert_close(halves, gradient)
