@@ -9,6 +9,7 @@ import pytest
 import torch
 from evaluation_cases import CASES, HEIGHT, WIDTH, random_pairs
 from faster_coco_eval.core import mask as mask_api
+from torch import distributed
 
 from sam3_hf.evaluation import CGF1, CocoAP, coco_reference_row, encode_masks, prediction_row, reference_row
 
@@ -204,15 +205,17 @@ def test_order_of_rows_does_not_matter():
         assert compute(metric_class, predictions, references) == compute(metric_class, *shuffled)
 
 
-def _evaluate_share(process_id, cache_dir, shares, results):
-    """Both metrics over one process's rows, for two rounds."""
-    options = {"num_process": 2, "process_id": process_id, "cache_dir": cache_dir, "experiment_id": "try"}
+def _evaluate_shares(process_id, folder, shares, results):
+    """Both metrics over one process's rows, round after round."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=process_id, world_size=2)
+    options = {"num_process": 2, "process_id": process_id, "cache_dir": folder}
     metrics = [CocoAP(**options), CGF1(**options)]
     for share in shares:
         for metric in metrics:
-            for row in share:
-                metric.add(prediction=row[0], reference=row[1])
+            for prediction, reference in share:
+                metric.add(prediction=prediction, reference=reference)
         results.put((process_id, [metric.compute() for metric in metrics]))
+    distributed.destroy_process_group()
 
 
 def test_two_processes_get_the_result_of_one(tmp_path):
@@ -223,18 +226,23 @@ def test_two_processes_get_the_result_of_one(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     workers = [
-        context.Process(target=_evaluate_share, args=(number, str(tmp_path), shares[number], results))
+        context.Process(target=_evaluate_shares, args=(number, str(tmp_path), shares[number], results))
         for number in (0, 1)
     ]
     for worker in workers:
         worker.start()
-    collected = [results.get(timeout=120) for _ in range(4)]
+    collected = [results.get(timeout=60) for _ in range(4)]
     for worker in workers:
         worker.join(timeout=60)
         assert worker.exitcode == 0
     expected = [compute(metric_class, *zip(*rows, strict=True)) for metric_class in (CocoAP, CGF1)]
     assert [result for number, result in collected if number == 0] == [expected, expected]
     assert [result for number, result in collected if number == 1] == [[None, None], [None, None]]
+
+
+def test_several_processes_need_a_process_group():
+    with pytest.raises(ValueError, match="torch.distributed is not initialised"):
+        CocoAP(num_process=2, process_id=1)
 
 
 def test_encoding_masks_round_trips():

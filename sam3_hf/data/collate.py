@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch.utils.data import default_collate
 
 from .torch_dataset import Sample
 
@@ -42,7 +43,8 @@ class PromptCollator:
         phrases = [phrase for sample in samples for phrase in sample.phrases]
         counts = torch.tensor([len(sample.phrases) for sample in samples])
         batch = {
-            "pixel_values": torch.stack([sample.pixel_values for sample in samples]),
+            # in a worker, this writes right into the memory it shares with the main process
+            "pixel_values": default_collate([sample.pixel_values for sample in samples]),
             "image_index": torch.repeat_interleave(torch.arange(len(samples)), counts),
             "labels": [label for sample in samples for label in sample.labels],
         }

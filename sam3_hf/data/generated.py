@@ -215,15 +215,16 @@ def _rasterise(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
     share = (samples[row] - start[edge, 1]) / (end[edge, 1] - start[edge, 1])
     crossing = start[edge, 0] + share * (end[edge, 0] - start[edge, 0])
     column = np.clip(np.ceil(crossing - 0.5), 0, width * SUPERSAMPLING).astype(int)
-    crossings = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING + 1), dtype=np.int32)
+    crossings = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING + 1), dtype=np.uint8)
     np.add.at(crossings, (row, column), 1)
-    return _to_pixels(np.cumsum(crossings[:, :-1], axis=1) % 2)  # inside after an odd number of edges
+    return _to_pixels(np.cumsum(crossings[:, :-1], axis=1, dtype=np.uint8) & 1)  # inside after an odd number of edges
 
 
 def _to_pixels(fine: np.ndarray) -> np.ndarray:
     """Mean of each pixel's samples, (height * s, width * s) -> (height, width)."""
     height, width = (side // SUPERSAMPLING for side in fine.shape)
-    return fine.reshape(height, SUPERSAMPLING, width, SUPERSAMPLING).mean(axis=(1, 3))
+    rows = fine.reshape(height, SUPERSAMPLING, -1).sum(axis=1, dtype=np.uint8)  # along memory first: faster
+    return rows.reshape(height, width, SUPERSAMPLING).sum(axis=2, dtype=np.uint8) / SUPERSAMPLING**2
 
 
 def _smooth_noise(rng, height: int, width: int, cells: int) -> np.ndarray:

@@ -100,7 +100,7 @@ def _worker_options(num_workers: int) -> dict:
     # Workers get one torch thread each from DataLoader itself, so they do not fight over cores
     options = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
     if num_workers > 0:
-        options |= {"persistent_workers": True, "prefetch_factor": 4}
+        options |= {"persistent_workers": True}
     return options
 
 

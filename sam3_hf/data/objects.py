@@ -6,7 +6,6 @@
 """
 
 import json
-import logging
 
 import datasets
 
@@ -14,7 +13,7 @@ from .checks import DatasetError, Problems
 from .images import open_image, upright_size
 from .rows import RawSplit
 
-logger = logging.getLogger(__name__)
+LISTS = (datasets.List, datasets.LargeList)
 
 
 def read_objects(name: str, dataset: datasets.Dataset, source: str, problems: Problems) -> RawSplit:
@@ -36,7 +35,11 @@ def read_objects(name: str, dataset: datasets.Dataset, source: str, problems: Pr
     known = dict.fromkeys(names)
     for position, entry in enumerate(dataset.remove_columns(["image"]).with_format(None)):
         where = f"{source}, {name} row {position}"
-        size = _image_size(entry, images[position]["image"], where, problems)
+        image = images[position]["image"]
+        if image is None:
+            problems.add("missing image", where, "column 'image' is empty")
+            continue
+        size = _image_size(entry, image, where, problems)
         if size is None:
             continue
         image_id = entry.get("image_id")
@@ -74,12 +77,12 @@ def _check_features(features: datasets.Features, source: str):
     if not isinstance(features["image"], datasets.Image):
         raise DatasetError(f"{source}: column 'image' must be a datasets.Image, it is {features['image']}")
     objects = features["objects"]
-    fields = objects.feature if isinstance(objects, datasets.List) else objects
+    fields = objects.feature if isinstance(objects, LISTS) else objects
     for field in ("bbox", "category"):
         if not isinstance(fields, dict) or field not in fields:
             raise DatasetError(f"{source}: column 'objects' lacks the field '{field}'; it is {objects}")
     label = fields["category"]
-    return label if isinstance(objects, datasets.List) else getattr(label, "feature", label)
+    return label if isinstance(objects, LISTS) else getattr(label, "feature", label)
 
 
 def _image_size(entry: dict, image: dict, where: str, problems: Problems) -> tuple[int, int] | None:
@@ -109,7 +112,10 @@ def _category_name(value, names: list[str]) -> str | None:
 def _object(item: dict, item_id: int, category: str) -> dict:
     segmentation = item.get("segmentation") or None
     if isinstance(segmentation, str):
-        segmentation = json.loads(segmentation) or None
+        try:
+            segmentation = json.loads(segmentation) or None
+        except json.JSONDecodeError:
+            pass  # the check that follows names it
     if isinstance(segmentation, dict) and segmentation.get("counts") is None:
         segmentation = None
     return {

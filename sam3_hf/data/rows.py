@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass
 
 import datasets
+import numpy as np
 import pyarrow.compute as compute
 from datasets import ClassLabel, Features, Image, List, Value
 
@@ -96,6 +97,18 @@ def has_masks(dataset: datasets.Dataset) -> bool:
     column = dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"]
     segmentations = compute.struct_field(compute.list_flatten(column), "segmentation")
     return len(segmentations) > 0 and compute.all(compute.not_equal(segmentations, "")).as_py()
+
+
+def objects_per_category(dataset: datasets.Dataset) -> np.ndarray:
+    """(images, concepts) int64: objects of each concept in each image; -1 where there are only crowd regions."""
+    column = dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"].combine_chunks()
+    objects, concepts = compute.list_flatten(column), len(concept_names(dataset))
+    images = compute.list_parent_indices(column).to_numpy()
+    cells = images * concepts + compute.struct_field(objects, "category").to_numpy()
+    crowd = compute.struct_field(objects, "iscrowd").to_numpy(zero_copy_only=False).astype(bool)
+    counts = np.bincount(cells[~crowd], minlength=len(dataset) * concepts)
+    crowds = np.bincount(cells[crowd], minlength=len(dataset) * concepts)
+    return np.where((counts == 0) & (crowds > 0), -1, counts).reshape(len(dataset), concepts)
 
 
 def segmentation_of(item: dict) -> list | dict | None:

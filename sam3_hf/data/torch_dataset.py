@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ..evaluation.rows import coco_reference_row
 from . import transforms
 from .images import load_image
-from .rows import concept_names, has_masks, segmentation_of
+from .rows import concept_names, has_masks, objects_per_category, segmentation_of
 from .sampling import Prompt, PromptSampling, add_box, draw_prompts, image_rng
 from .transforms import Augmentation, Placement
 
@@ -73,8 +73,9 @@ class TrainDataset(Dataset):
     ):
         if len(rows) == 0:
             raise ValueError("the training split has no images")
-        self.rows, self.image_size, self.seed = rows, image_size, seed
         self.sampling, self.augmentation = sampling or PromptSampling(), augmentation or Augmentation()
+        self.rows = promptable_rows(rows, self.sampling)
+        self.image_size, self.seed = image_size, seed
         self.concepts = concept_names(rows)
         self.has_masks = has_masks(rows)
         known = set(self.concepts) & set(self.sampling.negative_words)
@@ -181,6 +182,26 @@ class EvalDataset(Dataset):
             categories=list(self.categories),
             references=references,
         )
+
+
+def promptable_rows(rows: datasets.Dataset, sampling: PromptSampling) -> datasets.Dataset:
+    """The rows that can get a prompt, which is all of them in most datasets; the log counts what is left out.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    counts = objects_per_category(rows)  # (images, concepts)
+    too_many = counts > sampling.max_objects
+    if too_many.any():
+        text = "concepts with more than %d objects in an image are not asked for there: %d cases"
+        logger.warning(text, sampling.max_objects, too_many.sum())
+    possible = ((counts >= 0) & ~too_many).any(axis=1) | bool(sampling.negative_words)
+    if possible.all():
+        return rows
+    if not possible.any():
+        raise ValueError("no image of the training split can get a prompt: all concepts are crowd regions or too many")
+    logger.warning("%d images left out: no concept can be asked for in them", (~possible).sum())
+    return rows.select(np.flatnonzero(possible))
 
 
 def boxes_of(objects: list[dict]) -> np.ndarray:

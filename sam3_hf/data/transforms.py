@@ -100,7 +100,7 @@ def draw_placement(
         share = rng.uniform(augmentation.smallest_crop, 1)
         left, right = _draw_interval(width, share, rng)
         top, bottom = _draw_interval(height, share, rng)
-    side = int(rng.integers(int(np.ceil(canvas * augmentation.smallest_side)), canvas + 1))
+    side = int(rng.integers(max(round(canvas * augmentation.smallest_side), 1), canvas + 1))
     x, y = (int(value) for value in rng.integers(0, canvas - side + 1, size=2))
     return Placement(left, top, right - left, bottom - top, flip, side, x, y, canvas)
 

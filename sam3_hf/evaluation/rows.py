@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from faster_coco_eval.core import mask as mask_api
 
-CONFIDENT = 0.5  # cgF1 looks at detections from this score on (arXiv 2511.16719, appendix on metrics)
+CONFIDENT = 0.5  # cgF1 looks at detections from this score on (arXiv 2511.16719)
 MAX_DETECTIONS = 100  # COCO AP looks at so many per image and class
 
 
