@@ -336,6 +336,12 @@ def _miniature_fields(width, depth, heads, global_layers, encoder_layers, decode
     fields["detr_encoder_config"].update(transformer)
     fields["detr_decoder_config"].update(transformer, num_queries=50)
     fields["mask_decoder_config"].update(hidden_size=64, num_attention_heads=4)
+    # The usual 0.02 suits a width of 1024; a narrow model would start with next to no signal in its branches.
+    for part in ("geometry_encoder_config", "detr_encoder_config", "detr_decoder_config", "mask_decoder_config"):
+        fields[part]["initializer_range"] = 0.1
+    fields["vision_config"]["initializer_range"] = 0.1
+    fields["vision_config"]["backbone_config"]["initializer_range"] = 0.1
+    fields["initializer_range"] = 0.1
     fields["loss_config"] = {"mask_num_points": 1024}
     return fields
 

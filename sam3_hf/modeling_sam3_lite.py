@@ -38,6 +38,10 @@ logger = logging.get_logger(__name__)
 
 # Label of a padded box, as `Sam3Processor` writes it.
 BOX_PADDING_LABEL = -10
+# For training from scratch: initial boxes are (cx, cy, w, h) = sigmoid(normal + shift), a fifth of the image wide...
+ANCHOR_LOGIT_SHIFT = (0.0, 0.0, -1.4, -1.4)
+# ...and attention to a position a quarter of the image outside of its box starts e^(0.53 * this) times weaker.
+OUTSIDE_PENALTY = 8.0
 
 
 @dataclass
@@ -57,7 +61,7 @@ class Sam3LiteOutput(ModelOutput):
         presence_logits (`torch.FloatTensor` of shape `(num_prompts, 1)`): logits of "the concept is in the image".
             The score of a detection is `sigmoid(pred_logits) * sigmoid(presence_logits)`.
         semantic_seg (`torch.FloatTensor` of shape `(num_prompts, 1, height, width)`, *optional*): logits of the union
-            of all instances. `None` in training mode when no label has masks.
+            of all instances. `None` in training mode with `labels`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -284,13 +288,26 @@ class Sam3LiteDetrDecoder(Sam3DetrDecoder):
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        # Queries must differ and cover the image before anything is learnt (deformable DETR's initialisation); the
-        # stock one puts all of them on one spot, which no training from scratch escapes quickly.
-        if module is self.query_embed or module is self.reference_points:
+        # The stock initialisation puts all queries on one spot of the image and lets them look everywhere, which no
+        # training from scratch escapes quickly. Ours starts as a detector with learnable anchors would: queries
+        # differ, their boxes cover the image, and each looks at its own box.
+        if module is self.query_embed:
             init.normal_(module.weight)
+        elif module is self.reference_points:
+            init.normal_(module.weight)
+            init.copy_(module.weight, module.weight + module.weight.new_tensor(ANCHOR_LOGIT_SHIFT))
         elif module is self.box_head.layer3:
             init.zeros_(module.weight)
             init.zeros_(module.bias)
+        elif module in (self.box_rpb_embed_x.layer1, self.box_rpb_embed_y.layer1):
+            # Two hidden units measure how far a position is before the box and how far behind it.
+            weight = module.weight.clone()
+            weight[:2] = weight.new_tensor([[-1.0, 0.0], [0.0, 1.0]])
+            init.copy_(module.weight, weight)
+        elif module in (self.box_rpb_embed_x.layer2, self.box_rpb_embed_y.layer2):
+            weight = module.weight.clone()
+            weight[:, :2] = -OUTSIDE_PENALTY
+            init.copy_(module.weight, weight)
 
     def forward(
         self,
@@ -575,6 +592,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             input_boxes_labels = self._check_boxes(input_boxes, input_boxes_labels)
         prompts = self._assign_images(len(levels[0]), image_index, text, text_mask, input_boxes, input_boxes_labels)
         if labels is not None:
+            if len(labels) != len(prompts[0]):
+                raise ValueError(f"`labels` has {len(labels)} entries for {len(prompts[0])} prompts.")
             return self._forward_with_labels(levels, prompts, labels)
         return self._forward_in_chunks(levels, prompts, prompt_chunk_size)
 
@@ -701,18 +720,22 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
     ) -> Sam3LiteOutput:
         one_to_many = self.training and self.config.loss_config.one_to_many_weight > 0
         found = self._run_detector(levels, prompts, one_to_many)
-        with_masks = not self.training or any("masks" in label for label in labels)
-        if with_masks:
-            pixels, semantic = self._mask_features(levels, prompts[0], found)
-        else:
-            # Boxes only: one prompt keeps the mask head in the graph, as DDP needs, at the least cost.
-            pixels, unused_semantic = self._mask_features(levels, prompts[0][:1], _first_prompt(found))
-            semantic = None
+        index = self._prompts_to_segment(labels, prompts[0])
+        part = DetectorOutput(
+            encoded=found.encoded[index],
+            prompt_features=found.prompt_features[index],
+            prompt_mask=None if found.prompt_mask is None else found.prompt_mask[index],
+        )
+        pixels, semantic = self._mask_features(levels, prompts[0][index], part)
+        semantic = semantic.new_zeros(len(labels), *semantic.shape[1:]).index_copy(0, index, semantic)
+        row_of_prompt = torch.zeros_like(prompts[0]).index_copy(
+            0, index, torch.arange(len(index), device=index.device)
+        )
         count = self.config.detr_decoder_config.num_queries
 
         def mask_logits(prompt_index: Tensor, query_index: Tensor, one_to_many: bool) -> Tensor:
             queries = found.queries[:, count:] if one_to_many else found.queries[:, :count]
-            return self.mask_decoder.matched_masks(queries[: len(pixels)], pixels, prompt_index, query_index)
+            return self.mask_decoder.matched_masks(queries[index], pixels, row_of_prompt[prompt_index], query_index)
 
         loss, loss_dict = sam3_lite_loss(
             DetectionOutputs(
@@ -728,14 +751,23 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             mask_logits,
         )
         if self.training:
-            idle = [] if with_masks else [unused_semantic, pixels]
             if prompts[3] is None:
-                idle.append(self._idle_geometry(levels[-1]))
-            loss = loss + sum((tensor * 0).sum() for tensor in idle)
-        masks = None if self.training else self.mask_decoder.masks(found.queries[:, :count], pixels)
-        outputs = self._predictions(found, masks, semantic)
+                loss = loss + (self._idle_geometry(levels[-1]) * 0).sum()
+            outputs = self._predictions(found, masks=None, semantic=None)
+        else:
+            outputs = self._predictions(found, self.mask_decoder.masks(found.queries, pixels), semantic)
         outputs.loss, outputs.loss_dict = loss, loss_dict
         return outputs
+
+    def _prompts_to_segment(self, labels: list[dict[str, Tensor]], image_index: Tensor) -> Tensor:
+        """
+        Indices of the prompts that the mask head must run for: all in evaluation; in training those with masks to
+        learn from, or one, which keeps the mask head in the graph, as DDP needs.
+        """
+        chosen = range(len(image_index))
+        if self.training:
+            chosen = [i for i, label in enumerate(labels) if len(label.get("masks", ()))] or [0]
+        return torch.tensor(list(chosen), device=image_index.device)
 
     def _idle_geometry(self, coarse: Tensor) -> Tensor:
         """
@@ -746,11 +778,6 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         boxes = torch.full((1, 1, 4), 0.5, device=coarse.device)
         labels = torch.full((1, 1), BOX_PADDING_LABEL, dtype=torch.long, device=coarse.device)
         return self.geometry_encoder(boxes, labels, coarse[:1], self._position_encoding(coarse), index)[0]
-
-
-def _first_prompt(found: DetectorOutput) -> DetectorOutput:
-    mask = None if found.prompt_mask is None else found.prompt_mask[:1]
-    return DetectorOutput(encoded=found.encoded[:1], prompt_features=found.prompt_features[:1], prompt_mask=mask)
 
 
 __all__ = ["Sam3LiteModel", "Sam3LiteOutput", "Sam3LitePreTrainedModel"]

@@ -73,6 +73,7 @@ def test_coco_file_with_image_folder(tmp_path):
     assert load_dataset_splits(file, image_folder=tmp_path)["train"][0]["image"]["path"] == str(tmp_path / "1.png")
     splits = load_dataset_splits({"train": file, "val": file}, image_folder={"train": tmp_path, "val": tmp_path})
     assert set(splits) == {"train", "validation"}
+    assert "image_folder has test" in str(load_error(file, image_folder={"test": tmp_path}))
     with pytest.raises(FileNotFoundError, match="other.json"):
         load_dataset_splits(tmp_path / "other.json")
     with pytest.raises(FileNotFoundError, match="no dataset"):
@@ -176,9 +177,11 @@ def test_saved_dataset_with_text_or_numbers(tmp_path):
     assert [item["category"] for item in train[0]["objects"]] == [1, 0]
 
 
-def test_parquet_folder(tmp_path):
+def test_parquet_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     dataset = objects_dataset(datasets.ClassLabel(names=["RBC"]), [0])
-    dataset.to_parquet(tmp_path / "data" / "train.parquet") if (tmp_path / "data").mkdir() is None else None
+    (tmp_path / "data").mkdir()
+    dataset.to_parquet(tmp_path / "data" / "train.parquet")
     train = load_dataset_splits(tmp_path / "data")["train"]
     assert concept_names(train) == ["RBC"] and len(train[0]["objects"]) == 1
 
@@ -245,8 +248,8 @@ def test_invalid_polygon(tmp_path, polygon):
     assert load_error(tmp_path).counts == {"invalid polygon": 1}
 
 
-@pytest.mark.parametrize("counts", ["abc", "~~~~zzz", ""])
-def test_broken_compressed_rle(tmp_path, counts):
+@pytest.mark.parametrize("counts", ["abc", "~~~~zzz", "", [5, 5], [9600.0], [-1, 9601], [9600, 1], [10**12], 7])
+def test_broken_rle(tmp_path, counts):
     write_coco(tmp_path, [image(1)], [annotation(42, segmentation={"size": [HEIGHT, WIDTH], "counts": counts})])
     assert load_error(tmp_path).counts == {"invalid run-length encoding": 1}
 

@@ -124,7 +124,7 @@ def remove_stray_clicks(split: RawSplit) -> None:
 
 def _is_stray_click(item: dict) -> bool:
     box = item["bbox"]
-    well_formed = isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)
+    well_formed = _are_finite(box) and len(box) == 4
     return well_formed and item["segmentation"] is None and min(box[2:]) == 0
 
 
@@ -150,7 +150,7 @@ def check_object(item: dict, row: dict, problems: Problems, repairs: Counter) ->
 def check_box(item: dict, width: int, height: int, repairs: Counter) -> tuple[str, str] | None:
     """(kind, detail) of what is wrong with `item["bbox"]`; None if nothing is. Clips the box to the image."""
     box = item["bbox"]
-    if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)):
+    if not (_are_finite(box) and len(box) == 4):
         return "malformed box", f"bbox {_short(box)} is not [x, y, width, height] in pixels"
     x, y, box_width, box_height = box
     if box_width <= 0 or box_height <= 0:
@@ -174,7 +174,7 @@ def check_segmentation(item: dict, width: int, height: int, repairs: Counter) ->
         return "invalid segmentation", f"{_short(segmentation)} is neither a list of polygons nor run-length encoded"
     over = 0.0
     for polygon in segmentation:
-        if not isinstance(polygon, list) or not all(_is_finite(value) for value in polygon):
+        if not _are_finite(polygon):
             return "invalid polygon", f"{_short(polygon)} is not a list of finite numbers"
         if len(polygon) % 2:
             return "invalid polygon", f"{len(polygon)} numbers, an odd count; x and y must alternate"
@@ -210,6 +210,13 @@ def check_rle(item: dict, width: int, height: int) -> tuple[str, str] | None:
 
 def _is_finite(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_finite(values) -> bool:
+    try:
+        return isinstance(values, list) and math.isfinite(sum(values))  # one number that is not makes the sum so
+    except TypeError:
+        return False
 
 
 def _short(value) -> str:

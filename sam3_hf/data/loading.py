@@ -106,11 +106,11 @@ def read_category_map(category_map: Source | Mapping[str, str] | None, names: li
 def _read(data, image_folder, problems: Problems) -> list[RawSplit]:
     files = _coco_files(data)
     if files:
-        splits = []
-        for name, file in files.items():
-            folder = image_folder.get(name) if isinstance(image_folder, Mapping) else image_folder
-            splits.append(read_coco(name, file, Path(folder) if folder is not None else None, problems))
-        return splits
+        folders = image_folder if isinstance(image_folder, Mapping) else dict.fromkeys(files, image_folder)
+        folders = {split_name(name): Path(folder) for name, folder in folders.items() if folder is not None}
+        if not folders.keys() <= files.keys():
+            raise DatasetError(f"image_folder has {', '.join(folders)}; the dataset has {', '.join(files)}")
+        return [read_coco(name, file, folders.get(name), problems) for name, file in files.items()]
     if image_folder is not None:
         raise DatasetError(f"image_folder is for COCO files; {data} is not one")
     loaded = _load_with_datasets(str(data))

@@ -11,12 +11,12 @@ def compress_rle(segmentation: dict) -> dict:
         ValueError: the counts are malformed or do not cover the image exactly.
     """
     size, counts = [int(side) for side in segmentation["size"]], segmentation["counts"]
-    if isinstance(counts, list):
-        if not all(isinstance(count, int) and count >= 0 for count in counts) or sum(counts) != size[0] * size[1]:
-            raise ValueError(f"counts must be whole numbers that add up to {size[0]}x{size[1]} pixels")
-        counts = mask_api.frPyObjects({"size": size, "counts": counts}, *size)["counts"]
-    text = counts.decode("ascii", errors="replace") if isinstance(counts, bytes) else counts
+    if isinstance(counts, list) and not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("counts must be whole numbers, 0 or more")
     try:
+        if isinstance(counts, list):
+            counts = mask_api.frPyObjects({"size": size, "counts": counts}, *size)["counts"]
+        text = counts.decode("ascii") if isinstance(counts, bytes) else counts
         mask_api.decode({"size": size, "counts": text})
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"counts do not decode: {error}") from None

@@ -1,0 +1,432 @@
+"""The parts of training/, each by itself."""
+
+import json
+import logging
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import micro_config
+
+TRAINING = Path(__file__).parents[1] / "training"
+sys.path.insert(0, str(TRAINING))
+
+import checkpoints  # noqa: E402
+import starting  # noqa: E402
+from arguments import OptimizationArguments, parse_arguments  # noqa: E402
+from batches import BatchKeys, epoch_order  # noqa: E402
+from evaluation_loop import prompt_chunks, share_of  # noqa: E402
+from optim import MovingAverage, Schedule, build_optimizer, vit_scale  # noqa: E402
+from phrases import FrozenText, TokenizedText  # noqa: E402
+from reporting import Metrics, truncate_metrics  # noqa: E402
+from run import Run  # noqa: E402
+from stopping import StopSignal  # noqa: E402
+from train import check_finite  # noqa: E402
+
+from sam3_hf import Sam3LiteModel, Sam3LiteProcessor  # noqa: E402
+
+
+def write_yaml(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def error_of(capsys, argv: list[str]) -> str:
+    with pytest.raises(SystemExit) as raised:
+        parse_arguments(argv)
+    assert raised.value.code == 2
+    return capsys.readouterr().err
+
+
+# Arguments
+
+
+def test_flags_win_over_the_yaml_file_which_wins_over_defaults(tmp_path):
+    path = write_yaml(
+        tmp_path,
+        "data: somewhere\nlearning_rate: 2e-4\nbatch_size: auto\nmixed_precision: no\ncompile: true\n"
+        "image_size: null\nmodel_overrides: {num_queries: 7}\n",
+    )
+    arguments = parse_arguments([path, "--batch_size", "3", "--learning-rate=1e-3", "--ema_decay", "0.9"])
+    assert arguments.data.data == "somewhere"
+    assert arguments.optimization.batch_size == 3
+    assert arguments.optimization.learning_rate == 1e-3
+    assert arguments.optimization.mixed_precision == "no"
+    assert arguments.model.compile is True
+    assert arguments.model.image_size is None
+    assert arguments.model.model_overrides == {"num_queries": 7}
+    assert arguments.optimization.epochs == 30
+    assert parse_arguments([path]).optimization.batch_size == "auto"
+    assert parse_arguments([path]).optimization.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("yaml", "flags", "message"),
+    [
+        ("learning_rat: 1", [], "learning_rat; did you mean learning_rate?"),
+        ("data: x", ["--batchsize", "2"], "--batchsize; did you mean --batch_size?"),
+        ("data: x\nbatch_size: many", [], "batch_size must be a number or 'auto', got 'many'"),
+        ("data: x\nepochs: 1.5", [], "--epochs: invalid int value: '1.5'"),
+        ("data: x\nepochs: 0", [], "epochs must be at least 1, got 0"),
+        ("data: x\nnegative_ratio: 2", [], "negative_ratio must be from 0 to 1, got 2.0"),
+        ("data: x\nmixed_precision: fp8", [], "invalid choice: 'fp8'"),
+        ("data: x\nmodel_overrides: '{bad'", [], "model_overrides must be a JSON object"),
+        ("data: [x, y]", [], "data must be one value"),
+        ("epochs: 1", [], "data is not set"),
+        ("data: x\nresume: auto", ["--overwrite_output_dir"], "give only one of them"),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path, capsys, yaml, flags, message):
+    path = write_yaml(tmp_path, yaml)
+    error = error_of(capsys, [path, *flags])
+    assert message in error
+    assert len(error.splitlines()) == 2  # the message is not buried under a usage of seventy flags
+
+
+def test_missing_yaml_file_is_named(capsys):
+    assert "there is no configuration file nowhere.yaml" in error_of(capsys, ["nowhere.yaml"])
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse_arguments(["--help"])
+    assert raised.value.code == 0
+    text = capsys.readouterr().out
+    for group in ("model:", "data:", "optimization:", "output:"):
+        assert f"\n{group}\n" in text
+    for name in parse_arguments(["--data", "x"]).flat():
+        assert f"--{name} " in text
+    assert "(default: None)" not in text
+
+
+@pytest.mark.parametrize("path", sorted((TRAINING / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    arguments = parse_arguments([str(path), "--data", "x"])
+    if path.stem == "lite_fp16":
+        settings = arguments.optimization
+        assert (settings.learning_rate, settings.batch_size, settings.epochs) == (2e-4, 4, 30)
+        assert (settings.mixed_precision, arguments.output.eval_batch_size) == ("fp16", 4)
+    if path.stem == "standard_fp16":
+        assert arguments.model.preset == "standard"
+
+
+# Optimizer, schedule, moving average
+
+
+def test_layers_of_the_vit_learn_slower_the_lower_they_are():
+    depth, decay = 4, 0.5
+    vit = "vision_encoder.backbone."
+    assert vit_scale(vit + "layers.3.mlp.fc1.weight", depth, decay) == 0.5
+    assert vit_scale(vit + "layers.0.mlp.fc1.weight", depth, decay) == 0.5**4
+    assert vit_scale(vit + "embeddings.patch_embeddings.projection.weight", depth, decay) == 0.5**5
+    assert vit_scale(vit + "layer_norm.weight", depth, decay) == 0.5**5
+    assert vit_scale(vit + "embeddings.position_embeddings", depth, decay) == 1
+    assert vit_scale("vision_encoder.neck.fpn_layers.0.proj1.weight", depth, decay) == 1
+    assert vit_scale("detr_encoder.layers.0.mlp.fc1.weight", depth, decay) == 1
+
+
+def test_optimizer_groups_cover_each_trained_parameter_once():
+    model = Sam3LiteModel(micro_config())
+    model.text_encoder.requires_grad_(False)
+    settings = OptimizationArguments(
+        learning_rate=1.0, vision_learning_rate=0.5, vit_layer_decay=0.9, weight_decay=0.1
+    )
+    optimizer = build_optimizer(model, settings)
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for name, parameter in model.named_parameters():
+        if name.startswith("text_encoder."):
+            assert id(parameter) not in found
+            continue
+        group = found[id(parameter)]
+        is_plain = name.endswith(".bias") or "norm" in name
+        assert group["weight_decay"] == (0.0 if is_plain and parameter.ndim == 1 else 0.1), name
+        part = 0.5 if name.startswith("vision_encoder.") else 1.0
+        assert group["lr"] == part * vit_scale(name, 2, 0.9), name
+
+
+def test_schedule_warms_up_and_follows_a_cosine():
+    settings = OptimizationArguments(warmup_ratio=0.1, final_learning_rate_ratio=0.2)
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [parameters[0]], "lr": 1.0}, {"params": [parameters[1]], "lr": 0.5}])
+    schedule = Schedule(optimizer, settings)
+    scales = [schedule.scale(step, 100) for step in range(1, 101)]
+    assert scales[0] == pytest.approx(0.1)
+    assert scales[9] == 1 == max(scales)
+    assert scales[54] == pytest.approx((1 + 0.2) / 2)
+    assert scales[99] == pytest.approx(0.2)
+    assert all(after < before for before, after in zip(scales[9:], scales[10:], strict=False))
+    assert schedule.apply(optimizer, 5, 100) == pytest.approx(0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.25])
+    assert Schedule(optimizer, OptimizationArguments(warmup_ratio=1.0)).scale(4, 4) == 1  # nothing but warm-up
+
+
+def test_moving_average_follows_the_formula_and_gives_the_weights_back():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    average = MovingAverage(model, decay=0.9)
+    model.weight.data.fill_(2.0)
+    average.update(step=1)
+    decay = 2 / 11  # (1 + step) / (10 + step) is below 0.9 at first
+    expected = decay * 1.0 + (1 - decay) * 2.0
+    with average.applied():
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 2.0
+    average.update(step=1000)
+    with pytest.raises(KeyboardInterrupt), average.applied():
+        assert model.weight.item() == pytest.approx(0.9 * expected + 0.1 * 2.0)
+        raise KeyboardInterrupt
+    assert model.weight.item() == 2.0
+
+    other = MovingAverage(torch.nn.Linear(1, 1, bias=False), decay=0.9)
+    other.load_state_dict(average.state_dict())
+    assert other.average["weight"].item() == average.average["weight"].item()
+    with pytest.raises(ValueError, match="bias"):
+        MovingAverage(torch.nn.Linear(1, 1), decay=0.9).load_state_dict(average.state_dict())
+
+
+# Order of the data
+
+
+def keys_of(count, batch_size, accumulation=1, first=1, last=6, rank=0, world=1):
+    return list(BatchKeys(count, batch_size, accumulation, 3, first, last, rank, world))
+
+
+def test_each_epoch_sees_each_image_and_differs_from_the_last():
+    first, second = epoch_order(10, 4, seed=3, epoch=0), epoch_order(10, 4, seed=3, epoch=1)
+    assert first.shape == (3, 4)
+    assert sorted(first.flatten()[:10]) == list(range(10))
+    assert (first.flatten()[10:] == first.flatten()[:2]).all()  # filled up from the start
+    assert (first != second).any()
+    assert keys_of(10, 4)[3] == [(1, index) for index in second[0]]
+    assert epoch_order(3, 8, seed=0, epoch=0).shape == (1, 8)  # a batch larger than the dataset
+
+
+def test_a_resumed_run_gets_the_batches_that_are_left():
+    whole = keys_of(10, 2, accumulation=2, last=9)
+    assert len(whole) == 18 == len(BatchKeys(10, 2, 2, 3, 1, 9))
+    assert keys_of(10, 2, accumulation=2, first=5, last=9) == whole[8:]
+
+
+def test_processes_and_accumulation_split_the_same_steps():
+    whole = keys_of(10, 8)
+    halves = [keys_of(10, 4, rank=rank, world=2) for rank in range(2)]
+    assert [first + second for first, second in zip(*halves, strict=True)] == whole
+    accumulated = keys_of(10, 4, accumulation=2)
+    assert [accumulated[i] + accumulated[i + 1] for i in range(0, len(accumulated), 2)] == whole
+
+
+def test_validation_is_shared_evenly():
+    shares = [share_of(7, rank, 3) for rank in range(3)]
+    assert {len(share) for share in shares} == {3}
+    assert set(sum(shares, [])) == set(range(7))
+    assert share_of(7, 0, 1) == list(range(7))
+
+
+def test_many_prompts_are_asked_in_chunks_with_their_images(monkeypatch):
+    monkeypatch.setattr("evaluation_loop.PROMPTS_AT_ONCE", 4)
+    batch = {
+        "pixel_values": torch.arange(3.0).reshape(3, 1, 1, 1),
+        "image_index": torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2]),
+        "phrases": [str(i) for i in range(9)],
+        "labels": list(range(9)),
+        "references": list(range(9)),
+        "original_sizes": [(1, 1), (2, 2), (3, 3)],
+    }
+    chunks = prompt_chunks(batch)
+    assert sum((chunk["labels"] for chunk in chunks), []) == batch["labels"]
+    for chunk in chunks:
+        images = chunk["pixel_values"].flatten()[chunk["image_index"]]
+        expected = [int(number) // 3 for number in chunk["phrases"]]
+        assert images.tolist() == expected
+        assert chunk["original_sizes"] == [(image + 1, image + 1) for image in expected]
+    assert len(chunks[0]["pixel_values"]) == 2
+
+
+# Checkpoints
+
+
+def folder_with(path: Path, content: str) -> Path:
+    path.mkdir(parents=True)
+    (path / checkpoints.STATE).write_text(json.dumps({"content": content}))
+    return path
+
+
+def content_of(path: Path) -> str:
+    return checkpoints.read_state(path)["content"]
+
+
+@pytest.mark.parametrize("call", range(20))
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, call):
+    """Stops `put_in_place` before each of its system calls in turn; what is left must be the old or the new one."""
+    folder_with(tmp_path / "last", "old")
+    folder_with(tmp_path / ".last.partial", "new")
+    calls = 0
+
+    def counted(function):
+        def stop_or_go(*args, **kwargs):
+            nonlocal calls
+            if calls == call:
+                raise SystemExit("killed")
+            calls += 1
+            return function(*args, **kwargs)
+
+        return stop_or_go
+
+    for module, name in ((os, "rename"), (os, "fsync"), (checkpoints.shutil, "rmtree")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    try:
+        checkpoints.put_in_place(tmp_path / ".last.partial", tmp_path / "last")
+        finished = True
+    except SystemExit:
+        finished = False
+    monkeypatch.undo()
+    checkpoints.recover(tmp_path)
+    assert content_of(tmp_path / "last") in (("new",) if finished else ("old", "new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+    assert finished == (call >= 7)  # so that the cases cover all calls: 3 + 1 fsync, 2 renames, 1 rmtree
+
+
+def test_copies_share_files_and_survive_the_next_save(tmp_path):
+    last = folder_with(tmp_path / "last", "first")
+    checkpoints.copy_checkpoint(last, tmp_path / "best")
+    assert (last / checkpoints.STATE).samefile(tmp_path / "best" / checkpoints.STATE)
+    checkpoints.write_folder(last, lambda folder: (folder / checkpoints.STATE).write_text('{"content": "second"}'))
+    assert (content_of(last), content_of(tmp_path / "best")) == ("second", "first")
+
+
+def test_a_failed_write_leaves_the_old_folder(tmp_path):
+    last = folder_with(tmp_path / "last", "old")
+    with pytest.raises(OSError, match="full"):
+        checkpoints.write_folder(last, lambda folder: (_ for _ in ()).throw(OSError("disk full")))
+    assert content_of(last) == "old"
+
+
+def test_a_folder_without_state_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
+        checkpoints.read_state(tmp_path)
+
+
+def saved_state(**arguments) -> dict:
+    flat = parse_arguments(["--data", "x"]).flat() | arguments
+    return {"arguments": flat, "images_per_step": 4, "dataset": {"training images": 10, "concepts": ["a"]}}
+
+
+def test_resuming_with_other_settings_is_refused_or_logged(caplog):
+    starting.check_compatible(saved_state(), saved_state())
+    assert not caplog.records
+    changed = saved_state(preset="tiny", ema_decay=0.9)
+    changed["dataset"] = {"training images": 9, "concepts": ["a"]}
+    changed["images_per_step"] = 8
+    with pytest.raises(ValueError) as raised:
+        starting.check_compatible(saved_state(), changed)
+    for part in ("preset: lite there, tiny here", "ema_decay", "training images 10 there, 9 here", "4 there, 8 here"):
+        assert part in str(raised.value)
+    with caplog.at_level(logging.WARNING):
+        starting.check_compatible(saved_state(), saved_state(learning_rate=1.0, resume="auto"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "learning_rate was 0.0002 up to the checkpoint and is 1.0 from here on"
+    ]
+
+
+# Text
+
+
+def test_stored_text_gives_the_outputs_of_the_text_encoder():
+    torch.manual_seed(0)
+    model = Sam3LiteModel(micro_config()).eval()
+    processor = Sam3LiteProcessor.from_config(model.config)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    asked = ["red circle", "a much longer phrase than that", "visual", "red circle"]
+    inputs = {"pixel_values": torch.randn(2, 3, 64, 64), "image_index": torch.tensor([0, 1, 1, 1])}
+    with torch.no_grad():
+        expected = model(**inputs, **TokenizedText(processor)(asked))
+        frozen = FrozenText(model, processor, asked, torch.device("cpu"))
+        found = model(**inputs, **frozen(asked))
+    torch.testing.assert_close(found.pred_logits, expected.pred_logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.pred_masks, expected.pred_masks, atol=1e-4, rtol=1e-4)
+    assert not any(name.startswith("text_") for name in model.state_dict())
+    rejoined = {**model.state_dict(), **frozen.weights()}
+    assert rejoined.keys() == weights.keys()
+    assert all(torch.equal(rejoined[name], weights[name]) for name in weights)
+    assert frozen(["visual"])["text_embeds"].shape[1] < 32  # no longer than the longest phrase
+    with pytest.raises(KeyError, match="unheard"):
+        frozen(["unheard"])
+
+
+# Metrics, batch size, signals, non-finite losses
+
+
+def test_metrics_of_a_killed_run_are_cut_at_the_checkpoint(tmp_path):
+    metrics = Metrics(tmp_path, step=0)
+    for step in range(1, 6):
+        metrics.write("train", step, {"loss": float(step), "table": {"a": 1}})
+    metrics.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 6, "lo')  # the kill came here
+    truncate_metrics(tmp_path / "metrics.jsonl", 3)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_batch_size_backs_off_when_memory_runs_out():
+    tried = []
+
+    def attempt(size):
+        tried.append(size)
+        if size > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    assert starting.find_batch_size(attempt) == 8
+    assert tried == [64, 32, 16, 8]
+    with pytest.raises(RuntimeError, match="not even one image fits"):
+        starting.find_batch_size(lambda size: attempt(100))
+    with pytest.raises(ZeroDivisionError):  # other errors are not taken for it
+        starting.find_batch_size(lambda size: 1 / 0)
+
+
+def test_first_signal_asks_to_stop_and_a_later_ctrl_c_interrupts(monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    try:
+        stop = StopSignal()
+        assert stop.received is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)  # the launcher passes on what the terminal has sent already
+        now = 103.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_loss_that_is_not_finite_names_the_images():
+    run = SimpleNamespace(step=7, accelerator=SimpleNamespace(scaler=None))
+    batches = [{"image_ids": [1, 2]}, {"image_ids": [3, 4]}]
+    losses = [torch.tensor(1.0), torch.tensor(math.nan)]
+    with pytest.raises(RuntimeError, match=r"loss of step 7 .* ids of the images: \[3, 4\]"):
+        check_finite(run, math.nan, torch.tensor(1.0), losses, batches)
+    with pytest.raises(RuntimeError, match=r"gradient norm of step 7 .* \[1, 2, 3, 4\]"):
+        check_finite(run, 1.0, torch.tensor(math.inf), [torch.tensor(1.0)] * 2, batches)
+    run.accelerator.scaler = object()  # in FP16, the scaler skips such a step
+    check_finite(run, 1.0, torch.tensor(math.inf), losses, batches)
+
+
+@pytest.mark.parametrize(("metric", "values", "best_step"), [("segm_AP", [0.1, 0.3, 0.2], 2), ("loss", [3, 2, 4], 2)])
+def test_best_evaluation_is_remembered(metric, values, best_step):
+    run = SimpleNamespace(best=None, epoch=1.0, step=0, metric_for_best=lambda: metric)
+    for value in values:
+        run.step += 1
+        Run.note_if_best(run, {metric: float(value), "table": {}})
+    assert run.best["step"] == best_step
+    assert run.best["scores"] == {metric: float(values[best_step - 1])}

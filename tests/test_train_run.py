@@ -1,0 +1,266 @@
+"""The training command itself, on generated pictures and a model of the smallest sizes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf.data.generated import write_dataset
+
+TRAIN = Path(__file__).parents[1] / "training" / "train.py"
+SETTINGS = {
+    "preset": "tiny",
+    "model_overrides": {
+        "image_size": 64,
+        "vision_hidden_size": 32,
+        "vision_num_attention_heads": 2,
+        "vision_num_hidden_layers": 2,
+        "vision_global_attn_indexes": [1],
+        "vision_window_size": 4,
+        "text_num_hidden_layers": 1,
+        "detr_encoder_layers": 1,
+        "detr_decoder_layers": 2,
+        "num_queries": 10,
+    },
+    "prompts_per_image": 3,
+    "num_workers": 0,
+    "epochs": 2,
+    "batch_size": 2,
+    "learning_rate": 1e-3,
+    "log_every_steps": 1,
+    "eval_batch_size": 2,
+    "prediction_images": 2,
+    "output_dir": "run",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"), num_train=12, num_valid=3, image_size=64, num_concepts=3)
+
+
+def command(folder: Path, data: Path, launcher: list[str] | None = None, **settings) -> list[str]:
+    (folder / "config.yaml").write_text(yaml.safe_dump({**SETTINGS, "data": str(data), **settings}))
+    return [*(launcher or [sys.executable]), str(TRAIN), "config.yaml"]
+
+
+def environment() -> dict:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+
+
+def train(folder: Path, data: Path, *flags: str, launcher: list[str] | None = None, **settings):
+    """Runs to the end; the finished process, with all that it wrote as `stdout`."""
+    return subprocess.run(
+        [*command(folder, data, launcher, **settings), *flags],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+
+
+def start(folder: Path, data: Path, *flags: str, **settings) -> subprocess.Popen:
+    output = (folder / "output.txt").open("w")
+    return subprocess.Popen(
+        [*command(folder, data, **settings), *flags], cwd=folder, env=environment(), stdout=output, stderr=output
+    )
+
+
+def lines_of(folder: Path, kind: str) -> list[dict]:
+    path = folder / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in map(json.loads, (text for text in lines if text.endswith("\n"))) if line["kind"] == kind]
+
+
+def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(lines_of(folder, "train")) < step:
+        assert process.poll() is None, (folder / "output.txt").read_text()
+        assert time.monotonic() < deadline, "no such step within two minutes"
+        time.sleep(0.005)
+
+
+def series(folder: Path) -> list[tuple]:
+    """All that is deterministic, step by step; floats as they were written."""
+    timings = ("images_per_second", "data_wait", "memory_gb")
+    return [
+        tuple((key, value) for key, value in line.items() if key not in timings) for line in lines_of(folder, "train")
+    ]
+
+
+INTERRUPTED = {"save_every_steps": 2, "ema_decay": 0.9, "num_workers": 1, "save_every_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, tmp_path_factory) -> Path:
+    """A run of 12 steps in 2 epochs that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--quiet"]
+    finished = train(folder, data, launcher=launcher, **INTERRUPTED)
+    assert finished.returncode == 0, finished.stdout
+    return folder
+
+
+def test_a_run_leaves_all_it_promises(whole_run):
+    run = whole_run / "run"
+    state = json.loads((run / "checkpoints" / "last" / "trainer_state.json").read_text())
+    assert (state["step"], state["epoch"], state["images_per_step"]) == (12, 2.0, 2)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "best",
+        "epoch_1",
+        "epoch_2",
+        "frozen_text.safetensors",
+        "last",
+    ]
+    assert [line["step"] for line in lines_of(whole_run, "train")] == list(range(1, 13))
+    evaluations = lines_of(whole_run, "eval")
+    assert [line["step"] for line in evaluations] == [6, 12]
+    for name in ("bbox_AP", "segm_AP", "segm_AP50", "segm_cgF1", "IL_MCC", "loss"):
+        assert isinstance(evaluations[-1][name], float)
+    assert set(evaluations[-1]["segm_per_class"]) == {"red circle", "blue circle", "red square"}
+    for epoch in (1, 2):
+        pictures = sorted((run / "predictions" / f"epoch_{epoch}").iterdir())
+        assert [path.name for path in pictures] == ["0000.png", "0001.png"]
+        assert Image.open(pictures[0]).size[0] > 512  # prediction and truth side by side
+    assert Image.open(run / "curves.png").size[0] > 500
+    log = (run / "logs" / "train.log").read_text()
+    assert "step 12/12" in log and "blue circle" in log and "segm_AP50" in log
+    curves = EventAccumulator(str(run / "tensorboard"))
+    curves.Reload()
+    assert len(curves.Scalars("train/loss")) == 12 and len(curves.Scalars("eval/segm_AP")) == 2
+
+
+def test_final_model_is_half_precision_and_holds_the_average(whole_run):
+    run = whole_run / "run"
+    model = Sam3LiteModel.from_pretrained(run / "final")
+    assert model.dtype == torch.float16
+    assert "segm_AP50" in (run / "final" / "README.md").read_text()
+    best = json.loads((run / "checkpoints" / "best" / "trainer_state.json").read_text())["best"]
+    assert best["value"] == max(line["segm_AP"] for line in lines_of(whole_run, "eval"))
+
+    expected = load_file(run / "checkpoints" / "best" / "ema.safetensors")
+    expected |= load_file(run / "checkpoints" / "frozen_text.safetensors")
+    found = model.state_dict()
+    assert expected.keys() <= found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor.half()), name
+
+    processor = Sam3LiteProcessor.from_pretrained(run / "final")
+    inputs = processor(images=Image.new("RGB", (50, 40)), text="red circle")
+    with torch.no_grad():
+        outputs = model.float().eval()(**inputs)
+    assert outputs.pred_masks.shape[:2] == (1, 10)
+
+
+def test_killed_twice_and_resumed_is_as_if_nothing_had_happened(whole_run, data, tmp_path):
+    process = start(tmp_path, data, "--resume", "auto", **INTERRUPTED)
+    wait_for_step(tmp_path, process, 3)
+    process.kill()
+    process.wait()
+    assert len(lines_of(tmp_path, "train")) < 12
+    process = start(tmp_path, data, "--resume", "auto", **INTERRUPTED)
+    wait_for_step(tmp_path, process, 9)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    output = (tmp_path / "output.txt").read_text()
+    assert "run the same command with --resume auto" in output
+    last = json.loads((tmp_path / "run" / "checkpoints" / "last" / "trainer_state.json").read_text())["step"]
+    assert 9 <= last < 12
+    finished = train(tmp_path, data, "--resume", "auto", **INTERRUPTED)
+    assert finished.returncode == 0, finished.stdout
+    assert f"going on from run/checkpoints/last, step {last}" in finished.stdout
+    assert series(tmp_path) == series(whole_run)
+    assert lines_of(tmp_path, "eval") == lines_of(whole_run, "eval")
+    for name in ("final/model.safetensors", "checkpoints/last/model.safetensors", "checkpoints/last/ema.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole_run / "run" / name).read_bytes(), name
+
+
+def test_a_run_is_not_overwritten_by_accident(whole_run, data):
+    before = (whole_run / "run" / "metrics.jsonl").read_text()
+    refused = train(whole_run, data)
+    assert refused.returncode != 0
+    assert "already holds a run: add --resume auto" in refused.stdout
+    other = train(whole_run, data, "--resume", "auto", "--seed", "1", "--num_queries", "3")
+    assert other.returncode == 2 and "unknown argument: --num_queries" in other.stdout
+    assert (whole_run / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_two_processes_train_like_one(data, tmp_path):
+    """The same global batch spread over two processes: equal but for the points at which mask losses are sampled."""
+    settings = {"epochs": 1, "train_text_encoder": True, "box_prompt_probability": 0.0, "mask_num_points": 4096}
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    finished = train(one, data, **settings, batch_size=4)
+    assert finished.returncode == 0, finished.stdout
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = train(two, data, **settings, batch_size=2, launcher=launcher)
+    assert finished.returncode == 0, finished.stdout
+    assert finished.stdout.count("steps in all") == 1  # only the main process speaks
+    assert "2 per pass x 1 passes x 2 processes" in finished.stdout
+    expected, found = series(one), series(two)
+    assert len(found) == 3
+    for mine, other in zip(found, expected, strict=True):
+        assert dict(mine)["loss"] == pytest.approx(dict(other)["loss"], rel=0.02)
+    assert dict(found[0])["grad_norm"] == pytest.approx(dict(expected[0])["grad_norm"], rel=0.1)
+    assert lines_of(two, "eval")[0]["loss"] == pytest.approx(lines_of(one, "eval")[0]["loss"], rel=0.05)
+    per_class = lines_of(two, "eval")[0]["segm_per_class"]
+    assert sum(values["pairs"] for values in per_class.values()) == 9  # 3 images x 3 concepts, each once
+    assert (two / "run" / "final" / "model.safetensors").is_file()
+
+
+def test_precision_accumulation_and_checkpointing_run_on_a_cpu(data, tmp_path):
+    """FP16 falls back to float32, which is said once; the overflow counter stays at 0; bf16 really is bf16."""
+    settings = {"max_steps": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "batch_size": 1}
+    finished = train(tmp_path, data, "--mixed_precision", "fp16", **settings)
+    assert finished.returncode == 0, finished.stdout
+    assert finished.stdout.count("FP16 training needs a GPU") == 1
+    whole = series(tmp_path)
+    finished = train(tmp_path, data, "--overwrite_output_dir", max_steps=2, batch_size=2)
+    assert finished.returncode == 0, finished.stdout
+    for mine, other in zip(whole, series(tmp_path), strict=True):  # accumulated: normalised per pass, so only alike
+        assert dict(mine)["loss"] == pytest.approx(dict(other)["loss"], rel=0.3)
+        assert dict(mine)["overflows"] == 0
+    finished = train(tmp_path, data, "--overwrite_output_dir", "--mixed_precision", "bf16", max_steps=1)
+    assert finished.returncode == 0, finished.stdout
+    assert dict(series(tmp_path)[0])["loss"] != dict(whole[0])["loss"]
+
+
+def test_a_final_model_starts_the_next_run(whole_run, data, tmp_path):
+    """Boxes only, from the exported weights, with another category map and image size; stops with a clear error."""
+    coco = json.loads((data / "train" / "_annotations.coco.json").read_text())
+    for annotation in coco["annotations"]:
+        annotation["segmentation"] = []
+    (tmp_path / "boxes.json").write_text(json.dumps(coco))
+    (tmp_path / "map.yaml").write_text("red circle: crimson disc\n")
+    (tmp_path / "words.txt").write_text("elephant\n\nteapot\n")
+    flags = ["--data", "boxes.json", "--validation_data", "boxes.json", "--image_folder", str(data / "train")]
+    flags += [
+        "--init",
+        str(whole_run / "run" / "final"),
+        "--category_map",
+        "map.yaml",
+        "--negative_words",
+        "words.txt",
+    ]
+    flags += ["--box_prompt_probability", "0.5", "--max_steps", "1", "--image_size", "128"]
+    finished = train(tmp_path, data, *flags, model_overrides={})
+    assert finished.returncode == 0, finished.stdout
+    evaluation = lines_of(tmp_path, "eval")[0]
+    assert "segm_AP" not in evaluation and "crimson disc" in evaluation["bbox_per_class"]
+    model = Sam3LiteModel.from_pretrained(tmp_path / "run" / "final")
+    assert model.config.image_size == 128
+    assert model.config.vision_config.backbone_config.hidden_size == 32
