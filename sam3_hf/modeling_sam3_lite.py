@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +27,9 @@ from transformers.models.sam3.modeling_sam3 import (
     Sam3SinePositionEmbedding,
     Sam3VisionEncoderOutput,
     Sam3VisionModel,
+    Sam3VisionNeck,
+    Sam3ViTEmbeddings,
+    Sam3ViTModel,
     box_cxcywh_to_xyxy,
     inverse_sigmoid,
 )
@@ -96,8 +100,27 @@ def additive_mask(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return bias.masked_fill(~valid, torch.finfo(dtype).min)[:, None, None, :]
 
 
+class Sam3LiteViTModel(Sam3ViTModel):
+    """The stock ViT, whose positions are told apart from the first step of a training from scratch."""
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Sam3ViTEmbeddings):
+            # As large as the embedding of patches of standard deviation 0.5: the masks of instances that look alike
+            # differ by position only, and noise of `initializer_range` drowns in the content.
+            fan_in = self.config.num_channels * self.config.patch_size**2
+            std = 0.5 * self.config.initializer_range * math.sqrt(fan_in)
+            init.normal_(module.position_embeddings, std=std)
+
+
 class Sam3LiteVisionModel(Sam3VisionModel):
     """The stock vision encoder without position encodings for levels that the detector never attends to."""
+
+    def __init__(self, config):
+        super(Sam3VisionModel, self).__init__(config)
+        self.backbone = Sam3LiteViTModel(config.backbone_config)
+        self.neck = Sam3VisionNeck(config)
+        self.post_init()
 
     def forward(self, pixel_values: Tensor) -> Sam3VisionEncoderOutput:
         """
