@@ -79,7 +79,6 @@ def test_flags_win_over_the_yaml_file_which_wins_over_defaults(tmp_path):
         ("data: x\nmodel_overrides: '{bad'", [], "model_overrides must be a JSON object"),
         ("data: [x, y]", [], "data must be one value"),
         ("epochs: 1", [], "data is not set"),
-        ("data: x\nresume: auto", ["--overwrite_output_dir"], "give only one of them"),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path, capsys, yaml, flags, message):

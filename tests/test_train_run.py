@@ -75,7 +75,12 @@ def train(folder: Path, data: Path, *flags: str, launcher: list[str] | None = No
 def start(folder: Path, data: Path, *flags: str, **settings) -> subprocess.Popen:
     output = (folder / "output.txt").open("w")
     return subprocess.Popen(
-        [*command(folder, data, **settings), *flags], cwd=folder, env=environment(), stdout=output, stderr=output
+        [*command(folder, data, **settings), *flags],
+        cwd=folder,
+        env=environment(),
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
     )
 
 
@@ -173,7 +178,7 @@ def test_killed_twice_and_resumed_is_as_if_nothing_had_happened(whole_run, data,
     assert len(lines_of(tmp_path, "train")) < 12
     process = start(tmp_path, data, "--resume", "auto", **INTERRUPTED)
     wait_for_step(tmp_path, process, 9)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # data workers included, as a terminal and a scheduler do
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     output = (tmp_path / "output.txt").read_text()
     assert "run the same command with --resume auto" in output
@@ -199,8 +204,8 @@ def test_a_run_is_not_overwritten_by_accident(whole_run, data):
 
 
 def test_two_processes_train_like_one(data, tmp_path):
-    """The same global batch spread over two processes: equal but for the points at which mask losses are sampled."""
-    settings = {"epochs": 1, "train_text_encoder": True, "box_prompt_probability": 0.0, "mask_num_points": 4096}
+    """The same images per step spread over two processes; without mask losses, which sample points at random."""
+    settings = {"epochs": 1, "train_text_encoder": True, "mask_focal_loss_weight": 0.0, "mask_dice_loss_weight": 0.0}
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
@@ -214,8 +219,8 @@ def test_two_processes_train_like_one(data, tmp_path):
     expected, found = series(one), series(two)
     assert len(found) == 3
     for mine, other in zip(found, expected, strict=True):
-        assert dict(mine)["loss"] == pytest.approx(dict(other)["loss"], rel=0.02)
-    assert dict(found[0])["grad_norm"] == pytest.approx(dict(expected[0])["grad_norm"], rel=0.1)
+        assert dict(mine)["loss"] == pytest.approx(dict(other)["loss"], rel=1e-5)
+    assert dict(found[0])["grad_norm"] == pytest.approx(dict(expected[0])["grad_norm"], rel=1e-5)
     assert lines_of(two, "eval")[0]["loss"] == pytest.approx(lines_of(one, "eval")[0]["loss"], rel=0.05)
     per_class = lines_of(two, "eval")[0]["segm_per_class"]
     assert sum(values["pairs"] for values in per_class.values()) == 9  # 3 images x 3 concepts, each once

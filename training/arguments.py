@@ -12,7 +12,7 @@ from typing import Literal
 import yaml
 from transformers import HfArgumentParser
 
-METRICS = ("auto", "bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50", "cgF1", "loss")
+METRICS = ("auto", "segm_AP", "segm_AP50", "segm_cgF1", "bbox_AP", "bbox_AP50", "bbox_cgF1", "loss")
 
 
 def option(default, text: str):
@@ -64,11 +64,16 @@ class DataArguments:
 
     data: str | None = option(
         None,
-        "dataset: a folder in the Roboflow layout (train/_annotations.coco.json), a datasets repository or "
-        "save_to_disk folder, or 'generated' for pictures drawn into OUTPUT_DIR/data",
+        "dataset: a folder in the Roboflow layout (train/_annotations.coco.json), a COCO file, a repository of the "
+        "Hub or save_to_disk folder with 'objects', or 'generated' for pictures drawn into OUTPUT_DIR/data",
     )
-    train_split: str = option("train", "name of the training split")
-    valid_split: str = option("valid", "name of the validation split")
+    validation_data: str | None = option(
+        None, "COCO file of the validation split, if --data is the COCO file of the training split"
+    )
+    image_folder: str | None = option(
+        None, "where the file names of COCO files start; by default beside the file, or in images/ beside it"
+    )
+    validation_image_folder: str | None = option(None, "the same for --validation_data; --image_folder if not given")
     category_map: str | None = option(
         None, "YAML file that renames categories into the phrases to prompt with, e.g. 'RBC: red blood cell'"
     )
@@ -80,6 +85,10 @@ class DataArguments:
     box_prompt_probability: float = option(
         0.0, "chance, 0 to 1, that a prompt gets a jittered box of one instance, with or instead of its phrase"
     )
+    horizontal_flip: float = option(
+        0.5, "chance, 0 to 1, that a training image is mirrored; 0 if phrases tell left from right"
+    )
+    color_jitter: float = option(0.2, "brightness, contrast and saturation change by up to this share, 0 to below 1")
     num_workers: int = option(4, "processes per training process that decode and augment; 0 decodes in the loop")
     generated_train: int = option(256, "training images to draw when --data is 'generated'")
     generated_valid: int = option(32, "validation images to draw when --data is 'generated'")
@@ -91,6 +100,7 @@ class DataArguments:
         check_range(self, "prompts_per_image", 1)
         check_range(self, "negative_ratio", 0, 1)
         check_range(self, "box_prompt_probability", 0, 1)
+        check_range(self, "horizontal_flip", 0, 1)
         check_range(self, "num_workers", 0)
 
 
@@ -180,7 +190,9 @@ class OutputArguments:
         "'auto' goes on from OUTPUT_DIR/checkpoints/last, or starts if there is none; a path goes on from that "
         "checkpoint; 'none' starts",
     )
-    overwrite_output_dir: bool = option(False, "delete the run that OUTPUT_DIR holds and start anew")
+    overwrite_output_dir: bool = option(
+        False, "delete the run that OUTPUT_DIR holds and start anew, unless --resume is given"
+    )
     eval_batch_size: int = option(4, "validation images per process and forward pass")
     eval_every_epochs: int = option(1, "evaluate after every so many epochs, and after the last")
     save_every_epochs: int = option(5, "keep checkpoints/epoch_N every so many epochs; 0 keeps none")
@@ -200,8 +212,6 @@ class OutputArguments:
             check_range(self, name, 1)
         for name in ("save_every_epochs", "save_every_steps", "prediction_images"):
             check_range(self, name, 0)
-        if self.overwrite_output_dir and self.resume != "none":
-            raise ValueError("overwrite_output_dir deletes what resume would go on from; give only one of them")
 
 
 GROUPS = (ModelArguments, DataArguments, OptimizationArguments, LossArguments, OutputArguments)

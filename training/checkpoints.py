@@ -20,7 +20,7 @@ FROZEN = "frozen_text.safetensors"
 
 def save_checkpoint(accelerator: Accelerator, target: Path, model, optimizer, ema: MovingAverage | None, state: dict):
     """
-    Writes a checkpoint to resume from; called by every process. The previous `target` stays until the new one is whole.
+    Writes a checkpoint to resume from; called by every process. An older `target` stays until the new one is whole.
 
     Args:
         model, optimizer: as returned by `accelerator.prepare`.
@@ -106,16 +106,16 @@ def put_in_place(partial: Path, target: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def recover(folder: Path) -> None:
-    """Undoes replacements that a kill interrupted, and deletes what was half written."""
-    for previous in folder.glob(".*.previous"):
+def recover(folder: Path, name: str = "*") -> None:
+    """Undoes replacements of `name` in a folder that a kill interrupted, and deletes what was half written."""
+    for previous in folder.glob(f".{name}.previous"):
         target = folder / previous.name[1 : -len(".previous")]
         if target.exists():
             shutil.rmtree(previous)
         else:
             logger.warning(f"{target} was being replaced when the last run ended; going back to the one before")
             os.rename(previous, target)
-    for partial in folder.glob(".*.partial"):
+    for partial in folder.glob(f".{name}.partial"):
         logger.warning(f"removing {partial}, which the last run did not finish writing")
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 

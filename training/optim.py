@@ -25,24 +25,29 @@ def parameter_groups(model: nn.Module, arguments: OptimizationArguments) -> list
     Parameters of at most one dimension, that is biases, norms and scales, are not decayed. In the vision encoder the
     rate falls from the last layer to the first.
     """
-    depth = 1 + max((int(match[1]) for name, _ in model.named_parameters() if (match := VIT_LAYER.match(name))), default=-1)
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    layers = [int(match[1]) for name, _ in named if (match := VIT_LAYER.match(name))]
+    rates = {
+        "vision": arguments.vision_learning_rate or arguments.learning_rate,
+        "text": arguments.text_learning_rate or arguments.learning_rate,
+        "detector": arguments.learning_rate,
+    }
     groups = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        rate = base_learning_rate(name, arguments) * vit_scale(name, depth, arguments.vit_layer_decay)
+    for name, parameter in named:
+        scale = vit_scale(name, 1 + max(layers, default=-1), arguments.vit_layer_decay)
         decay = arguments.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+        groups.setdefault((part_of(name), scale, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rates[part] * scale, "weight_decay": decay}
+        for (part, scale, decay), parameters in groups.items()
+    ]
 
 
-def base_learning_rate(name: str, arguments: OptimizationArguments) -> float:
-    """Highest learning rate of the part of the model that the parameter belongs to."""
-    if name.startswith("vision_encoder.") and arguments.vision_learning_rate is not None:
-        return arguments.vision_learning_rate
-    if name.startswith(("text_encoder.", "text_projection.")) and arguments.text_learning_rate is not None:
-        return arguments.text_learning_rate
-    return arguments.learning_rate
+def part_of(name: str) -> str:
+    """Which of the three learning rates a parameter has: that of "vision", "text" or "detector"."""
+    if name.startswith("vision_encoder."):
+        return "vision"
+    return "text" if name.startswith(("text_encoder.", "text_projection.")) else "detector"
 
 
 def vit_scale(name: str, depth: int, decay: float) -> float:
@@ -59,23 +64,28 @@ def vit_scale(name: str, depth: int, decay: float) -> float:
 class Schedule:
     """Linear warm-up, then a cosine; a function of the step alone, so it has no state to save."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, arguments: OptimizationArguments, total_steps: int):
+    def __init__(self, optimizer: torch.optim.Optimizer, arguments: OptimizationArguments):
+        """
+        Args:
+            optimizer: its groups have their highest learning rates.
+        """
         self.highest = [group["lr"] for group in optimizer.param_groups]
-        self.total = total_steps
-        self.warmup = round(arguments.warmup_ratio * total_steps)
-        self.final = arguments.final_learning_rate_ratio
+        self.warmup_ratio = arguments.warmup_ratio
+        self.final_ratio = arguments.final_learning_rate_ratio
 
-    def scale(self, step: int) -> float:
-        """Share of the highest learning rate that step 1, 2, ... total_steps runs with."""
-        if step <= self.warmup:
-            return step / self.warmup
-        progress = (step - self.warmup) / max(1, self.total - self.warmup)
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
+    def scale(self, step: int, total: int) -> float:
+        """Share of the highest learning rate that step 1, 2, ... total runs with."""
+        warmup = round(self.warmup_ratio * total)
+        if step <= warmup:
+            return step / warmup
+        progress = (step - warmup) / (total - warmup)
+        return self.final_ratio + (1 - self.final_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
-    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+    def apply(self, optimizer: torch.optim.Optimizer, step: int, total: int) -> float:
         """Sets the rates for a step; returns the highest of them."""
+        scale = self.scale(step, total)
         for group, highest in zip(optimizer.param_groups, self.highest, strict=True):
-            group["lr"] = highest * self.scale(step)
+            group["lr"] = highest * scale
         return max(group["lr"] for group in optimizer.param_groups)
 
 

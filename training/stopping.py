@@ -4,6 +4,12 @@ import signal
 import time
 
 
+def leave_signals_to_the_parent(worker_id: int) -> None:
+    """`worker_init_fn` of data loaders: what stops the run must not stop its workers before the step is finished."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopSignal:
     """
     Remembers the first SIGINT or SIGTERM in `received`; a second SIGINT interrupts at once.

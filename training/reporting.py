@@ -5,10 +5,14 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import psutil
 import torch
+import transformers
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -20,9 +24,23 @@ def set_up_logging(output_dir: Path, is_main: bool) -> None:
     root = logging.getLogger()
     root.handlers.clear()
     root.setLevel(logging.INFO if is_main else logging.ERROR)
-    for library in ("httpx", "datasets", "accelerate", "filelock", "matplotlib", "PIL", "fsspec", "absl"):
+    for library in (
+        "httpx",
+        "datasets",
+        "accelerate",
+        "filelock",
+        "matplotlib",
+        "PIL",
+        "fsspec",
+        "absl",
+        "faster_coco_eval",
+    ):
         logging.getLogger(library).setLevel(logging.WARNING if is_main else logging.ERROR)
     handlers = [_TqdmHandler()]
+    if not is_main:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
     if is_main:
         (output_dir / "logs").mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(output_dir / "logs" / "train.log", encoding="utf-8"))
@@ -35,6 +53,8 @@ class _TqdmHandler(logging.Handler):
     """Writes above the progress bar instead of through it."""
 
     def emit(self, record):
+        if getattr(record, "on_bar", False):
+            return  # the progress bar shows it already
         tqdm.write(self.format(record), file=sys.stderr)
 
 
@@ -82,21 +102,68 @@ class Speed:
     """Images per second and the share of time spent waiting for data, since `read` was last called."""
 
     def __init__(self):
-        self._start = time.perf_counter()
-        self._waited = 0.0
-        self._images = 0
+        self._start, self._waited, self._images = time.perf_counter(), 0.0, 0
 
-    def waited(self, seconds: float) -> None:
-        self._waited += seconds
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time of the `with` block as waiting."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
-    def images(self, count: int) -> None:
-        self._images += count
+    def count(self, images: int) -> None:
+        self._images += images
+
+    def images_per_second(self) -> float:
+        return self._images / max(time.perf_counter() - self._start, 1e-9)
 
     def read(self) -> dict[str, float]:
-        elapsed = max(time.perf_counter() - self._start, 1e-9)
-        result = {"images_per_second": self._images / elapsed, "data_wait": self._waited / elapsed}
-        self._start, self._waited, self._images = time.perf_counter(), 0.0, 0
-        return result
+        """The two figures; starts anew."""
+        waited = self._waited / max(time.perf_counter() - self._start, 1e-9)
+        figures = {"images_per_second": self.images_per_second(), "data_wait": waited}
+        self.__init__()
+        return figures
+
+
+def progress_bar(step: int, total_steps: int, is_main: bool) -> tqdm:
+    """A bar on the terminal of the main process; none where output goes to a file."""
+    return tqdm(total=total_steps, initial=step, unit="step", disable=None if is_main else True, dynamic_ncols=True)
+
+
+def log_step(step: int, total_steps: int, values: dict, bar: tqdm) -> None:
+    """A line for the log, which has no progress bar: {"loss", "lr", "images_per_second", ...}."""
+    logger.info(
+        "step %d/%d, epoch %.2f: loss %.4f, lr %.2e, %.1f images/s, %.0f%% of the time waiting for data, %.2f GB, "
+        "%d overflows",
+        step,
+        total_steps,
+        values["epoch"],
+        values["loss"],
+        values["lr"],
+        values["images_per_second"],
+        100 * values["data_wait"],
+        values["memory_gb"],
+        values["overflows"],
+        extra={"on_bar": not bar.disable},
+    )
+
+
+def main_scores(scores: dict) -> dict[str, float]:
+    """The scores that a reader wants first."""
+    kinds = [kind for kind in ("segm", "bbox") if f"{kind}_AP" in scores]
+    names = [f"{kind}_{name}" for kind in kinds for name in ("AP", "AP50", "cgF1")]
+    return {name: scores[name] for name in [*names, "IL_MCC", "loss"]}
+
+
+def log_scores(epoch: float, scores: dict) -> None:
+    """The main scores of an evaluation, and a table of those per class."""
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in main_scores(scores).items())
+    logger.info("epoch %.2f, validation: %s", epoch, figures)
+    kind = "segm" if "segm_AP" in scores else "bbox"
+    for name, values in scores[f"{kind}_per_class"].items():
+        # COCO writes -1 where a class has no objects to find
+        figures = ", ".join(f"{key} {values[key]:.4f}" for key in ("AP", "AP50", "cgF1") if values[key] != -1)
+        logger.info("  %-24s %s %s, %d objects", name, kind, figures, values["objects"])
 
 
 def memory_gb(device: torch.device) -> float:

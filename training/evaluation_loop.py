@@ -1,0 +1,161 @@
+"""Scores, validation loss and pictures of a model on the validation split."""
+
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from batches import model_inputs
+from stopping import leave_signals_to_the_parent
+from torch.utils.data import DataLoader, Subset
+
+from sam3_hf.data import EvalDataset, PromptCollator
+from sam3_hf.data.images import load_image
+from sam3_hf.data.masks import rle_to_mask
+from sam3_hf.evaluation import CGF1, CocoAP, prediction_row
+from sam3_hf.visualization import concept_colours, side_by_side
+
+PROMPTS_AT_ONCE = 64  # bounds memory where a dataset has many concepts
+LOWEST_SCORE = 0.01  # detections below are too many to encode: COCO AP goes without the far end of its curves
+DRAWN_SCORE = 0.3  # as `post_process_instance_segmentation` keeps by default
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator,
+    model,
+    processor,
+    text,
+    dataset: EvalDataset,
+    batch_size: int,
+    num_workers: int,
+    picture_folder: Path | None = None,
+    pictures: int = 0,
+) -> dict | None:
+    """
+    Asks every image for every concept; called by all processes, each of which does its share of the images.
+
+    Args:
+        model: as returned by `accelerator.prepare`; left in evaluation mode.
+        text: turns phrases into the model's text inputs.
+        batch_size: images per forward pass.
+        picture_folder: where the first `pictures` images are drawn, prediction beside truth.
+
+    Returns:
+        "loss" and the figures of `CocoAP` and `CGF1` in the main process, None in the others.
+    """
+    model.eval()
+    indices = share_of(len(dataset), accelerator.process_index, accelerator.num_processes)
+    loader = DataLoader(
+        Subset(dataset, indices),
+        batch_size,
+        collate_fn=PromptCollator(),
+        num_workers=num_workers,
+        worker_init_fn=leave_signals_to_the_parent,
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        options = {
+            "iou_types": ("bbox", "segm") if dataset.has_masks else ("bbox",),
+            "category_names": dict(enumerate(dataset.concepts)),
+            "num_process": accelerator.num_processes,
+            "process_id": accelerator.process_index,
+            "cache_dir": cache,
+        }
+        metrics = CocoAP(**options), CGF1(**options)
+        total, prompts, left = torch.zeros((), device=accelerator.device), 0, iter(indices)
+        for batch in loader:
+            rows = []
+            for chunk in prompt_chunks(batch):
+                outputs = model(**model_inputs(chunk, text, accelerator.device))
+                total += outputs.loss * len(chunk["phrases"])
+                prompts += len(chunk["phrases"])
+                rows += prediction_rows(processor, outputs, chunk, dataset.has_masks)
+            for metric in metrics:
+                metric.add_batch(predictions=rows, references=batch["references"])
+            for place, index in enumerate(islice(left, len(batch["image_ids"]))):
+                if index < pictures:
+                    own = (batch["image_index"] == place).nonzero().flatten().tolist()
+                    picture = draw(
+                        dataset, index, [rows[row] for row in own], [batch["references"][row] for row in own]
+                    )
+                    picture_folder.mkdir(parents=True, exist_ok=True)
+                    picture.save(picture_folder / f"{index:04d}.png")
+        loss = accelerator.reduce(total / prompts, "mean").item()
+        figures = [metric.compute() for metric in metrics]
+    return {"loss": loss, **merge_figures(*figures)} if accelerator.is_main_process else None
+
+
+def merge_figures(coco: dict, concept: dict) -> dict:
+    """The figures of `CocoAP` and `CGF1` in one dict, and so those per class."""
+    per_class = {
+        key: {name: values | concept[key][name] for name, values in classes.items()}
+        for key, classes in coco.items()
+        if key.endswith("_per_class")
+    }
+    return {**coco, **concept, **per_class}
+
+
+def share_of(count: int, rank: int, world_size: int) -> list[int]:
+    """
+    The images of one process, equally many for each: the validation loss is computed by all processes together. Where
+    they do not come out even, some images are done twice; the metrics count them once.
+    """
+    return np.resize(np.arange(count), -(-count // world_size) * world_size)[rank::world_size].tolist()
+
+
+def prompt_chunks(batch: dict) -> list[dict]:
+    """Parts of a batch with a bounded number of prompts, each with the images that it needs."""
+    chunks = []
+    for start in range(0, len(batch["phrases"]), PROMPTS_AT_ONCE):
+        part = slice(start, start + PROMPTS_AT_ONCE)
+        owners = batch["image_index"][part]
+        first, last = int(owners[0]), int(owners[-1])
+        chunk = {key: batch[key][part] for key in ("phrases", "labels", "references")}
+        chunk["pixel_values"] = batch["pixel_values"][first : last + 1]
+        chunk["image_index"] = owners - first
+        chunk["original_sizes"] = [batch["original_sizes"][owner] for owner in owners.tolist()]
+        chunks.append(chunk)
+    return chunks
+
+
+def prediction_rows(processor, outputs, chunk: dict, with_masks: bool) -> list[dict]:
+    """What the metrics take, one row per prompt."""
+    sizes = chunk["original_sizes"]
+    found = processor.post_process_instance_segmentation(
+        outputs, threshold=LOWEST_SCORE, target_sizes=sizes if with_masks else None
+    )
+    rows = []
+    for detections, reference, (height, width) in zip(found, chunk["references"], sizes, strict=True):
+        boxes, masks = detections["boxes"], detections["masks"]
+        if not with_masks:  # then boxes are still relative, and masks are neither trained nor wanted
+            boxes, masks = boxes * boxes.new_tensor([width, height, width, height]), None
+        rows.append(prediction_row(reference["image_id"], reference["category"], boxes, detections["scores"], masks))
+    return rows
+
+
+def draw(dataset: EvalDataset, index: int, predictions: list[dict], references: list[dict]):
+    """Picture of one image, prediction beside truth, from its rows for all concepts."""
+    row = dataset.rows[index]
+    pixels, _ = load_image(row["image"], row["width"], row["height"])
+    return side_by_side(
+        pixels.permute(1, 2, 0).numpy(),
+        _instances(predictions, dataset, lambda row, place: row["scores"][place] >= DRAWN_SCORE),
+        _instances(references, dataset, lambda row, place: not row["iscrowd"][place]),
+        colours=concept_colours(dataset.concepts),
+        title=row["file_name"],
+    )
+
+
+def _instances(rows: list[dict], dataset: EvalDataset, wanted) -> dict:
+    picked = [(row, place) for row in rows for place in range(len(row["boxes"])) if wanted(row, place)]
+    instances = {
+        "boxes": np.array([row["boxes"][place] for row, place in picked]).reshape(-1, 4),
+        "labels": [dataset.concepts[row["category"]] for row, _ in picked],
+    }
+    if dataset.has_masks and picked:
+        instances["masks"] = np.stack([rle_to_mask(row["masks"][place]) for row, place in picked])
+    if all("scores" in row for row in rows):
+        instances["scores"] = [row["scores"][place] for row, place in picked]
+    return instances

@@ -1,0 +1,225 @@
+"""A run after its start: what it trains with, where it stands, and what it writes."""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from arguments import Arguments
+from batches import BatchKeys, make_loader, steps_per_epoch
+from checkpoints import copy_checkpoint, load_checkpoint, read_state, save_checkpoint
+from evaluation_loop import evaluate
+from export import export_final
+from optim import MovingAverage
+from reporting import log_scores, main_scores
+from starting import check_compatible, choose_batch_size
+
+from sam3_hf.data import EvalDataset, TrainDataset
+from sam3_hf.visualization import plot_curves
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """
+    Attributes:
+        step: optimizer steps done, or in progress.
+        overflows: of them, skipped because FP16 gradients overflowed.
+        best: {"step", "metric", "value", "scores"} of the best evaluation, or None.
+        ema: moving average of the weights, or None.
+        batch_size: images per process and forward pass.
+        images_per_step: images over all processes and forward passes of a step.
+        steps_per_epoch, total_steps: length of the run in steps.
+    """
+
+    def __init__(
+        self,
+        arguments: Arguments,
+        accelerator: Accelerator,
+        model,
+        optimizer,
+        processor,
+        text,
+        train_data: TrainDataset,
+        valid_data: EvalDataset,
+        checkpoint: Path | None,
+    ):
+        """
+        Args:
+            model, optimizer: as returned by `accelerator.prepare`.
+            checkpoint: to go on from.
+        """
+        self.arguments, self.accelerator = arguments, accelerator
+        self.model, self.optimizer = model, optimizer
+        self.processor, self.text = processor, text
+        self.train_data, self.valid_data = train_data, valid_data
+        self.folder = Path(arguments.output.output_dir)
+        self.step, self.overflows, self.best = 0, 0, None
+        if self.metric_for_best().startswith("segm") and not valid_data.has_masks:
+            raise ValueError(
+                f"metric_for_best {self.metric_for_best()} needs masks, and the validation split has none for some "
+                "objects: use bbox_AP"
+            )
+        settings = arguments.optimization
+        decay = settings.ema_decay
+        self.ema = MovingAverage(accelerator.unwrap_model(model), decay) if decay else None
+
+        saved = None if checkpoint is None else read_state(checkpoint)
+        if settings.batch_size != "auto":
+            self.batch_size = settings.batch_size
+        elif saved is not None:
+            self.batch_size = saved["batch_size"]
+        else:
+            self.batch_size = choose_batch_size(accelerator, model, train_data, text)
+        self.images_per_step = self.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+        self.steps_per_epoch = steps_per_epoch(len(train_data), self.images_per_step)
+        self.total_steps = settings.max_steps or settings.epochs * self.steps_per_epoch
+        if saved is not None:
+            self._resume(checkpoint, saved)
+        logger.info(
+            "%d images per step (%d per pass x %d passes x %d processes), %d steps per epoch, %d steps in all",
+            self.images_per_step,
+            self.batch_size,
+            settings.gradient_accumulation_steps,
+            accelerator.num_processes,
+            self.steps_per_epoch,
+            self.total_steps,
+        )
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training split, e.g. 2.5."""
+        return self.step / self.steps_per_epoch
+
+    def at_epoch_end(self) -> bool:
+        """Whether a pass over the training split, or the run, ends with this step."""
+        return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+
+    def batches(self) -> Iterator[dict]:
+        """The batches of this process from the next step to the last."""
+        settings, accelerator = self.arguments.optimization, self.accelerator
+        keys = BatchKeys(
+            len(self.train_data),
+            self.batch_size,
+            settings.gradient_accumulation_steps,
+            settings.seed,
+            first_step=self.step + 1,
+            last_step=self.total_steps,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        on_gpu = accelerator.device.type == "cuda"
+        return iter(make_loader(self.train_data, keys, self.arguments.data.num_workers, pin_memory=on_gpu))
+
+    def state(self) -> dict:
+        """What a checkpoint says about the run."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "overflows": self.overflows,
+            "best": self.best,
+            "batch_size": self.batch_size,
+            "images_per_step": self.images_per_step,
+            "dataset": {
+                "training images": len(self.train_data),
+                "concepts": self.train_data.concepts,
+                "has masks": self.train_data.has_masks,
+            },
+            "arguments": self.arguments.flat(),
+        }
+
+    def save(self) -> None:
+        """Writes checkpoints/last, and names it epoch_N or best if it is that."""
+        last = self.folder / "checkpoints" / "last"
+        save_checkpoint(self.accelerator, last, self.model, self.optimizer, self.ema, self.state())
+        self._name_checkpoint(last)
+
+    def _name_checkpoint(self, checkpoint: Path) -> None:
+        every, whole_epoch = self.arguments.output.save_every_epochs, self.step % self.steps_per_epoch == 0
+        if self.accelerator.is_main_process:
+            if every and whole_epoch and round(self.epoch) % every == 0:
+                copy_checkpoint(checkpoint, self.folder / "checkpoints" / f"epoch_{round(self.epoch)}")
+            if self.best is not None and self.best["step"] == self.step:
+                copy_checkpoint(checkpoint, self.folder / "checkpoints" / "best")
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, checkpoint: Path, saved: dict) -> None:
+        check_compatible(saved, self.state())
+        load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer, self.ema)
+        self.step, self.overflows, self.best = saved["step"], saved["overflows"], saved["best"]
+        logger.info("going on from %s, step %d", checkpoint, self.step)
+        if checkpoint.resolve() == (self.folder / "checkpoints" / "last").resolve():
+            self._name_checkpoint(checkpoint)  # a kill may have come between the two
+        if self.best is not None and not self._best_exists():
+            logger.warning("the best checkpoint so far, of step %d, is not here any more", self.best["step"])
+            self.best = None
+
+    def _best_exists(self) -> bool:
+        best = self.folder / "checkpoints" / "best"
+        return best.is_dir() and read_state(best)["step"] == self.best["step"]
+
+    def evaluate(self) -> dict:
+        """Scores on the validation split, the same in all processes; notes the best and draws pictures."""
+        output = self.arguments.output
+        set_seed(self.arguments.optimization.seed)  # mask losses sample points: the same ones each time
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            scores = evaluate(
+                self.accelerator,
+                self.model,
+                self.processor,
+                self.text,
+                self.valid_data,
+                output.eval_batch_size,
+                self.arguments.data.num_workers,
+                self.folder / "predictions" / f"epoch_{math.ceil(self.epoch)}",
+                output.prediction_images,
+            )
+        (scores,) = broadcast_object_list([scores])
+        self.note_if_best(scores)
+        log_scores(self.epoch, scores)
+        return scores
+
+    def note_if_best(self, scores: dict) -> None:
+        """Remembers scores that are better than all before."""
+        metric = self.metric_for_best()
+        value = scores[metric]
+        better = self.best is None or (value < self.best["value"] if metric == "loss" else value > self.best["value"])
+        if better:
+            plain = {name: score for name, score in scores.items() if isinstance(score, float)}
+            self.best = {"step": self.step, "epoch": self.epoch, "metric": metric, "value": value, "scores": plain}
+
+    def metric_for_best(self) -> str:
+        """The name of the score that picks the best checkpoint."""
+        chosen = self.arguments.output.metric_for_best
+        if chosen == "auto":
+            return "segm_AP" if self.valid_data.has_masks else "bbox_AP"
+        return chosen
+
+    def finish(self) -> None:
+        """Exports the best weights to final/ and says what was reached and where it is."""
+        if self.best is not None and self.best["step"] != self.step:
+            best = self.folder / "checkpoints" / "best"
+            load_checkpoint(self.accelerator, best, self.model, self.optimizer, self.ema)
+        summary = {
+            "base": self.arguments.model.init or f"random weights (preset {self.arguments.model.preset})",
+            "data": self.arguments.data.data,
+            "best": self.best,
+        }
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            export_final(self.accelerator, self.model, self.processor, self.text, self.folder / "final", summary)
+        if self.accelerator.is_main_process:
+            self._report()
+
+    def _report(self) -> None:
+        """Draws the curves; logs the scores of the exported model, and where everything is."""
+        curves = plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        if self.best is not None:
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in main_scores(self.best["scores"]).items())
+            logger.info("best by %s, at epoch %.2f: %s", self.best["metric"], self.best["epoch"], scores)
+        logger.info("curves: %s", curves)
+        for picture in sorted((self.folder / "predictions" / f"epoch_{math.ceil(self.epoch)}").glob("*.png")):
+            logger.info("picture: %s", picture)
+        logger.info("model: %s", self.folder / "final")

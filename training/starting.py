@@ -1,0 +1,318 @@
+"""What happens before the first step: the accelerator, the output folder, the model and its text side."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from arguments import Arguments, ModelArguments
+from batches import model_inputs
+from checkpoints import FROZEN, STATE, read_state, recover, write_frozen
+from phrases import FrozenText, TokenizedText
+from reporting import set_up_logging
+from safetensors.torch import load_file
+
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel
+from sam3_hf.data import (
+    Augmentation,
+    DatasetError,
+    EvalDataset,
+    PromptCollator,
+    PromptSampling,
+    TrainDataset,
+    load_dataset_splits,
+)
+from sam3_hf.data.generated import write_dataset
+from sam3_hf.data.sampling import VISUAL_PHRASE
+
+logger = logging.getLogger(__name__)
+
+# What a run leaves in its folder, but for the log; --overwrite_output_dir deletes these and nothing else.
+WRITTEN = ("checkpoints", "final", "metrics.jsonl", "predictions", "tensorboard", "curves.png")
+# Settings without which a checkpoint's weights or its place in the data mean something else.
+FIXED = (
+    "preset",
+    "image_size",
+    "model_overrides",
+    "train_text_encoder",
+    "seed",
+    "weight_decay",
+    "vit_layer_decay",
+)
+
+
+def start_accelerator(arguments: Arguments) -> Accelerator:
+    """An accelerator in the wanted precision; float32 where FP16 cannot run, which is said once."""
+    # Without being told so, several processes on a machine without GPU would not find each other.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu)
+    set_up_logging(Path(arguments.output.output_dir), state.is_main_process)
+    precision = arguments.optimization.mixed_precision
+    if precision == "fp16" and state.device.type == "cpu":
+        logger.warning("FP16 training needs a GPU; going on in float32 on the CPU")
+        precision = "no"
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=precision,
+        gradient_accumulation_steps=arguments.optimization.gradient_accumulation_steps,
+    )
+    if accelerator.distributed_type == DistributedType.FSDP and arguments.optimization.ema_decay:
+        raise ValueError("ema_decay does not work with FSDP, where no process holds whole weights: set it to 0")
+    return accelerator
+
+
+def open_output_dir(accelerator: Accelerator, arguments: Arguments) -> Path | None:
+    """
+    Prepares the output folder; returns the checkpoint to resume from, or None for a fresh start.
+
+    Raises:
+        FileExistsError: the folder holds a run, and it was not said what to do with it.
+        FileNotFoundError: the checkpoint to resume from does not exist.
+    """
+    output_dir, resume = Path(arguments.output.output_dir), arguments.output.resume
+    last = output_dir / "checkpoints" / "last"
+    if accelerator.is_main_process:
+        recover(output_dir, "final")
+        recover(last.parent)
+    accelerator.wait_for_everyone()
+    holds_run = (last / STATE).is_file() or (output_dir / "final" / "config.json").is_file()
+    if resume == "none" and holds_run and not arguments.output.overwrite_output_dir:
+        raise FileExistsError(
+            f"{output_dir} already holds a run: add --resume auto to go on with it, --overwrite_output_dir to delete "
+            "it, or choose another --output_dir"
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and holds_run and resume == "none":
+        for name in WRITTEN:
+            _delete(output_dir / name)
+    accelerator.wait_for_everyone()
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return last if last.is_dir() else None
+    read_state(Path(resume))
+    return Path(resume)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+
+
+def check_compatible(saved: dict, current: dict) -> None:
+    """
+    Compares the settings of a checkpoint with those of the run that goes on from it, and logs harmless differences.
+
+    Args:
+        saved, current: "arguments" (flat), "images_per_step" and "dataset" of trainer_state.json.
+
+    Raises:
+        ValueError: they differ in what the checkpoint depends on; the message names all such settings.
+    """
+    before, now = saved["arguments"], current["arguments"]
+    wrong = [f"{name}: {before.get(name)} there, {now[name]} here" for name in FIXED if before.get(name) != now[name]]
+    if bool(before["ema_decay"]) != bool(now["ema_decay"]):
+        wrong.append(f"ema_decay: {before['ema_decay']} there, {now['ema_decay']} here")
+    if saved["dataset"] != current["dataset"]:
+        wrong.append(f"data: {_differences(saved['dataset'], current['dataset'])}")
+    if saved["images_per_step"] != current["images_per_step"]:
+        wrong.append(
+            f"images per step (batch_size x gradient_accumulation_steps x processes): {saved['images_per_step']} "
+            f"there, {current['images_per_step']} here"
+        )
+    if wrong:
+        raise ValueError(
+            "cannot resume, the checkpoint was made with other settings:\n  "
+            + "\n  ".join(wrong)
+            + "\ngive the same ones, or start anew in another --output_dir (--init takes weights from a final/ folder)"
+        )
+    for name, value in now.items():
+        if value != before.get(name) and name not in (*FIXED, "resume", "output_dir"):
+            logger.warning("%s was %s up to the checkpoint and is %s from here on", name, before.get(name), value)
+
+
+def _differences(before: dict, now: dict) -> str:
+    return "; ".join(f"{key} {before[key]} there, {now[key]} here" for key in before if before[key] != now[key])
+
+
+def build_model(arguments: Arguments, checkpoint: Path | None) -> Sam3LiteModel:
+    """
+    The model in float32 with random, given or (as far as they are frozen) resumed weights.
+
+    Args:
+        checkpoint: the run goes on from there; its configuration is used, its trained weights are loaded later.
+    """
+    set_seed(arguments.optimization.seed)
+    model_arguments = arguments.model
+    if checkpoint is not None:
+        model = Sam3LiteModel(Sam3LiteConfig.from_pretrained(checkpoint))
+        if (checkpoint / FROZEN).is_file():
+            model.load_state_dict(load_file(checkpoint / FROZEN), strict=False)
+    elif model_arguments.init is not None:
+        config = initial_config(model_arguments)
+        model = Sam3LiteModel.from_pretrained(model_arguments.init, config=config, dtype=torch.float32)
+    else:
+        model = Sam3LiteModel(initial_config(model_arguments))
+        if not model_arguments.train_text_encoder:
+            logger.warning(
+                "weights are random, and so is the frozen text encoder: it tells phrases apart without knowing what "
+                "they mean. Start from a checkpoint with --init, or add --train_text_encoder"
+            )
+    for name, value in arguments.loss.given().items():
+        setattr(model.config.loss_config, name, value)
+    if model_arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if model_arguments.compile:
+        model.compile()
+    return model
+
+
+def initial_config(arguments: ModelArguments) -> Sam3LiteConfig:
+    """The configuration of a fresh run: that of --init, or of --preset with its overrides."""
+    size = {} if arguments.image_size is None else {"image_size": arguments.image_size}
+    if arguments.init is None:
+        return Sam3LiteConfig.from_preset(arguments.preset, **{**arguments.model_overrides, **size})
+    if arguments.model_overrides:
+        raise ValueError("model_overrides changes a preset; with --init the sizes are those of the checkpoint")
+    fields = Sam3LiteConfig.from_pretrained(arguments.init).to_dict()
+    fields["vision_config"]["backbone_config"].update(size)
+    return Sam3LiteConfig.from_dict(fields)
+
+
+def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -> tuple[TrainDataset, EvalDataset]:
+    """
+    The checked training and validation splits.
+
+    Args:
+        image_size: side of the model's input in pixels.
+
+    Raises:
+        DatasetError: the dataset has faults, or no validation split.
+    """
+    options = arguments.data
+    source, folders = options.data, options.image_folder
+    if source == "generated":
+        source = Path(arguments.output.output_dir) / "data"
+        if accelerator.is_main_process:
+            write_dataset(
+                source,
+                num_train=options.generated_train,
+                num_valid=options.generated_valid,
+                image_size=image_size,
+                num_concepts=options.generated_concepts,
+                seed=arguments.optimization.seed,
+            )
+        accelerator.wait_for_everyone()
+    if options.validation_data is not None:
+        source = {"train": source, "validation": options.validation_data}
+        folders = {"train": folders, "validation": options.validation_image_folder or folders}
+    splits = load_dataset_splits(source, folders, options.category_map)
+    for split in ("train", "validation"):
+        if split not in splits:
+            raise DatasetError(
+                f"{options.data} has no {split} split, only {', '.join(splits)}: a Roboflow folder has train/ and "
+                "valid/, for COCO files give --validation_data"
+            )
+    sampling = PromptSampling(
+        prompts_per_image=options.prompts_per_image,
+        negative_ratio=options.negative_ratio,
+        box_prompt_probability=options.box_prompt_probability,
+        negative_words=read_words(options.negative_words),
+    )
+    augmentation = Augmentation(horizontal_flip=options.horizontal_flip, color_jitter=options.color_jitter)
+    train = TrainDataset(splits["train"], image_size, sampling, augmentation, arguments.optimization.seed)
+    return train, EvalDataset(splits["validation"], image_size)
+
+
+def read_words(path: str | None) -> tuple[str, ...]:
+    """The phrases of a text file, one a line; empty lines do not count.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if path is None:
+        return ()
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+def build_text(accelerator: Accelerator, arguments: Arguments, model, processor, train_data: TrainDataset):
+    """The text side: trained within the model, or frozen and taken out of it."""
+    if arguments.model.train_text_encoder:
+        return TokenizedText(processor)
+    phrases = [*train_data.concepts, *train_data.sampling.negative_words, VISUAL_PHRASE]
+    text = FrozenText(model, processor, phrases, accelerator.device)
+    if accelerator.is_main_process:
+        write_frozen(Path(arguments.output.output_dir) / "checkpoints", text.weights())
+    accelerator.wait_for_everyone()
+    logger.info("the text encoder is frozen: %d phrases encoded, encoder put aside", len(text.row))
+    return text
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for one step of one process, 0 to 2^32 - 1."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def choose_batch_size(accelerator: Accelerator, model, dataset: TrainDataset, text) -> int:
+    """
+    Images per forward pass that fit into GPU memory with a tenth to spare: a power of two, at most 64 and at most the
+    dataset. Tried on real images; every process tries the same ones, so that all come to the same answer.
+
+    Raises:
+        ValueError: there is no GPU.
+        RuntimeError: not even one image fits.
+    """
+    device = accelerator.device
+    if device.type != "cuda":
+        raise ValueError("batch_size 'auto' needs a CUDA GPU, whose memory it fills: give a number")
+    collate = PromptCollator()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def attempt(size: int) -> None:
+        torch.cuda.reset_peak_memory_stats(device)
+        moments = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]  # as AdamW will hold
+        batch = collate([dataset[0, index] for index in range(size)])
+        model.train()
+        accelerator.backward(model(**model_inputs(batch, text, device)).loss)
+        model.zero_grad()
+        del moments
+        if torch.cuda.max_memory_reserved(device) > 0.9 * torch.cuda.get_device_properties(device).total_memory:
+            raise torch.OutOfMemoryError("less than a tenth of the memory is left: nearly out of memory.")
+
+    size = find_batch_size(attempt, start=min(64, 1 << (len(dataset).bit_length() - 1)))
+    sizes = accelerator.gather(torch.tensor([size], device=device))
+    torch.cuda.reset_peak_memory_stats(device)
+    clear_device_cache(garbage_collection=True)
+    return int(sizes.min())
+
+
+def find_batch_size(attempt: Callable[[int], None], start: int = 64) -> int:
+    """
+    The first of `start`, `start`/2, ... 1 for which `attempt` does not run out of memory.
+
+    Raises:
+        RuntimeError: not even one image fits.
+    """
+    size = start
+    while size >= 1:
+        clear_device_cache(garbage_collection=True)
+        try:
+            attempt(size)
+            return size
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                raise
+            logger.info("a batch of %d does not fit into memory", size)
+        size //= 2
+    raise RuntimeError(
+        "not even one image fits into memory: use a smaller --preset or --image_size, fewer --prompts_per_image, or "
+        "--gradient_checkpointing"
+    )

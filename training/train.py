@@ -1,0 +1,154 @@
+"""
+Trains a lite SAM 3 on a COCO dataset.
+
+    accelerate launch training/train.py training/configs/lite_fp16.yaml --data path/to/dataset
+
+All that a run writes is in its output folder: checkpoints/{last,best,epoch_N}, tensorboard/, logs/train.log,
+metrics.jsonl, predictions/epoch_N/*.png and final/, which `Sam3LiteModel.from_pretrained` takes.
+"""
+
+import logging
+import math
+import sys
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from arguments import parse_arguments
+from batches import model_inputs
+from optim import Schedule, build_optimizer
+from reporting import Metrics, Speed, log_step, memory_gb, progress_bar
+from run import Run
+from starting import build_model, build_text, load_data, open_output_dir, start_accelerator, step_seed
+from stopping import StopSignal
+
+from sam3_hf import Sam3LiteProcessor
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains; returns the exit status: 0, or 128 + the number of the signal that ended the run early."""
+    arguments = parse_arguments(argv)
+    stop = StopSignal()
+    accelerator = start_accelerator(arguments)
+    checkpoint = open_output_dir(accelerator, arguments)
+    model = build_model(arguments, checkpoint)
+    processor = Sam3LiteProcessor.from_config(model.config)
+    train_data, valid_data = load_data(accelerator, arguments, model.config.image_size)
+    text = build_text(accelerator, arguments, model, processor, train_data)
+    optimizer = build_optimizer(model, arguments.optimization)
+    schedule = Schedule(optimizer, arguments.optimization)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    run = Run(arguments, accelerator, model, optimizer, processor, text, train_data, valid_data, checkpoint)
+    metrics = Metrics(run.folder, run.step) if accelerator.is_main_process else None
+    bar = progress_bar(run.step, run.total_steps, accelerator.is_main_process)
+    batches, speed, every = run.batches(), Speed(), arguments.output
+    stopped = False
+    while run.step < run.total_steps and not stopped:
+        run.step += 1
+        rate = schedule.apply(optimizer, run.step, run.total_steps)
+        with speed.waiting():
+            step_batches = [next(batches) for _ in range(arguments.optimization.gradient_accumulation_steps)]
+        terms, stopped = train_step(run, step_batches, stop.received is not None)
+        bar.update()
+        speed.count(run.images_per_step)
+        memory = memory_gb(accelerator.device)
+        bar.set_postfix_str(
+            f"loss {terms['loss']:.3f}, lr {rate:.1e}, {speed.images_per_second():.1f} img/s, {memory:.1f} GB"
+        )
+
+        if metrics and run.step % every.log_every_steps == 0:
+            values = {"epoch": run.epoch, **terms, "lr": rate, **speed.read()}
+            values |= {"memory_gb": memory, "overflows": run.overflows}
+            metrics.write("train", run.step, values)
+            log_step(run.step, run.total_steps, values, bar)
+        if run.at_epoch_end():
+            if run.step == run.total_steps or round(run.epoch) % every.eval_every_epochs == 0:
+                scores = run.evaluate()
+                if metrics:
+                    metrics.write("eval", run.step, {"epoch": run.epoch, **scores})
+            run.save()
+            speed.read()  # what evaluating and saving took is not training time
+        elif stopped or (every.save_every_steps and run.step % every.save_every_steps == 0):
+            run.save()
+    bar.close()
+    if metrics:
+        metrics.close()
+    if run.step < run.total_steps:
+        logger.warning(
+            "stopped after step %d of %d; to go on, run the same command with --resume auto", run.step, run.total_steps
+        )
+        return 128 + (stop.received or 0)
+    run.finish()
+    accelerator.end_training()
+    return 0
+
+
+def train_step(run: Run, batches: list[dict], stop: bool) -> tuple[dict[str, float], bool]:
+    """
+    One optimizer step over the batches of this process, one forward pass each.
+
+    Args:
+        stop: this process was asked to stop.
+
+    Returns:
+        "loss" averaged over batches and processes, "grad_norm", and the terms of this process's loss; whether any
+        process was asked to stop.
+
+    Raises:
+        RuntimeError: the loss or a gradient is not finite; names the images.
+    """
+    accelerator, settings = run.accelerator, run.arguments.optimization
+    # The randomness of a step depends on its number alone: a resumed run repeats it without stored generator states.
+    set_seed(step_seed(settings.seed, run.step, accelerator.process_index))
+    run.model.train()
+    losses, terms = [], []
+    for batch in batches:
+        with accelerator.accumulate(run.model):
+            outputs = run.model(**model_inputs(batch, run.text, accelerator.device))
+            accelerator.backward(outputs.loss)
+            losses.append(outputs.loss.detach())
+            terms.append(outputs.loss_dict)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm or math.inf)
+                loss, stopped = average_over_processes(accelerator, losses, stop)
+                check_finite(run, loss, norm, losses, batches)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    if run.optimizer.step_was_skipped:
+        run.overflows += 1
+        logger.warning("step %d skipped: gradients overflowed in FP16, the loss scale is reduced", run.step)
+    elif run.ema is not None:
+        run.ema.update(run.step)
+    names = sorted(set().union(*terms))
+    means = torch.stack([torch.stack([term[name] for term in terms if name in term]).mean() for name in names])
+    return {"loss": loss, **dict(zip(names, means.tolist(), strict=True)), "grad_norm": float(norm)}, stopped
+
+
+def average_over_processes(accelerator, losses: list[torch.Tensor], stop: bool) -> tuple[float, bool]:
+    """The mean loss over batches and processes, and whether any process was asked to stop, in one exchange."""
+    local = torch.stack([torch.stack(losses).mean(), losses[0].new_tensor(float(stop))])
+    loss, stopped = accelerator.reduce(local, "mean").tolist()
+    return loss, stopped > 0
+
+
+def check_finite(run: Run, loss: float, norm: torch.Tensor, losses: list[torch.Tensor], batches: list[dict]) -> None:
+    """
+    Raises:
+        RuntimeError: the loss is not finite, or a gradient outside of FP16 (there, the loss scaler skips the step).
+    """
+    if math.isfinite(loss) and (run.accelerator.scaler is not None or math.isfinite(norm)):
+        return
+    guilty = [batch for batch, value in zip(batches, losses, strict=True) if not math.isfinite(value)] or batches
+    images = gather_object([image for batch in guilty for image in batch["image_ids"]])
+    what = "loss" if not math.isfinite(loss) else "gradient norm"
+    raise RuntimeError(
+        f"the {what} of step {run.step} is not finite (loss {loss}, gradient norm {float(norm)}); ids of the images: "
+        f"{images}. Nothing was saved, the last checkpoint is as it was. Look at these images' annotations, or lower "
+        "--learning_rate, or use --mixed_precision bf16"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
