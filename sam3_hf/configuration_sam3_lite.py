@@ -318,7 +318,7 @@ def _miniature_fields(width, depth, heads, global_layers, encoder_layers, decode
     fields = _full_size_fields(width, depth, heads, global_layers, encoder_layers, decoder_layers)
     fields["vision_config"]["fpn_hidden_size"] = 64
     fields["vision_config"]["backbone_config"].update(
-        image_size=128, patch_size=8, pretrain_image_size=64, window_size=8
+        image_size=128, patch_size=8, pretrain_image_size=128, window_size=8
     )
     fields["text_config"].update(
         vocab_size=1024,
@@ -339,8 +339,7 @@ def _miniature_fields(width, depth, heads, global_layers, encoder_layers, decode
     # The usual 0.02 suits a width of 1024; a narrow model would start with next to no signal in its branches.
     for part in ("geometry_encoder_config", "detr_encoder_config", "detr_decoder_config", "mask_decoder_config"):
         fields[part]["initializer_range"] = 0.1
-    fields["vision_config"]["initializer_range"] = 0.1
-    fields["vision_config"]["backbone_config"]["initializer_range"] = 0.1
+    fields["vision_config"]["backbone_config"]["initializer_range"] = 0.05
     fields["initializer_range"] = 0.1
     # Masks and classes have to be learnt from nothing here, and the class loss is divided by at least 200 queries.
     fields["loss_config"] = {

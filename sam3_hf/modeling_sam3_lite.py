@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -106,11 +105,19 @@ class Sam3LiteViTModel(Sam3ViTModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, Sam3ViTEmbeddings):
-            # As large as the embedding of patches of standard deviation 0.5: the masks of instances that look alike
-            # differ by position only, and noise of `initializer_range` drowns in the content.
-            fan_in = self.config.num_channels * self.config.patch_size**2
-            std = 0.5 * self.config.initializer_range * math.sqrt(fan_in)
-            init.normal_(module.position_embeddings, std=std)
+            # Sine encodings as large as the content: what looks alike differs by position only, and boxes and masks
+            # need that at once. Wavelengths are 6 patches and more.
+            _, num_patches, width = module.position_embeddings.shape
+            side = round(num_patches**0.5)
+            encoding = Sam3SinePositionEmbedding.build_sine_position_embedding(
+                torch.Size((1, width, side, side)),
+                module.position_embeddings.device,
+                torch.float32,
+                num_position_features=width // 2,
+                temperature=100,
+            )
+            encoding = encoding.flatten(2).transpose(1, 2).to(module.position_embeddings.dtype)
+            init.copy_(module.position_embeddings, encoding)
 
 
 class Sam3LiteVisionModel(Sam3VisionModel):
@@ -121,6 +128,14 @@ class Sam3LiteVisionModel(Sam3VisionModel):
         self.backbone = Sam3LiteViTModel(config.backbone_config)
         self.neck = Sam3VisionNeck(config)
         self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # Keeps the scale of the ViT: features many times as large as the prompt's would drown what the prompt adds.
+        if isinstance(module, nn.Conv2d):
+            init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        elif isinstance(module, nn.ConvTranspose2d):  # stride equals kernel: one weight per input channel
+            init.normal_(module.weight, std=module.in_channels**-0.5)
 
     def forward(self, pixel_values: Tensor) -> Sam3VisionEncoderOutput:
         """

@@ -24,6 +24,7 @@ def micro_config(**overrides) -> Sam3LiteConfig:
         "detr_encoder_layers": 2,
         "detr_decoder_layers": 2,
         "num_queries": 12,
+        "vision_config": {"backbone_config": {"pretrain_image_size": 32}},  # position embeddings are tiled
     }
     return Sam3LiteConfig.from_preset("tiny", **{**sizes, **overrides})
 

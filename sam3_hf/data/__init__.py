@@ -1,7 +1,7 @@
 from .checks import DatasetError, check_dataset
 from .coco import split_name
 from .collate import PromptCollator
-from .loader import EpochBatchSampler, eval_loader, measure_throughput, train_loader
+from .loader import BatchKeys, epoch_order, eval_batches, make_loader, measure_throughput, steps_per_epoch
 from .loading import load_dataset_splits, read_category_map
 from .rows import concept_names, has_masks, segmentation_of
 from .sampling import PromptSampling
@@ -10,8 +10,8 @@ from .transforms import Augmentation
 
 __all__ = [
     "Augmentation",
+    "BatchKeys",
     "DatasetError",
-    "EpochBatchSampler",
     "EvalDataset",
     "PromptCollator",
     "PromptSampling",
@@ -19,12 +19,14 @@ __all__ = [
     "TrainDataset",
     "check_dataset",
     "concept_names",
-    "eval_loader",
+    "epoch_order",
+    "eval_batches",
     "has_masks",
     "load_dataset_splits",
+    "make_loader",
     "measure_throughput",
     "read_category_map",
     "segmentation_of",
     "split_name",
-    "train_loader",
+    "steps_per_epoch",
 ]

@@ -49,8 +49,12 @@ class TrainDataset(Dataset):
     """Augmented images with sampled prompts.
 
     An item depends only on (seed, epoch, index): a run that is killed and resumed sees the same batches, with any
-    number of workers. The epoch comes with the key, `dataset[epoch, index]`, as `EpochBatchSampler` asks for it; a
-    plain `dataset[index]` takes the epoch of `set_epoch`, which reaches running workers too.
+    number of workers. The epoch comes with the key, `dataset[epoch, index]`, as `BatchKeys` asks for it; a plain
+    `dataset[index]` takes the epoch of `set_epoch`, which reaches running workers too.
+
+    Every item has a prompt. Images in which nothing can be asked for, as those with only crowd regions in a dataset of
+    one concept, are left out and counted in the log. Where the crop leaves nothing to ask for (it took the objects of
+    the one concept, and a crowd region of it is in the image), the whole image is shown instead.
 
     Args:
         rows: a split of `load_dataset_splits`.
@@ -95,29 +99,40 @@ class TrainDataset(Dataset):
         rng, row = image_rng(self.seed, epoch, index), self.rows[index]
         placement = transforms.draw_placement(row["width"], row["height"], self.image_size, self.augmentation, rng)
         pixels = self._pixels(row, placement, rng)
-        boxes, cut, visible = transforms.place_boxes(boxes_of(row["objects"]), placement)
+        prompts, labels = self._prompts(row["objects"], placement, rng)
+        if not prompts:
+            placement = transforms.whole_image(row["width"], row["height"], self.image_size)
+            pixels = self._pixels(row, placement, rng)
+            prompts, labels = self._prompts(row["objects"], placement, rng)
+        return Sample(
+            pixel_values=pixels,
+            phrases=[prompt.phrase for prompt in prompts],
+            labels=labels,
+            boxes=[_unit_box(prompt.box, self.image_size) for prompt in prompts],
+            image_id=row["image_id"],
+        )
+
+    def _prompts(
+        self, objects: list[dict], placement: Placement, rng: np.random.Generator
+    ) -> tuple[list[Prompt], list[dict]]:
+        boxes, cut, visible = transforms.place_boxes(boxes_of(objects), placement)
         by_concept, barred = {}, set()
-        for place, item in enumerate(row["objects"]):
+        for place, item in enumerate(objects):
             if item["iscrowd"]:
                 barred.add(item["category"])
             elif visible[place]:
                 by_concept.setdefault(item["category"], []).append(place)
-        prompts = draw_prompts(by_concept, barred, self.concepts, self.sampling, rng)
-        labels, final_prompts = [], []
-        for prompt in prompts:
-            label, kept = make_label(prompt, row["objects"], boxes, cut, placement, self.has_masks)
+        prompts, labels = [], []
+        for prompt in draw_prompts(by_concept, barred, self.concepts, self.sampling, rng):
+            label, kept = make_label(prompt, objects, boxes, cut, placement, self.has_masks)
+            if prompt.objects and not kept and prompt.concept in barred:
+                continue  # its crowd region may be in the picture, so it is not absent
             prompt = replace(prompt, objects=kept)
             if kept and rng.random() < self.sampling.box_prompt_probability:
                 prompt = add_box(prompt, label["boxes"].numpy(), self.image_size, rng)
             labels.append(to_unit(label, self.image_size))
-            final_prompts.append(prompt)
-        return Sample(
-            pixel_values=pixels,
-            phrases=[prompt.phrase for prompt in final_prompts],
-            labels=labels,
-            boxes=[_unit_box(prompt.box, self.image_size) for prompt in final_prompts],
-            image_id=row["image_id"],
-        )
+            prompts.append(prompt)
+        return prompts, labels
 
     def _pixels(self, row: dict, placement: Placement, rng: np.random.Generator) -> torch.Tensor:
         scale = placement.side / placement.width, placement.side / placement.height
