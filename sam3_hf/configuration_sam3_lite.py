@@ -344,7 +344,7 @@ def _miniature_fields(width, depth, heads, global_layers, encoder_layers, decode
     # Masks and classes have to be learnt from nothing here, and the class loss is divided by at least 200 queries.
     fields["loss_config"] = {
         "mask_num_points": 1024,
-        "class_loss_weight": 60.0,
+        "class_loss_weight": 300.0,
         "mask_focal_loss_weight": 600.0,
         "mask_dice_loss_weight": 30.0,
     }

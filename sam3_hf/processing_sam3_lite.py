@@ -18,7 +18,7 @@ BOX_PADDING_LABEL = -10
 # Merges of CLIP's byte-pair encoding, most frequent first, one a line.
 _MERGES_FILE = Path(__file__).parent / "assets" / "clip_merges.txt.gz"
 # Masks are enlarged this many at a time, so that memory does not grow with the number of detections.
-_MASKS_AT_ONCE = 16
+_MASKS_AT_ONCE = 4
 
 
 def clip_tokenizer(vocab_size: int = 49408) -> CLIPTokenizer:

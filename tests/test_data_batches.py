@@ -1,6 +1,7 @@
 """Samples, batches and their order."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,15 +12,16 @@ from transformers import Trainer, TrainingArguments
 
 from sam3_hf.data import (
     Augmentation,
-    EpochBatchSampler,
+    BatchKeys,
     EvalDataset,
     PromptCollator,
     PromptSampling,
     TrainDataset,
-    eval_loader,
+    eval_batches,
     load_dataset_splits,
+    make_loader,
     measure_throughput,
-    train_loader,
+    steps_per_epoch,
 )
 from sam3_hf.data.sampling import Prompt
 from sam3_hf.data.torch_dataset import make_label
@@ -199,7 +201,8 @@ def test_eval_sample(splits):
 def test_perfect_predictions_score_one(splits):
     """References of the dataset are what the metrics take."""
     metrics = [CocoAP(), CGF1()]
-    for batch in eval_loader(EvalDataset(splits["validation"], SIZE), PromptCollator(), 2, num_workers=0):
+    dataset = EvalDataset(splits["validation"], SIZE)
+    for batch in make_loader(dataset, eval_batches(len(dataset), 2), num_workers=0):
         references = batch["references"]
         predictions = [
             prediction_row(row["image_id"], row["category"], row["boxes"], [0.9] * len(row["boxes"]), row["masks"])
@@ -231,6 +234,34 @@ def test_images_that_no_prompt_fits_are_left_out_and_counted(tmp_path, caplog):
     assert len(TrainDataset(rows, SIZE, PromptSampling(max_objects=2, negative_words=("teapot",)))) == 3
 
 
+def test_images_with_nothing_but_a_crowd_region_are_left_out(tmp_path, caplog):
+    crowd = {"size": [HEIGHT, WIDTH], "counts": [0, 10 * HEIGHT, (WIDTH - 10) * HEIGHT]}
+    region = annotation(2, 2, iscrowd=1, segmentation=crowd, bbox=[0, 0, 10, HEIGHT])
+    write_coco(tmp_path, [image(1), image(2)], [annotation(1), region], [{"id": 3, "name": "RBC"}])
+    rows = load_dataset_splits(tmp_path)["train"]
+    dataset = TrainDataset(rows, SIZE)
+    assert len(dataset) == 1 and "1 images left out" in caplog.text
+    asked = TrainDataset(rows, SIZE, PromptSampling(negative_words=("teapot",)))
+    assert {tuple(asked[epoch, 1].phrases) for epoch in range(20)} == {("teapot",)}
+
+
+def test_every_image_has_a_prompt_where_a_crop_leaves_only_a_crowd_region(tmp_path):
+    """An L of which crops show nothing, its box without pixels of it, or a part; the rest of the image is a crowd."""
+    letter = [0, 0, 10, 0, 10, 70, 60, 70, 60, 79, 0, 79]
+    crowd = {"size": [HEIGHT, WIDTH], "counts": [60 * HEIGHT, 60 * HEIGHT]}
+    objects = [
+        annotation(1, bbox=[0, 0, 60, 79], segmentation=[letter]),
+        annotation(2, iscrowd=1, segmentation=crowd, bbox=[60, 0, 60, HEIGHT]),
+    ]
+    write_coco(tmp_path, [image(1)], objects, [{"id": 3, "name": "RBC"}])
+    rows, whole_box = load_dataset_splits(tmp_path)["train"], torch.tensor([0.25, 79 / 160, 0.5, 79 / 80])
+    dataset = TrainDataset(rows, SIZE, augmentation=Augmentation(crop=1.0, horizontal_flip=0, smallest_side=0.5))
+    samples = [dataset[epoch, 0] for epoch in range(150)]
+    assert all(sample.phrases == ["RBC"] and len(sample.labels[0]["boxes"]) == 1 for sample in samples)
+    uncropped = [torch.allclose(sample.labels[0]["boxes"][0], whole_box, atol=1e-4) for sample in samples]
+    assert 0 < sum(uncropped) < 75
+
+
 # Determinism
 
 
@@ -255,18 +286,14 @@ def test_sampling_leaves_global_random_states_alone(splits):
 
 
 def test_resumed_batches_equal_those_of_the_whole_run(splits):
-    def run(num_workers, epoch, first_batch):
+    def run(num_workers, first_step):
         dataset = TrainDataset(splits["train"], SIZE, PromptSampling(box_prompt_probability=0.5))
-        loader = train_loader(dataset, PromptCollator(), 2, num_workers)
-        batches = []
-        for current in range(epoch, 2):
-            loader.batch_sampler.set_epoch(current, first_batch if current == epoch else 0)
-            batches += list(loader)
-        return batches
+        keys = BatchKeys(len(dataset), 2, seed=0, first_step=first_step, last_step=6)
+        return list(make_loader(dataset, keys, num_workers=num_workers))
 
-    whole, resumed = run(0, 0, 0), run(2, 0, 2)  # two epochs of three batches; from the third on, by two workers
-    assert len(whole) == 6 and len(resumed) == 4
-    assert all(map(same, whole[2:], resumed))
+    whole, by_one, by_two = run(0, 1), run(1, 3), run(2, 3)  # two epochs of three batches; from the third on
+    assert len(whole) == 6 and len(by_one) == len(by_two) == 4
+    assert all(map(same, whole[2:], by_one)) and all(map(same, whole[2:], by_two))
     assert whole[0]["image_ids"] != whole[3]["image_ids"]
 
 
@@ -279,40 +306,48 @@ def test_resuming_decodes_nothing_that_was_seen(splits):
             return super().__getitem__(key)
 
     dataset = Counting(splits["train"], SIZE)
-    loader = train_loader(dataset, PromptCollator(), 2, num_workers=0)
-    loader.batch_sampler.set_epoch(4, first_batch=2)
-    assert len(loader) == 1 and len(list(loader)) == 1
+    loader = make_loader(dataset, BatchKeys(5, 2, seed=0, first_step=15, last_step=15), num_workers=0)
+    assert len(loader) == 1 and len(list(loader)) == 1  # the last of three batches of the fifth epoch
     assert len(dataset.keys) == 2 and all(epoch == 4 for epoch, _ in dataset.keys)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("length, batch_size, world_size", [(10, 4, 1), (10, 2, 2), (3, 4, 2), (8, 4, 2)])
-def test_every_image_is_seen_in_every_epoch(length, batch_size, world_size):
-    samplers = [EpochBatchSampler(length, batch_size, 0, rank, world_size) for rank in range(world_size)]
-    orders = []
+def test_every_image_is_seen_in_every_epoch(length, batch_size, world_size, accumulation):
+    images_per_step = batch_size * world_size * accumulation
+    steps = steps_per_epoch(length, images_per_step)
+    options = {"last_step": 2 * steps, "accumulation": accumulation, "world_size": world_size}
+    samplers = [BatchKeys(length, batch_size, 0, 1, rank=rank, **options) for rank in range(world_size)]
+    passes, orders = steps * accumulation, []
+    assert {len(list(sampler)) for sampler in samplers} == {len(samplers[0])} == {2 * passes}
     for epoch in range(2):
-        for sampler in samplers:
-            sampler.set_epoch(epoch)
-        batches = [list(sampler) for sampler in samplers]
-        assert {len(own) for own in batches} == {samplers[0].batches_per_epoch}
+        batches = [list(sampler)[epoch * passes : (epoch + 1) * passes] for sampler in samplers]
         assert all(len(batch) == batch_size for own in batches for batch in own)
         keys = [key for own in batches for batch in own for key in batch]
         assert {index for _, index in keys} == set(range(length)) and {number for number, _ in keys} == {epoch}
-        assert len(keys) < length + batch_size * world_size
+        assert len(keys) < length + images_per_step
         orders.append([index for _, index in keys])
     assert length <= 3 or orders[0] != orders[1]
 
 
 def test_processes_together_see_the_global_batches_of_one():
-    alone = list(EpochBatchSampler(16, 4, seed=5))
-    parts = [list(EpochBatchSampler(16, 2, seed=5, rank=rank, world_size=2)) for rank in range(2)]
+    options = {"seed": 5, "first_step": 1, "last_step": 8}  # two epochs
+    alone = list(BatchKeys(16, 4, **options))
+    parts = [list(BatchKeys(16, 2, rank=rank, world_size=2, **options)) for rank in range(2)]
     assert [first + second for first, second in zip(*parts, strict=True)] == alone
 
 
-def test_eval_loader_shares_images_out_without_repeating_one(splits):
+def test_evaluation_shares_images_out_evenly(splits):
     dataset = EvalDataset(splits["validation"], SIZE)
-    loaders = [eval_loader(dataset, PromptCollator(), 2, 0, rank, 2) for rank in range(2)]
-    ids = [[image_id for batch in loader for image_id in batch["image_ids"]] for loader in loaders]
-    assert ids == [[1, 3, 5], [2, 4]]
+    loaders = [make_loader(dataset, eval_batches(len(dataset), 2, rank, 2), num_workers=0) for rank in range(2)]
+    ids = [[batch["image_ids"] for batch in loader] for loader in loaders]
+    assert ids == [[[1, 3], [5]], [[2, 4], [1]]]  # one comes twice, for all processes to make the same passes
+    assert eval_batches(4, 2, 0, 2) + eval_batches(4, 2, 1, 2) == [[0, 2], [1, 3]]
+    for count, world_size in ((7, 3), (2, 4), (9, 1)):
+        shares = [sum(eval_batches(count, 2, rank, world_size), []) for rank in range(world_size)]
+        assert {len(share) for share in shares} == {-(-count // world_size)}
+        assert set(sum(shares, [])) == set(range(count))
+    assert eval_batches(5, 2) == [[0, 1], [2, 3], [4]]
 
 
 # Batches
@@ -365,7 +400,23 @@ def test_transformers_trainer_trains_on_the_batches(splits, tmp_path, model):
 
 
 def test_throughput_is_measured(splits):
-    loader = train_loader(TrainDataset(splits["train"], SIZE), PromptCollator(), 1, num_workers=0)
+    dataset = TrainDataset(splits["train"], SIZE)
+    loader = make_loader(dataset, BatchKeys(5, 1, seed=0, first_step=1, last_step=5), num_workers=0)
     assert 1 < measure_throughput(loader, 3) < 1e5
     with pytest.raises(ValueError, match="one batch"):
-        measure_throughput(train_loader(loader.dataset, PromptCollator(), 8, num_workers=0), 3)
+        measure_throughput(make_loader(dataset, BatchKeys(5, 8, 0, 1, 1), num_workers=0), 3)
+
+
+def leave_a_trace(folder, number):
+    (folder / f"worker {number}").touch()
+
+
+def test_workers_are_set_up_as_asked(splits, tmp_path):
+    loader = make_loader(
+        TrainDataset(splits["train"], SIZE),
+        BatchKeys(5, 1, seed=0, first_step=1, last_step=2),
+        num_workers=2,
+        worker_init_fn=partial(leave_a_trace, tmp_path),
+    )
+    assert len(list(loader)) == 2 and loader.prefetch_factor == 2
+    assert sorted(path.name for path in tmp_path.glob("worker *")) == ["worker 0", "worker 1"]

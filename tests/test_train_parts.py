@@ -19,8 +19,7 @@ sys.path.insert(0, str(TRAINING))
 import checkpoints  # noqa: E402
 import starting  # noqa: E402
 from arguments import OptimizationArguments, parse_arguments  # noqa: E402
-from batches import BatchKeys, epoch_order  # noqa: E402
-from evaluation_loop import prompt_chunks, share_of  # noqa: E402
+from evaluation_loop import prediction_rows, prompt_chunks  # noqa: E402
 from optim import MovingAverage, Schedule, build_optimizer, vit_scale  # noqa: E402
 from phrases import FrozenText, TokenizedText  # noqa: E402
 from reporting import Metrics, truncate_metrics  # noqa: E402
@@ -29,6 +28,9 @@ from stopping import StopSignal  # noqa: E402
 from train import check_finite  # noqa: E402
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor  # noqa: E402
+from sam3_hf.data import BatchKeys, epoch_order  # noqa: E402
+from sam3_hf.evaluation import prediction_row  # noqa: E402
+from sam3_hf.modeling_sam3_lite import Sam3LiteOutput  # noqa: E402
 
 
 def write_yaml(tmp_path: Path, text: str) -> str:
@@ -194,7 +196,7 @@ def test_moving_average_follows_the_formula_and_gives_the_weights_back():
 
 
 def keys_of(count, batch_size, accumulation=1, first=1, last=6, rank=0, world=1):
-    return list(BatchKeys(count, batch_size, accumulation, 3, first, last, rank, world))
+    return list(BatchKeys(count, batch_size, 3, first, last, accumulation, rank, world))
 
 
 def test_each_epoch_sees_each_image_and_differs_from_the_last():
@@ -209,7 +211,7 @@ def test_each_epoch_sees_each_image_and_differs_from_the_last():
 
 def test_a_resumed_run_gets_the_batches_that_are_left():
     whole = keys_of(10, 2, accumulation=2, last=9)
-    assert len(whole) == 18 == len(BatchKeys(10, 2, 2, 3, 1, 9))
+    assert len(whole) == 18 == len(BatchKeys(10, 2, 3, 1, 9, accumulation=2))
     assert keys_of(10, 2, accumulation=2, first=5, last=9) == whole[8:]
 
 
@@ -219,13 +221,6 @@ def test_processes_and_accumulation_split_the_same_steps():
     assert [first + second for first, second in zip(*halves, strict=True)] == whole
     accumulated = keys_of(10, 4, accumulation=2)
     assert [accumulated[i] + accumulated[i + 1] for i in range(0, len(accumulated), 2)] == whole
-
-
-def test_validation_is_shared_evenly():
-    shares = [share_of(7, rank, 3) for rank in range(3)]
-    assert {len(share) for share in shares} == {3}
-    assert set(sum(shares, [])) == set(range(7))
-    assert share_of(7, 0, 1) == list(range(7))
 
 
 def test_many_prompts_are_asked_in_chunks_with_their_images(monkeypatch):
@@ -246,6 +241,33 @@ def test_many_prompts_are_asked_in_chunks_with_their_images(monkeypatch):
         assert images.tolist() == expected
         assert chunk["original_sizes"] == [(image + 1, image + 1) for image in expected]
     assert len(chunks[0]["pixel_values"]) == 2
+
+
+@pytest.mark.parametrize("with_masks", [True, False])
+def test_prediction_rows_are_those_of_all_detections(with_masks):
+    """More than 100 queries; in one prompt, more than that are confident, in another there are ties."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 130) * 3
+    logits[1] += 12
+    logits[2, ::2] = 0.5
+    outputs = Sam3LiteOutput(
+        pred_logits=logits,
+        pred_boxes=torch.rand(3, 130, 4),
+        pred_masks=torch.randn(3, 130, 8, 8),
+        presence_logits=torch.tensor([[-1.0], [9.0], [2.0]]),
+    )
+    processor = Sam3LiteProcessor.from_config(micro_config())
+    sizes = [(20, 30), (16, 16), (25, 10)]
+    references = [{"image_id": image, "category": 7} for image in range(3)]
+    rows = prediction_rows(processor, outputs, {"references": references, "original_sizes": sizes}, with_masks)
+    found = processor.post_process_instance_segmentation(outputs, threshold=0.01, target_sizes=sizes)
+    assert [len(row["scores"]) > 100 for row in rows] == [False, True, False]
+    for image, (row, all_of_it) in enumerate(zip(rows, found, strict=True)):
+        masks = all_of_it["masks"] if with_masks else None
+        expected = prediction_row(image, 7, all_of_it["boxes"], all_of_it["scores"], masks)
+        assert row["masks"] == expected["masks"]
+        for key in ("boxes", "scores"):
+            torch.testing.assert_close(torch.tensor(row[key]), torch.tensor(expected[key]))
 
 
 # Checkpoints
@@ -363,15 +385,18 @@ def test_stored_text_gives_the_outputs_of_the_text_encoder():
 
 
 def test_metrics_of_a_killed_run_are_cut_at_the_checkpoint(tmp_path):
-    metrics = Metrics(tmp_path, step=0)
+    metrics = Metrics(tmp_path, step=0, evaluated=0)
     for step in range(1, 6):
         metrics.write("train", step, {"loss": float(step), "table": {"a": 1}})
+        metrics.write("eval", step, {"loss": float(step)})
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 6, "lo')  # the kill came here
-    truncate_metrics(tmp_path / "metrics.jsonl", 3)
+    truncate_metrics(tmp_path / "metrics.jsonl", 3, evaluated=2)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [(line["step"], line["kind"]) for line in lines] == [
+        *((1, "train"), (1, "eval"), (2, "train"), (2, "eval"), (3, "train"))
+    ]
     assert list((tmp_path / "tensorboard").iterdir())
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +14,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.data.generated import write_dataset
 
 TRAIN = Path(__file__).parents[1] / "training" / "train.py"
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--quiet"]
 SETTINGS = {
     "preset": "tiny",
     "model_overrides": {
@@ -72,10 +75,10 @@ def train(folder: Path, data: Path, *flags: str, launcher: list[str] | None = No
     )
 
 
-def start(folder: Path, data: Path, *flags: str, **settings) -> subprocess.Popen:
+def start(folder: Path, data: Path, *flags: str, launcher: list[str] | None = None, **settings) -> subprocess.Popen:
     output = (folder / "output.txt").open("w")
     return subprocess.Popen(
-        [*command(folder, data, **settings), *flags],
+        [*command(folder, data, launcher, **settings), *flags],
         cwd=folder,
         env=environment(),
         stdout=output,
@@ -113,8 +116,7 @@ INTERRUPTED = {"save_every_steps": 2, "ema_decay": 0.9, "num_workers": 1, "save_
 def whole_run(data, tmp_path_factory) -> Path:
     """A run of 12 steps in 2 epochs that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--quiet"]
-    finished = train(folder, data, launcher=launcher, **INTERRUPTED)
+    finished = train(folder, data, launcher=LAUNCH, **INTERRUPTED)
     assert finished.returncode == 0, finished.stdout
     return folder
 
@@ -191,6 +193,49 @@ def test_killed_twice_and_resumed_is_as_if_nothing_had_happened(whole_run, data,
     assert lines_of(tmp_path, "eval") == lines_of(whole_run, "eval")
     for name in ("final/model.safetensors", "checkpoints/last/model.safetensors", "checkpoints/last/ema.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (whole_run / "run" / name).read_bytes(), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's death is Linux's")
+def test_a_run_whose_launcher_is_killed_stops_and_goes_on_later(data, tmp_path):
+    """Each step is an epoch: the run stops before an evaluation is due, which the resumed run makes up for."""
+    settings = {"batch_size": 12, "epochs": 100, "save_every_epochs": 0, "prediction_images": 0}
+    process = start(tmp_path, data, launcher=LAUNCH, **settings)
+    try:
+        wait_for_step(tmp_path, process, 2)
+        process.terminate()  # the launcher alone
+        assert process.wait(timeout=60) == -signal.SIGTERM
+        log, deadline = tmp_path / "run" / "logs" / "train.log", time.monotonic() + 60
+        while "run the same command with --resume auto" not in log.read_text():
+            assert time.monotonic() < deadline, "the run went on without its launcher"
+            time.sleep(0.05)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # all of them have ended
+    state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "trainer_state.json").read_text())
+    stopped = state["step"]
+    assert (stopped, state["evaluated"]) == (len(lines_of(tmp_path, "train")), stopped - 1)
+    finished = train(tmp_path, data, "--resume", "auto", "--max_steps", str(stopped + 1), **settings)
+    assert finished.returncode == 0, finished.stdout
+    assert [line["step"] for line in lines_of(tmp_path, "eval")] == list(range(1, stopped + 2))
+
+
+def test_predictions_that_are_not_finite_name_the_images(whole_run, data, tmp_path):
+    final = shutil.copytree(whole_run / "run" / "final", tmp_path / "broken")
+    weights = load_file(final / "model.safetensors")
+    name = next(name for name in weights if name.startswith("detr_decoder.") and name.endswith("weight"))
+    weights[name] = torch.full_like(weights[name], float("nan"))
+    save_file(weights, final / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--init", str(final), "--negative_ratio", "0"]
+    failed = train(tmp_path, data, *flags, model_overrides={}, batch_size=12)
+    assert failed.returncode != 0
+    message = failed.stdout.splitlines()[-1]
+    assert message.startswith("RuntimeError: step 1 failed: predicted logits and boxes are not finite"), failed.stdout
+    named = re.search(r"ids of the images: \[([\d, ]+)\]", message).group(1)
+    coco = json.loads((data / "train" / "_annotations.coco.json").read_text())
+    assert sorted(map(int, named.split(", "))) == sorted(image["id"] for image in coco["images"])
+    assert not (tmp_path / "run" / "checkpoints" / "last").exists()
 
 
 def test_a_run_is_not_overwritten_by_accident(whole_run, data):

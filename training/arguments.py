@@ -88,6 +88,10 @@ class DataArguments:
     horizontal_flip: float = option(
         0.5, "chance, 0 to 1, that a training image is mirrored; 0 if phrases tell left from right"
     )
+    crop: float = option(0.5, "chance, 0 to 1, that a part of a training image is cut out, at least half as wide and high")
+    smallest_side: float = option(
+        0.476, "training images are shrunk to at least this share of the model's side, above 0 to 1, and padded"
+    )
     color_jitter: float = option(0.2, "brightness, contrast and saturation change by up to this share, 0 to below 1")
     num_workers: int = option(4, "processes per training process that decode and augment; 0 decodes in the loop")
     generated_train: int = option(256, "training images to draw when --data is 'generated'")
@@ -100,7 +104,8 @@ class DataArguments:
         check_range(self, "prompts_per_image", 1)
         check_range(self, "negative_ratio", 0, 1)
         check_range(self, "box_prompt_probability", 0, 1)
-        check_range(self, "horizontal_flip", 0, 1)
+        for name in ("horizontal_flip", "crop", "smallest_side"):
+            check_range(self, name, 0, 1)
         check_range(self, "num_workers", 0)
 
 

@@ -1,20 +1,20 @@
 """Scores, validation loss and pictures of a model on the validation split."""
 
 import tempfile
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from batches import model_inputs
+from phrases import model_inputs
 from stopping import leave_signals_to_the_parent
-from torch.utils.data import DataLoader, Subset
 
-from sam3_hf.data import EvalDataset, PromptCollator
+from sam3_hf.data import EvalDataset, eval_batches, make_loader
 from sam3_hf.data.images import load_image
 from sam3_hf.data.masks import rle_to_mask
 from sam3_hf.evaluation import CGF1, CocoAP, prediction_row
+from sam3_hf.evaluation.rows import CONFIDENT, MAX_DETECTIONS, encode_masks
 from sam3_hf.visualization import concept_colours, side_by_side
 
 PROMPTS_AT_ONCE = 64  # bounds memory where a dataset has many concepts
@@ -47,14 +47,8 @@ def evaluate(
         "loss" and the figures of `CocoAP` and `CGF1` in the main process, None in the others.
     """
     model.eval()
-    indices = share_of(len(dataset), accelerator.process_index, accelerator.num_processes)
-    loader = DataLoader(
-        Subset(dataset, indices),
-        batch_size,
-        collate_fn=PromptCollator(),
-        num_workers=num_workers,
-        worker_init_fn=leave_signals_to_the_parent,
-    )
+    batches = eval_batches(len(dataset), batch_size, accelerator.process_index, accelerator.num_processes)
+    loader = make_loader(dataset, batches, num_workers=num_workers, worker_init_fn=leave_signals_to_the_parent)
     with tempfile.TemporaryDirectory() as cache:
         options = {
             "iou_types": ("bbox", "segm") if dataset.has_masks else ("bbox",),
@@ -64,7 +58,7 @@ def evaluate(
             "cache_dir": cache,
         }
         metrics = CocoAP(**options), CGF1(**options)
-        total, prompts, left = torch.zeros((), device=accelerator.device), 0, iter(indices)
+        total, prompts, left = torch.zeros((), device=accelerator.device), 0, chain(*batches)
         for batch in loader:
             rows = []
             for chunk in prompt_chunks(batch):
@@ -97,14 +91,6 @@ def merge_figures(coco: dict, concept: dict) -> dict:
     return {**coco, **concept, **per_class}
 
 
-def share_of(count: int, rank: int, world_size: int) -> list[int]:
-    """
-    The images of one process, equally many for each: the validation loss is computed by all processes together. Where
-    they do not come out even, some images are done twice; the metrics count them once.
-    """
-    return np.resize(np.arange(count), -(-count // world_size) * world_size)[rank::world_size].tolist()
-
-
 def prompt_chunks(batch: dict) -> list[dict]:
     """Parts of a batch with a bounded number of prompts, each with the images that it needs."""
     chunks = []
@@ -121,18 +107,37 @@ def prompt_chunks(batch: dict) -> list[dict]:
 
 
 def prediction_rows(processor, outputs, chunk: dict, with_masks: bool) -> list[dict]:
-    """What the metrics take, one row per prompt."""
-    sizes = chunk["original_sizes"]
-    found = processor.post_process_instance_segmentation(
-        outputs, threshold=LOWEST_SCORE, target_sizes=sizes if with_masks else None
-    )
+    """What the metrics take, one row per prompt. Masks are enlarged for one prompt at a time: they are large."""
     rows = []
-    for detections, reference, (height, width) in zip(found, chunk["references"], sizes, strict=True):
-        boxes, masks = detections["boxes"], detections["masks"]
-        if not with_masks:  # then boxes are still relative, and masks are neither trained nor wanted
-            boxes, masks = boxes * boxes.new_tensor([width, height, width, height]), None
-        rows.append(prediction_row(reference["image_id"], reference["category"], boxes, detections["scores"], masks))
+    for prompt, (reference, (height, width)) in enumerate(
+        zip(chunk["references"], chunk["original_sizes"], strict=True)
+    ):
+        (found,) = processor.post_process_instance_segmentation(
+            best_of_prompt(outputs, prompt),
+            threshold=LOWEST_SCORE,
+            target_sizes=[(height, width)] if with_masks else None,
+        )
+        boxes, masks = found["boxes"], None
+        if with_masks:
+            # One mask, unlike all together, stays in the processor's cache while it is turned and encoded.
+            masks = [encode_masks(mask[None])[0] for mask in found["masks"].view(torch.uint8)]
+        else:  # then boxes are still relative
+            boxes = boxes * boxes.new_tensor([width, height, width, height])
+        rows.append(prediction_row(reference["image_id"], reference["category"], boxes, found["scores"], masks))
     return rows
+
+
+def best_of_prompt(outputs, prompt: int):
+    """The model's output for one prompt and those queries only that `prediction_row` would keep, in their order."""
+    scores = outputs.pred_logits[prompt].sigmoid() * outputs.presence_logits[prompt].sigmoid()
+    count = max(MAX_DETECTIONS, int((scores >= CONFIDENT).sum()))
+    kept = scores.argsort(descending=True, stable=True)[:count].sort().values
+    return type(outputs)(
+        pred_logits=outputs.pred_logits[prompt, kept][None],
+        pred_boxes=outputs.pred_boxes[prompt, kept][None],
+        pred_masks=outputs.pred_masks[prompt, kept][None],
+        presence_logits=outputs.presence_logits[prompt][None],
+    )
 
 
 def draw(dataset: EvalDataset, index: int, predictions: list[dict], references: list[dict]):

@@ -1,8 +1,9 @@
 """From phrases to the model's text inputs: tokens for a text encoder that trains, stored features for a frozen one."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 TEXT_PARTS = ("text_encoder", "text_projection")
@@ -72,3 +73,10 @@ class FrozenText:
 
 def tokenize(tokenizer, phrases: list[str]) -> dict[str, Tensor]:
     return tokenizer(phrases, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
+
+
+def model_inputs(batch: dict, text: Callable[[list[str]], dict], device: torch.device) -> dict:
+    """What the model's forward takes of a collated batch, on its device."""
+    taken = ("pixel_values", "image_index", "input_boxes", "input_boxes_labels", "labels")
+    inputs = {key: batch[key] for key in taken if key in batch} | text(batch["phrases"])
+    return send_to_device(inputs, device, non_blocking=True)

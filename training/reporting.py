@@ -61,13 +61,14 @@ class _TqdmHandler(logging.Handler):
 class Metrics:
     """Scalars by step, one JSON object a line in metrics.jsonl and as curves in tensorboard/; main process only."""
 
-    def __init__(self, output_dir: Path, step: int):
+    def __init__(self, output_dir: Path, step: int, evaluated: int):
         """
         Args:
             step: the step that the run stands at; what a killed run wrote after it is removed.
+            evaluated: the same for its last evaluation.
         """
         self.path = output_dir / "metrics.jsonl"
-        truncate_metrics(self.path, step)
+        truncate_metrics(self.path, step, evaluated)
         self.writer = SummaryWriter(output_dir / "tensorboard", purge_step=step + 1)
 
     def write(self, kind: str, step: int, values: dict) -> None:
@@ -82,20 +83,16 @@ class Metrics:
         self.writer.close()
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Removes the lines after a step, and a last one that was cut short."""
+def truncate_metrics(path: Path, step: int, evaluated: int) -> None:
+    """Removes the lines after a step, those of evaluations after `evaluated`, and a last one that was cut short."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]  # the process may end within a line
+    kept = [line for line, entry in whole if entry["step"] <= (evaluated if entry["kind"] == "eval" else step)]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)
-
-
-def _step_of(line: str) -> float:
-    if not line.endswith("\n"):
-        return float("inf")  # the process ended within this line
-    return json.loads(line)["step"]
 
 
 class Speed:

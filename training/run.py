@@ -9,15 +9,15 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from arguments import Arguments
-from batches import BatchKeys, make_loader, steps_per_epoch
 from checkpoints import copy_checkpoint, load_checkpoint, read_state, save_checkpoint
 from evaluation_loop import evaluate
 from export import export_final
 from optim import MovingAverage
-from reporting import log_scores, main_scores
+from reporting import Metrics, log_scores, main_scores
 from starting import check_compatible, choose_batch_size
+from stopping import leave_signals_to_the_parent
 
-from sam3_hf.data import EvalDataset, TrainDataset
+from sam3_hf.data import BatchKeys, EvalDataset, TrainDataset, make_loader, steps_per_epoch
 from sam3_hf.visualization import plot_curves
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ class Run:
     Attributes:
         step: optimizer steps done, or in progress.
         overflows: of them, skipped because FP16 gradients overflowed.
+        evaluated: the step of the last evaluation, 0 before the first.
         best: {"step", "metric", "value", "scores"} of the best evaluation, or None.
         ema: moving average of the weights, or None.
         batch_size: images per process and forward pass.
@@ -57,7 +58,7 @@ class Run:
         self.processor, self.text = processor, text
         self.train_data, self.valid_data = train_data, valid_data
         self.folder = Path(arguments.output.output_dir)
-        self.step, self.overflows, self.best = 0, 0, None
+        self.step, self.overflows, self.evaluated, self.best = 0, 0, 0, None
         if self.metric_for_best().startswith("segm") and not valid_data.has_masks:
             raise ValueError(
                 f"metric_for_best {self.metric_for_best()} needs masks, and the validation split has none for some "
@@ -98,21 +99,33 @@ class Run:
         """Whether a pass over the training split, or the run, ends with this step."""
         return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
 
+    def evaluation_due(self) -> bool:
+        """Whether this step is one to evaluate after, and that was not done yet."""
+        every = self.arguments.output.eval_every_epochs
+        wanted = self.step == self.total_steps or self.step % (every * self.steps_per_epoch) == 0
+        return wanted and self.step > self.evaluated
+
     def batches(self) -> Iterator[dict]:
         """The batches of this process from the next step to the last."""
         settings, accelerator = self.arguments.optimization, self.accelerator
         keys = BatchKeys(
             len(self.train_data),
             self.batch_size,
-            settings.gradient_accumulation_steps,
             settings.seed,
             first_step=self.step + 1,
             last_step=self.total_steps,
+            accumulation=settings.gradient_accumulation_steps,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-        on_gpu = accelerator.device.type == "cuda"
-        return iter(make_loader(self.train_data, keys, self.arguments.data.num_workers, pin_memory=on_gpu))
+        loader = make_loader(
+            self.train_data,
+            keys,
+            num_workers=self.arguments.data.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_parent,
+        )
+        return iter(loader)
 
     def state(self) -> dict:
         """What a checkpoint says about the run."""
@@ -120,6 +133,7 @@ class Run:
             "step": self.step,
             "epoch": self.epoch,
             "overflows": self.overflows,
+            "evaluated": self.evaluated,
             "best": self.best,
             "batch_size": self.batch_size,
             "images_per_step": self.images_per_step,
@@ -150,6 +164,7 @@ class Run:
         check_compatible(saved, self.state())
         load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer, self.ema)
         self.step, self.overflows, self.best = saved["step"], saved["overflows"], saved["best"]
+        self.evaluated = saved["evaluated"]
         logger.info("going on from %s, step %d", checkpoint, self.step)
         if checkpoint.resolve() == (self.folder / "checkpoints" / "last").resolve():
             self._name_checkpoint(checkpoint)  # a kill may have come between the two
@@ -161,8 +176,8 @@ class Run:
         best = self.folder / "checkpoints" / "best"
         return best.is_dir() and read_state(best)["step"] == self.best["step"]
 
-    def evaluate(self) -> dict:
-        """Scores on the validation split, the same in all processes; notes the best and draws pictures."""
+    def evaluate(self, metrics: Metrics | None) -> None:
+        """Scores the model on the validation split, writes that to `metrics`, notes the best and draws pictures."""
         output = self.arguments.output
         set_seed(self.arguments.optimization.seed)  # mask losses sample points: the same ones each time
         with self.ema.applied() if self.ema is not None else nullcontext():
@@ -178,9 +193,11 @@ class Run:
                 output.prediction_images,
             )
         (scores,) = broadcast_object_list([scores])
+        self.evaluated = self.step
         self.note_if_best(scores)
         log_scores(self.epoch, scores)
-        return scores
+        if metrics:
+            metrics.write("eval", self.step, {"epoch": self.epoch, **scores})
 
     def note_if_best(self, scores: dict) -> None:
         """Remembers scores that are better than all before."""

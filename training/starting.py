@@ -11,9 +11,8 @@ from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from arguments import Arguments, ModelArguments
-from batches import model_inputs
 from checkpoints import FROZEN, STATE, read_state, recover, write_frozen
-from phrases import FrozenText, TokenizedText
+from phrases import FrozenText, TokenizedText, model_inputs
 from reporting import set_up_logging
 from safetensors.torch import load_file
 
@@ -226,7 +225,12 @@ def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -
         box_prompt_probability=options.box_prompt_probability,
         negative_words=read_words(options.negative_words),
     )
-    augmentation = Augmentation(horizontal_flip=options.horizontal_flip, color_jitter=options.color_jitter)
+    augmentation = Augmentation(
+        horizontal_flip=options.horizontal_flip,
+        crop=options.crop,
+        smallest_side=options.smallest_side,
+        color_jitter=options.color_jitter,
+    )
     train = TrainDataset(splits["train"], image_size, sampling, augmentation, arguments.optimization.seed)
     return train, EvalDataset(splits["validation"], image_size)
 

@@ -1,13 +1,37 @@
 """Ctrl-C and SIGTERM end the run after the current step."""
 
+import ctypes
+import logging
+import os
 import signal
+import sys
 import time
+
+logger = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate launch and torchrun set them
 
 
 def leave_signals_to_the_parent(worker_id: int) -> None:
     """`worker_init_fn` of data loaders: what stops the run must not stop its workers before the step is finished."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_launcher() -> None:
+    """
+    Asks the kernel for a SIGTERM when the launcher ends: one that is killed alone would leave the run to go on
+    unnoticed. Without a launcher nothing is asked for, as the parent is then a shell, which may well end before.
+    Only Linux has this; elsewhere, signal the whole process group.
+    """
+    if sys.platform != "linux" or not any(name in os.environ for name in LAUNCHER_VARIABLES):
+        return
+    zero = ctypes.c_ulong(0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM), zero, zero, zero) != 0:
+        reason = os.strerror(ctypes.get_errno())
+        logger.warning("the run will not stop by itself when its launcher is killed: %s", reason)
 
 
 class StopSignal:

@@ -14,22 +14,25 @@ import sys
 import torch
 from accelerate.utils import gather_object, set_seed
 from arguments import parse_arguments
-from batches import model_inputs
 from optim import Schedule, build_optimizer
+from phrases import model_inputs
 from reporting import Metrics, Speed, log_step, memory_gb, progress_bar
 from run import Run
 from starting import build_model, build_text, load_data, open_output_dir, start_accelerator, step_seed
-from stopping import StopSignal
+from stopping import StopSignal, end_with_launcher
 
 from sam3_hf import Sam3LiteProcessor
 
 logger = logging.getLogger(__name__)
+
+NOTHING_SAVED = "Nothing was saved, the last checkpoint is as it was."
 
 
 def main(argv: list[str] | None = None) -> int:
     """Trains; returns the exit status: 0, or 128 + the number of the signal that ended the run early."""
     arguments = parse_arguments(argv)
     stop = StopSignal()
+    end_with_launcher()
     accelerator = start_accelerator(arguments)
     checkpoint = open_output_dir(accelerator, arguments)
     model = build_model(arguments, checkpoint)
@@ -41,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     model, optimizer = accelerator.prepare(model, optimizer)
 
     run = Run(arguments, accelerator, model, optimizer, processor, text, train_data, valid_data, checkpoint)
-    metrics = Metrics(run.folder, run.step) if accelerator.is_main_process else None
+    metrics = Metrics(run.folder, run.step, run.evaluated) if accelerator.is_main_process else None
+    if run.evaluation_due():  # the run was stopped before it
+        run.evaluate(metrics)
+        run.save()
     bar = progress_bar(run.step, run.total_steps, accelerator.is_main_process)
     batches, speed, every = run.batches(), Speed(), arguments.output
     stopped = False
@@ -64,10 +70,8 @@ def main(argv: list[str] | None = None) -> int:
             metrics.write("train", run.step, values)
             log_step(run.step, run.total_steps, values, bar)
         if run.at_epoch_end():
-            if run.step == run.total_steps or round(run.epoch) % every.eval_every_epochs == 0:
-                scores = run.evaluate()
-                if metrics:
-                    metrics.write("eval", run.step, {"epoch": run.epoch, **scores})
+            if run.evaluation_due() and not (stopped and run.step < run.total_steps):
+                run.evaluate(metrics)
             run.save()
             speed.read()  # what evaluating and saving took is not training time
         elif stopped or (every.save_every_steps and run.step % every.save_every_steps == 0):
@@ -79,10 +83,10 @@ def main(argv: list[str] | None = None) -> int:
         logger.warning(
             "stopped after step %d of %d; to go on, run the same command with --resume auto", run.step, run.total_steps
         )
-        return 128 + (stop.received or 0)
-    run.finish()
+    else:
+        run.finish()
     accelerator.end_training()
-    return 0
+    return 0 if run.step == run.total_steps else 128 + (stop.received or 0)
 
 
 def train_step(run: Run, batches: list[dict], stop: bool) -> tuple[dict[str, float], bool]:
@@ -97,7 +101,7 @@ def train_step(run: Run, batches: list[dict], stop: bool) -> tuple[dict[str, flo
         process was asked to stop.
 
     Raises:
-        RuntimeError: the loss or a gradient is not finite; names the images.
+        RuntimeError: a prediction, the loss or a gradient is not finite; names the images.
     """
     accelerator, settings = run.accelerator, run.arguments.optimization
     # The randomness of a step depends on its number alone: a resumed run repeats it without stored generator states.
@@ -106,7 +110,7 @@ def train_step(run: Run, batches: list[dict], stop: bool) -> tuple[dict[str, flo
     losses, terms = [], []
     for batch in batches:
         with accelerator.accumulate(run.model):
-            outputs = run.model(**model_inputs(batch, run.text, accelerator.device))
+            outputs = forward(run, batch)
             accelerator.backward(outputs.loss)
             losses.append(outputs.loss.detach())
             terms.append(outputs.loss_dict)
@@ -124,6 +128,22 @@ def train_step(run: Run, batches: list[dict], stop: bool) -> tuple[dict[str, flo
     names = sorted(set().union(*terms))
     means = torch.stack([torch.stack([term[name] for term in terms if name in term]).mean() for name in names])
     return {"loss": loss, **dict(zip(names, means.tolist(), strict=True)), "grad_norm": float(norm)}, stopped
+
+
+def forward(run: Run, batch: dict):
+    """
+    The model's outputs for a batch.
+
+    Raises:
+        RuntimeError: the model or its loss refused the batch, as where predictions are not finite; names the images.
+    """
+    inputs = model_inputs(batch, run.text, run.accelerator.device)
+    try:
+        return run.model(**inputs)
+    except ValueError as error:  # this process alone may have it, so the others' images are not asked for
+        raise RuntimeError(
+            f"step {run.step} failed: {error}; ids of the images: {batch['image_ids']}. {NOTHING_SAVED}"
+        ) from error
 
 
 def average_over_processes(accelerator, losses: list[torch.Tensor], stop: bool) -> tuple[float, bool]:
@@ -145,8 +165,8 @@ def check_finite(run: Run, loss: float, norm: torch.Tensor, losses: list[torch.T
     what = "loss" if not math.isfinite(loss) else "gradient norm"
     raise RuntimeError(
         f"the {what} of step {run.step} is not finite (loss {loss}, gradient norm {float(norm)}); ids of the images: "
-        f"{images}. Nothing was saved, the last checkpoint is as it was. Look at these images' annotations, or lower "
-        "--learning_rate, or use --mixed_precision bf16"
+        f"{images}. {NOTHING_SAVED} Look at these images' annotations, or lower --learning_rate, or use "
+        "--mixed_precision bf16"
     )
 
 
