@@ -88,7 +88,9 @@ class DataArguments:
     horizontal_flip: float = option(
         0.5, "chance, 0 to 1, that a training image is mirrored; 0 if phrases tell left from right"
     )
-    crop: float = option(0.5, "chance, 0 to 1, that a part of a training image is cut out, at least half as wide and high")
+    crop: float = option(
+        0.5, "chance, 0 to 1, that only a part of a training image is shown, at least half as wide and high"
+    )
     smallest_side: float = option(
         0.476, "training images are shrunk to at least this share of the model's side, above 0 to 1, and padded"
     )

@@ -120,7 +120,7 @@ def prediction_rows(processor, outputs, chunk: dict, with_masks: bool) -> list[d
         boxes, masks = found["boxes"], None
         if with_masks:
             # One mask, unlike all together, stays in the processor's cache while it is turned and encoded.
-            masks = [encode_masks(mask[None])[0] for mask in found["masks"].view(torch.uint8)]
+            masks = [encode_masks(mask[None])[0] for mask in found["masks"]]
         else:  # then boxes are still relative
             boxes = boxes * boxes.new_tensor([width, height, width, height])
         rows.append(prediction_row(reference["image_id"], reference["category"], boxes, found["scores"], masks))

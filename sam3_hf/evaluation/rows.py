@@ -141,7 +141,7 @@ def encode_masks(masks) -> list[dict]:
     if len(masks) == 0:
         return []
     # COCO counts down the columns, in memory (height, width, n) with height the fastest
-    columns = (masks != 0).transpose(1, 2).contiguous().to(torch.uint8).cpu().numpy()  # (n, width, height)
+    columns = masks.bool().transpose(1, 2).contiguous().to(torch.uint8).cpu().numpy()  # (n, width, height)
     return [_text_rle(rle) for rle in mask_api.encode(columns.T)]
 
 
