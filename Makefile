@@ -5,8 +5,8 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test
 
 demo: $(INSTALLED)
-	$(VENV)/bin/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		training/train.py training/configs/demo.yaml
+	$(VENV)/bin/accelerate launch --cpu --num_processes 1 --num_machines 1 --num_cpu_threads_per_process 1 \
+		--mixed_precision no --dynamo_backend no training/train.py training/configs/demo.yaml
 	$(VENV)/bin/python training/demo.py outputs/demo
 
 test: $(INSTALLED)
