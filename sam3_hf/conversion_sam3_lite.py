@@ -404,11 +404,11 @@ class Checkpoint:
         is_lite: bool = False,
     ):
         self.label, self.is_lite, self._files = label, is_lite, files
-        self._stored, self.unused = _identify(files)
+        self._stored, self.dropped, self.unknown = _identify(files)
         if not self._stored:
             raise ValueError(
-                f"{label} holds no tensor of SAM 3. It has {len(self.unused)} tensors, such as "
-                f"{_examples(self.unused)}{_guess(self.unused)}."
+                f"{label} holds no tensor of SAM 3. It has {len(list(files))} tensors, such as "
+                f"{_examples([*self.unknown, *self.dropped])}{_guess(self.unknown)}."
             )
         self.config = config or self._infer_config()
 
@@ -421,6 +421,10 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         stored = self._stored[name]
         return stored.shape(self._files.shape(stored.name))
+
+    def stored_shape(self, stored_name: str) -> tuple[int, ...]:
+        """Shape of a tensor of the file, under the name that it has there."""
+        return self._files.shape(stored_name)
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, possibly mapped from the file: copy it before keeping it."""
@@ -450,8 +454,7 @@ class Checkpoint:
             raise ValueError(
                 f"{self.label} is no complete SAM 3 checkpoint: {len(expected) - len(missing)} of {len(expected)} "
                 f"tensors were recognised; missing are {len(missing)}, such as {_examples(missing)}. "
-                f"{len(self.unused)} tensors have unknown names"
-                f"{', such as ' + _examples(self.unused) if self.unused else ''}{_guess(self.unused)}."
+                f"{self._unknown_names()}."
             )
         for name, shape in expected.items():
             if name in self and self.shape(name) != tuple(shape):
@@ -461,42 +464,59 @@ class Checkpoint:
                 )
         return missing
 
+    def _unknown_names(self) -> str:
+        examples = f", such as {_examples(self.unknown)}" if self.unknown else ""
+        return f"{len(self.unknown)} tensors have unknown names{examples}{_guess(self.unknown)}"
+
     def _infer_config(self) -> Sam3LiteConfig:
-        tables = {
-            name: self._files.shape(name)
-            for name in self.unused
-            if re.fullmatch(r".*blocks\.\d+\.attn\.freqs_cis", name)
-        }
+        table = re.compile(r".*blocks\.\d+\.attn\.freqs_cis")
+        tables = {name: self._files.shape(name) for name in self.dropped if table.fullmatch(name)}
         try:
             return _config_from_shapes({name: self.shape(name) for name in self}, tables)
         except KeyError as error:
             raise ValueError(
                 f"{self.label} is no complete SAM 3 checkpoint: {len(self._stored)} tensors were recognised, but "
-                f"{error} is missing. {len(self.unused)} tensors have unknown names"
-                f"{', such as ' + _examples(self.unused) if self.unused else ''}{_guess(self.unused)}."
+                f"{error} is missing. {self._unknown_names()}."
             ) from error
 
 
-def _identify(names: Iterable[str]) -> tuple[dict[str, Stored], list[str]]:
-    """Transformers names of the recognised tensors, and the stored names of the others, for the likeliest prefix."""
-    names = list(names)
+def _identify(files: Iterable[str]) -> tuple[dict[str, Stored], dict[str, str], list[str]]:
+    """
+    Sorts stored names, for the likeliest prefix.
+
+    Returns:
+        The recognised ones under Transformers' names; those left behind, with the reason; the unknown ones.
+    """
+    names = list(files)
     best: dict[str, Stored] = {}
     for prefix in _PREFIXES:
         found: dict[str, Stored] = {}
         for name in names:
-            if not name.startswith(prefix):
-                continue
-            bare = re.sub(r"^text_encoder\.(?=embeddings|encoder|final_layer_norm)", f"{_CLIP}.", name[len(prefix) :])
-            if to_native(bare) is not None:
-                found[bare] = Stored(name)
-            else:
-                for target, stored in from_native(bare).items():
-                    found[target] = Stored(name, stored.form, stored.part)
+            if name.startswith(prefix):
+                found.update(_recognise(name, name[len(prefix) :]))
         if len(found) > len(best):
             best = found
+    dropped = {
+        stored.name: "read by nothing" for name, stored in best.items() if any(re.match(p, name) for p in UNREAD)
+    }
+    best = {name: stored for name, stored in best.items() if stored.name not in dropped}
     used = {stored.name for stored in best.values()}
-    best = {name: stored for name, stored in best.items() if not any(re.match(p, name) for p in UNREAD)}
-    return best, [name for name in names if name not in used]
+    unknown = []
+    for name in names:
+        reason = next((reason for pattern, reason in DROPPED if re.match(pattern, name)), None)
+        if reason is not None:
+            dropped[name] = reason
+        elif name not in used and name not in dropped:
+            unknown.append(name)
+    return best, dropped, unknown
+
+
+def _recognise(name: str, bare: str) -> dict[str, Stored]:
+    # Some versions of Transformers save the text encoder without the name of its inner module.
+    bare = re.sub(r"^text_encoder\.(?=embeddings|encoder|final_layer_norm)", f"{_CLIP}.", bare)
+    if to_native(bare) is not None:
+        return {bare: Stored(name)}
+    return {target: Stored(name, stored.form, stored.part) for target, stored in from_native(bare).items()}
 
 
 def _examples(names: list[str], count: int = 4) -> str:
@@ -617,26 +637,30 @@ def open_checkpoint(source: str | os.PathLike, **hub_arguments) -> Checkpoint | 
     """
     source = os.fspath(source)
     if os.path.isfile(source):
-        files = SafetensorsFiles([source]) if source.endswith(".safetensors") else PickledTensors(source)
-        return Checkpoint(source, files)
-    config_file = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub_arguments)
-    if config_file is None:
+        return Checkpoint(source, _open_file(source))
+    config = source_config(source, **hub_arguments)
+    if config is None:
         native = _native_file(source, hub_arguments)
-        return native and Checkpoint(native, PickledTensors(native))
-    config = read_config(config_file, source)
+        return native and Checkpoint(native, _open_file(native))
     files = SafetensorsFiles(_weight_files(source, hub_arguments))
-    if isinstance(config, Sam3LiteConfig):
-        return Checkpoint(source, files, config, is_lite=True)
-    return Checkpoint(source, files, lite_config(config))
+    is_lite = isinstance(config, Sam3LiteConfig)
+    return Checkpoint(source, files, config if is_lite else lite_config(config), is_lite)
 
 
-def read_config(path: str, label: str) -> Sam3LiteConfig | Sam3Config:
+def _open_file(path: str) -> SafetensorsFiles | PickledTensors:
+    return SafetensorsFiles([path]) if path.endswith(".safetensors") else PickledTensors(path)
+
+
+def source_config(source: str | os.PathLike, **hub_arguments) -> Sam3LiteConfig | Sam3Config | None:
     """
-    The detector's configuration from a `config.json`.
+    The detector's configuration from the `config.json` of a folder or Hub repository, `None` if it has none.
 
     Raises:
         ValueError: the model type is none of SAM 3's.
     """
+    path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    if path is None:
+        return None
     with open(path, encoding="utf-8") as file:
         fields = json.load(file)
     model_type = fields.get("model_type")
@@ -647,8 +671,8 @@ def read_config(path: str, label: str) -> Sam3LiteConfig | Sam3Config:
     if model_type == "sam3_video":
         return Sam3VideoConfig.from_dict(fields).detector_config
     raise ValueError(
-        f"{label} is a model of type {model_type!r}; a lite model starts from `sam3`, `sam3_video` or `sam3_lite`, or "
-        f"from Meta's `{NATIVE_FILE}`."
+        f"{source} is a model of type {model_type!r}; a lite model starts from `sam3`, `sam3_video` or `sam3_lite`, "
+        f"or from Meta's `{NATIVE_FILE}`."
     )
 
 
@@ -680,5 +704,6 @@ __all__ = [
     "lite_config",
     "native_state_dict",
     "open_checkpoint",
+    "source_config",
     "stock_config",
 ]

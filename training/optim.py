@@ -25,9 +25,7 @@ def parameter_groups(model: nn.Module, arguments: OptimizationArguments) -> list
     Parameters of at most one dimension, that is biases, norms and scales, are not decayed. In the vision encoder the
     rate falls from the last layer to the first.
     """
-    depth = 1 + max(
-        (int(match[1]) for name, _ in model.named_parameters() if (match := VIT_LAYER.match(name))), default=-1
-    )
+    depth = 1 + max((int(match[1]) for name, _ in model.named_parameters() if (match := VIT_LAYER.match(name))), default=-1)
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
