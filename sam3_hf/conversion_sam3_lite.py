@@ -372,11 +372,12 @@ def _load_pickled(path: str):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error) and "GLOBAL" not in str(error):
-            raise OSError(f"{path} cannot be read ({error}): it is truncated or no PyTorch file.") from error
+        unsupported = re.search(r"Unsupported (?:global: GLOBAL|class|type) (\S+)", str(error))
+        if unsupported is None:
+            raise OSError(f"{path} cannot be read: it is truncated or no PyTorch file.") from error
         raise ValueError(
-            f"{path} is refused: it holds more than tensors and plain values, and loading those would run code from "
-            f"the file ({error}). Save its weights alone: `torch.save({{'model': state_dict}}, path)`."
+            f"{path} is refused: it holds more than tensors and plain values, and restoring `{unsupported[1]}` would "
+            "run code. Save its weights alone: `torch.save({'model': state_dict}, path)`."
         ) from error
     except (RuntimeError, EOFError) as error:
         raise OSError(f"{path} cannot be read ({error}): it is truncated or no PyTorch file.") from error

@@ -338,11 +338,16 @@ def depth_map(source_types: list[bool], target_types: list[bool]) -> list[int]:
     infinite = float("inf")
     cost = np.full((target + 1, source + 1), infinite)  # of the first layers of the target from those of the source
     cost[0] = 0
+    takes_last = np.zeros_like(cost, dtype=bool)
     for j in range(1, target + 1):
         for i in range(1, source + 1):
-            offset = ((i - 0.5) / source - (j - 0.5) / target) ** 2
+            # From even spacing between the first and the last layer, which both stay. In whole numbers, so that ties
+            # are ties: then the later layer stays.
+            offset = ((i - 1) * (target - 1) - (j - 1) * (source - 1)) ** 2
             fits = source_types[i - 1] == target_types[j - 1]
-            cost[j, i] = min(cost[j, i - 1], cost[j - 1, i - 1] + offset if fits else infinite)
+            taken = cost[j - 1, i - 1] + offset if fits else infinite
+            takes_last[j, i] = taken <= cost[j, i - 1]
+            cost[j, i] = min(cost[j, i - 1], taken)
     if cost[target, source] == infinite:
         raise ValueError(
             f"{target} layers (global: {[i for i, t in enumerate(target_types) if t]}) cannot be chosen in order from "
@@ -351,7 +356,7 @@ def depth_map(source_types: list[bool], target_types: list[bool]) -> list[int]:
         )
     kept, i = [], source
     for j in range(target, 0, -1):
-        while cost[j, i] == cost[j, i - 1]:
+        while not takes_last[j, i]:
             i -= 1
         kept.append(i - 1)
         i -= 1
@@ -702,7 +707,7 @@ def _source_name(name: str, layers: dict[str, list[int]]) -> str:
 
 def _check_sizes(source: Sam3LiteConfig, target: Sam3LiteConfig):
     """Raises a ValueError where the target is not the smaller one, or has heads of another size."""
-    grown = []
+    grown, heads = [], []
     for label, tower in (("vision_config.backbone_config", _vision_tower), ("text_config", _text_tower)):
         old, new = tower(source), tower(target)
         sizes = {"hidden_size": "width", "intermediate_size": "mlp", "num_hidden_layers": "depth"}
@@ -712,7 +717,7 @@ def _check_sizes(source: Sam3LiteConfig, target: Sam3LiteConfig):
             if getattr(new, size) > getattr(old, size)
         ]
         if old.head_dim != new.head_dim:
-            raise ValueError(
+            heads.append(
                 f"`{label}` has heads of {new.head_dim} channels, the source of {old.head_dim}: heads are kept whole, "
                 f"so set `num_attention_heads` to {new.width / old.head_dim:g}."
             )
@@ -724,6 +729,8 @@ def _check_sizes(source: Sam3LiteConfig, target: Sam3LiteConfig):
             f"A mapping makes a model smaller, but this one would grow: {', '.join(grown)}. Use other sizes, or "
             '`mapping="skip"`, which leaves what does not fit to random initialisation.'
         )
+    if heads:
+        raise ValueError(" ".join(heads))
 
 
 def parameter_sizes(config: Sam3LiteConfig) -> tuple:
