@@ -25,6 +25,8 @@ logger = logging.get_logger(__name__)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # A source that holds a smaller share of the tensors it should is refused.
 MIN_IDENTIFIED = 0.9
+# Bytes to read from a file before it is mapped anew: pages that were read stay in memory as long as their mapping.
+MAX_MAPPED = 64 * 2**20
 # Name of Meta's own file in the Hub repository of SAM 3.
 NATIVE_FILE = "sam3.pt"
 
@@ -316,25 +318,33 @@ class SafetensorsFiles:
         Raises:
             OSError: a file is missing, truncated or no safetensors file.
         """
-        self._files = {}
-        for path in paths:
+        self._handles = {}
+        self._paths = {name: path for path in paths for name in self._open(path).keys()}
+        self._mapped = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._open(self._paths[name]).get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        if self._mapped > MAX_MAPPED:
+            self._handles, self._mapped = {}, 0
+        tensor = self._open(self._paths[name]).get_tensor(name)
+        self._mapped += tensor.nbytes
+        return tensor
+
+    def _open(self, path: str):
+        if path not in self._handles:
             try:
-                handle = safe_open(path, framework="pt")
+                self._handles[path] = safe_open(path, framework="pt")
             except (SafetensorError, FileNotFoundError) as error:
                 raise OSError(
                     f"{path} cannot be read ({error}): it is missing, truncated or no safetensors file. "
                     "Download it again."
                 ) from error
-            self._files.update((name, handle) for name in handle.keys())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def read(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        return self._handles[path]
 
 
 class PickledTensors:
@@ -346,13 +356,9 @@ class PickledTensors:
             OSError: the file is truncated or not written by `torch.save`.
             ValueError: the file holds something else than tensors in dicts, or objects that only code could restore.
         """
-        content = _load_pickled(path)
-        for key in ("model", "state_dict"):
-            if isinstance(content, dict) and isinstance(content.get(key), dict):
-                content = content[key]
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors.")
-        self._tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+        self._path = path
+        self._tensors = self._load()
+        self._mapped = 0
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -361,7 +367,19 @@ class PickledTensors:
         return tuple(self._tensors[name].shape)
 
     def read(self, name: str) -> Tensor:
+        if self._mapped > MAX_MAPPED:
+            self._tensors, self._mapped = self._load(), 0
+        self._mapped += self._tensors[name].nbytes
         return self._tensors[name]
+
+    def _load(self) -> dict[str, Tensor]:
+        content = _load_pickled(self._path)
+        for key in ("model", "state_dict"):
+            if isinstance(content, dict) and isinstance(content.get(key), dict):
+                content = content[key]
+        if not isinstance(content, dict):
+            raise ValueError(f"{self._path} holds a {type(content).__name__}, not a dict of tensors.")
+        return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
 
 
 def _load_pickled(path: str):

@@ -415,6 +415,8 @@ class Mapper:
         self.checkpoint, self.config, self.shapes = checkpoint, config, shapes
         self.strategy, self.dtype = strategy, dtype
         self.state: dict[str, Tensor] = {}
+        # Allocated before any temporary tensor, lest they end up between and fragment the memory.
+        self._results = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         self.report = MappingReport(checkpoint.label, strategy)
         self._used: set[str] = set()
         self.mismatched: list[str] = []  # tensors left to initialisation because their sizes differ
@@ -430,8 +432,7 @@ class Mapper:
         """Stores a target tensor that comes from the source tensor `source`."""
         if tuple(tensor.shape) != tuple(self.shapes[name]):
             raise ValueError(f"`{name}` was mapped to {tuple(tensor.shape)}, the model has {self.shapes[name]}.")
-        result = torch.empty(tensor.shape, dtype=self.dtype)
-        result.copy_(tensor)
+        result = self._results.pop(name).copy_(tensor)
         if not result.isfinite().all():
             raise ValueError(f"`{source}` does not fit into {self.dtype} or is not finite: use another `dtype`.")
         self.state[name] = result
