@@ -214,7 +214,7 @@ class Sam3LiteConfig(Sam3Config):
             ValueError: no such field, or the sizes do not fit together.
         """
         fields = self.to_dict()
-        return self._changed({name: fields[name] for name in preset_fields("lite")}, overrides)
+        return self._changed({name: fields[name] for name in (*preset_fields("lite"), "initializer_range")}, overrides)
 
     @classmethod
     def _changed(cls, fields: dict, overrides: dict) -> Sam3LiteConfig:

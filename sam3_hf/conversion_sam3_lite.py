@@ -638,14 +638,14 @@ def stock_config(config: Sam3LiteConfig) -> Sam3Config:
     return Sam3Config(**parts, initializer_range=config.initializer_range)
 
 
-def open_checkpoint(source: str | os.PathLike, **hub_arguments) -> Checkpoint | None:
+def open_checkpoint(source: str | os.PathLike, variant: str | None = None, **hub_arguments) -> Checkpoint | None:
     """
     Opens a checkpoint without reading its tensors.
 
     Args:
         source: Hub id or folder of model type `sam3`, `sam3_video` or `sam3_lite`, a folder with a single `.pt` file,
             or a `.pt`, `.pth`, `.bin` or `.safetensors` file.
-        hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, ... as in `from_pretrained`.
+        variant, hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, ... as in `from_pretrained`.
 
     Returns:
         The checkpoint, or `None` if there is neither a `config.json` nor a native file.
@@ -661,7 +661,7 @@ def open_checkpoint(source: str | os.PathLike, **hub_arguments) -> Checkpoint | 
     if config is None:
         native = _native_file(source, hub_arguments)
         return native and Checkpoint(native, _open_file(native))
-    files = SafetensorsFiles(_weight_files(source, hub_arguments))
+    files = SafetensorsFiles(_weight_files(source, variant, hub_arguments))
     is_lite = isinstance(config, Sam3LiteConfig)
     return Checkpoint(source, files, config if is_lite else lite_config(config), is_lite)
 
@@ -704,13 +704,17 @@ def _native_file(source: str, hub_arguments: dict) -> str | None:
     return os.path.join(source, found[0]) if found else None
 
 
-def _weight_files(source: str, hub_arguments: dict) -> list[str]:
-    whole = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+def _weight_files(source: str, variant: str | None, hub_arguments: dict) -> list[str]:
+    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
+    if variant is not None:
+        names = [f"{stem}.{variant}.{end}" for stem, end in (name.rsplit(".", 1) for name in names)]
+    whole, index = (
+        cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments) for name in names
+    )
     if whole is not None:
         return [whole]
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
     if index is None:
-        raise OSError(f"{source} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
+        raise OSError(f"{source} has neither {names[0]} nor {names[1]}.")
     with open(index, encoding="utf-8") as file:
         shards = sorted(set(json.load(file)["weight_map"].values()))
     return [cached_file(source, shard, **hub_arguments) for shard in shards]

@@ -593,15 +593,17 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         if isinstance(saved, Sam3LiteConfig) and preset in (None, "same"):
             if config is None or parameter_sizes(config) == parameter_sizes(saved):
                 return super().from_pretrained(source, *model_args, config=config, **kwargs)
-        checkpoint = None if source is None else open_checkpoint(source, **hub_arguments)
+        checkpoint = None if source is None else open_checkpoint(source, kwargs.get("variant"), **hub_arguments)
         if checkpoint is None:
             return super().from_pretrained(source, *model_args, config=config, **kwargs)
 
         fields = {key: kwargs.pop(key) for key in cls.config_class.keywords() & set(kwargs) - _LOADING_KEYWORDS}
-        if config is None and (preset or ("same" if checkpoint.is_lite else "lite")) == "same":
-            config = checkpoint.config.changed(**fields)
-        elif config is None:
-            config = cls.config_class.from_preset(preset or "lite", **fields)
+        preset = preset or ("same" if checkpoint.is_lite else "lite")
+        if config is None and preset != "same":
+            config = cls.config_class.from_preset(preset, **fields)
+        else:
+            config = config or checkpoint.config
+            config = config.changed(**fields) if fields else config
         dtype = _resolve_dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None), checkpoint.dtype)
         checkpoint.check(cls._parameter_shapes(checkpoint.config))
         state_dict, report = map_checkpoint(
@@ -614,8 +616,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         )
         log = logger.info if report.strategy == "copy" else logger.warning
         log(report.summary())
-        for key in hub_arguments:
-            kwargs.pop(key)
+        for key in (*hub_arguments, "variant"):
+            kwargs.pop(key, None)
         loaded = super().from_pretrained(
             None, *model_args, config=config, state_dict=state_dict, dtype=dtype, **kwargs
         )

@@ -216,11 +216,12 @@ def test_lite_checkpoints_load_the_ordinary_way(model, tmp_path):
 
 @torch.no_grad()
 def test_loading_arguments_keep_working(stock_model, tmp_path):
-    stock_model.save_pretrained(tmp_path / "inner")
+    stock_model.save_pretrained(tmp_path / "inner", variant="fp32")
     model, info = Sam3LiteModel.from_pretrained(
         tmp_path,
         preset="same",
         subfolder="inner",
+        variant="fp32",
         revision="main",
         token=False,
         cache_dir=tmp_path / "cache",

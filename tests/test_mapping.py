@@ -391,7 +391,8 @@ def test_heads_are_kept_whole_and_in_order(wide, source):
 
 def test_a_lite_checkpoint_becomes_a_smaller_one(wide, tmp_path):
     wide.save_pretrained(tmp_path)
-    model = Sam3LiteModel.from_pretrained(tmp_path, config=narrow_config())
+    model = Sam3LiteModel.from_pretrained(tmp_path, config=narrow_config(), image_size=128)
+    assert model.config.image_size == 128
     assert model.config.vision_config.backbone_config.hidden_size == 48
     assert model.mapping_report.strategy == "isometry"
 
