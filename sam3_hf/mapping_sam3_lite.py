@@ -197,14 +197,23 @@ class Basis:
     def action(self) -> str:
         return "copied" if self.matrix is None else "rotated" if self.folds else "selected"
 
+    @property
+    def scale(self) -> float:
+        """Factor on the rotated stream that keeps the variance per channel, and so the part of LayerNorm's epsilon."""
+        return math.sqrt(self.matrix.shape[1] / self.matrix.shape[0]) if self.folds else 1.0
+
+    @property
+    def reader(self) -> Tensor:
+        """`(source width, target width)`: undoes [`~Basis.write`] within the kept directions."""
+        return self.matrix / self.scale
+
     def read(self, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """A linear layer `(out, width)` behind a LayerNorm."""
         if self.matrix is None:
             return weight, bias
         if not self.folds:
-            return weight @ self.matrix, bias
-        source, target = self.matrix.shape
-        return math.sqrt(source / target) * (weight * gamma) @ self.matrix, bias + weight @ beta
+            return weight @ self.reader, bias
+        return (weight * gamma) @ self.reader, bias + weight @ beta
 
     def norm(self, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of that LayerNorm."""
@@ -217,7 +226,7 @@ class Basis:
 
     def write(self, tensor: Tensor) -> Tensor:
         """What is added to the stream: `(width, ...)`."""
-        return tensor if self.matrix is None else self.matrix.T @ tensor
+        return tensor if self.matrix is None else self.scale * self.matrix.T @ tensor
 
 
 def rotation(moment: Tensor, size: int) -> Basis:
@@ -568,7 +577,7 @@ class Mapper:
         gamma, beta = self._pair(f"{_VIT}.layer_norm")
         if basis.folds:
             # No linear layer reads this LayerNorm alone, so its weight moves in front of it: exact if it is constant.
-            matrix = basis.matrix.T * gamma
+            matrix = basis.scale * basis.matrix.T * gamma
             matrix = matrix - matrix.mean(0, keepdim=True)
             matrix = matrix - matrix.mean(1, keepdim=True)
             length = ((matrix @ self._patches().normalised().moment) * matrix).sum()
@@ -587,7 +596,7 @@ class Mapper:
 
     def _map_coarse_level(self, basis: Basis):
         name = f"{_NECK}.2.proj1.weight"
-        weight = self.read(name).flatten(1) @ basis.matrix
+        weight = self.read(name).flatten(1) @ basis.reader
         self.put(name, weight[:, :, None, None], name, basis.action, basis.energy)
 
     def _map_middle_level(self, basis: Basis, final: Stream):
@@ -595,7 +604,7 @@ class Mapper:
         up, up_bias = self._pair(f"{_NECK}.1.scale_layers.0")  # (width, channels, 2, 2)
         down, down_bias = self._pair(f"{_NECK}.1.proj1")
         down = down.flatten(1)  # (fpn, channels)
-        up = torch.einsum("wcij,wn->ncij", up, basis.matrix)
+        up = torch.einsum("wcij,wn->ncij", up, basis.reader)
         covariance = basis.write(basis.write(final.covariance).T)
         parts = self._project(basis, up, up_bias, down, covariance, basis.write(final.mean))
         self._put_level(f"{_NECK}.1.scale_layers.0", f"{_NECK}.1.proj1", parts, down_bias, basis)
@@ -621,7 +630,7 @@ class Mapper:
         removed[kept] = 0
         # One bias serves four taps, so it gets what the removed channels add on average.
         down_bias = down_bias + torch.einsum("fmij,m->f", combined, removed) / 4
-        first = torch.einsum("wmij,wn->nmij", first[:, kept], basis.matrix)
+        first = torch.einsum("wmij,wn->nmij", first[:, kept], basis.reader)
         energy = (scores[kept].sum() / scores.sum()).item()
         for leaf, tensor in (("weight", first), ("bias", first_bias[kept])):
             self.put(f"{name}.{leaf}", tensor, f"{name}.{leaf}", basis.action, energy)
@@ -688,8 +697,7 @@ class Mapper:
         for module in ("token_embedding", "position_embedding"):
             name = f"{_CLIP}.embeddings.{module}.weight"
             table = self.read(name)
-            mapped = table if basis.matrix is None else table @ basis.matrix
-            self.put(name, mapped, name, basis.action, basis.energy)
+            self.put(name, basis.write(table.T).T, name, basis.action, basis.energy)
         norm = self._pair(f"{_CLIP}.final_layer_norm")
         projection = basis.read(*self._pair("text_projection"), *norm)
         for module, pair in ((f"{_CLIP}.final_layer_norm", basis.norm(*norm)), ("text_projection", projection)):
