@@ -279,7 +279,7 @@ def test_a_low_rank_teacher_maps_without_loss(box_inputs, tmp_path):
     model = Sam3LiteModel.from_pretrained(tmp_path, config=config)
     expected, result = teacher(**box_inputs), model(**box_inputs)
     for key in PREDICTIONS:
-        assert relative_error(result[key], expected[key]) <= 2e-4, key
+        assert relative_error(result[key], expected[key]) <= 3e-5, key
     energies = [row.energy for row in model.mapping_report.rows if row.energy is not None]
     assert energies and min(energies) == pytest.approx(1, abs=1e-4)
     # What the isometry finds, selecting channels cannot.
