@@ -204,15 +204,33 @@ class Sam3LiteConfig(Sam3Config):
         Raises:
             ValueError: no such preset or field, or the sizes do not fit together.
         """
-        fields = preset_fields(name)
+        return cls._changed(preset_fields(name), overrides)
+
+    def changed(self, **overrides) -> Sam3LiteConfig:
+        """
+        A copy with other sizes; `overrides` as in [`~Sam3LiteConfig.from_preset`].
+
+        Raises:
+            ValueError: no such field, or the sizes do not fit together.
+        """
+        fields = self.to_dict()
+        return self._changed({name: fields[name] for name in (*preset_fields("lite"), "initializer_range")}, overrides)
+
+    @classmethod
+    def _changed(cls, fields: dict, overrides: dict) -> Sam3LiteConfig:
         short = {key: overrides.pop(key) for key in list(overrides) if key in _SHORT_NAMES}
-        own = {field.name for field in dataclasses.fields(cls)} | _COMMON_KEYWORDS
+        own = cls.keywords()
         for key in overrides:
             if key not in own:
-                raise ValueError(_unknown_field_message(key, own | set(_SHORT_NAMES)))
+                raise ValueError(_unknown_field_message(key, own))
         for key, value in _complete_vision_sizes(fields, short).items():
             _set_path(fields, _SHORT_NAMES[key], value)
         return cls(**_merge(fields, overrides))
+
+    @classmethod
+    def keywords(cls) -> set[str]:
+        """Names that [`~Sam3LiteConfig.from_preset`] takes."""
+        return {field.name for field in dataclasses.fields(cls)} | _COMMON_KEYWORDS | set(_SHORT_NAMES)
 
     def validate_architecture(self):
         """

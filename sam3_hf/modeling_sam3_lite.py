@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +25,7 @@ from transformers.models.sam3.modeling_sam3 import (
     Sam3DotProductScoring,
     Sam3GeometryEncoder,
     Sam3MaskDecoder,
+    Sam3Model,
     Sam3PreTrainedModel,
     Sam3SinePositionEmbedding,
     Sam3VisionEncoderOutput,
@@ -35,10 +39,14 @@ from transformers.models.sam3.modeling_sam3 import (
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_sam3_lite import Sam3LiteConfig
+from .conversion_sam3_lite import HUB_ARGUMENTS, UNREAD, open_checkpoint, source_config, stock_config
 from .loss_sam3_lite import DetectionOutputs, sam3_lite_loss
+from .mapping_sam3_lite import MappingReport, map_checkpoint, parameter_sizes
 
 logger = logging.get_logger(__name__)
 
+# Keyword arguments of `from_pretrained` that are also fields of a config, but not sizes.
+_LOADING_KEYWORDS = {"attn_implementation", "dtype", "torch_dtype", "quantization_config", "name_or_path"}
 # Label of a padded box, as `Sam3Processor` writes it.
 BOX_PADDING_LABEL = -10
 # For training from scratch: initial boxes are (cx, cy, w, h) = sigmoid(normal + shift), a fifth of the image wide...
@@ -481,6 +489,17 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
         return torch.cat(rows).unflatten(1, pixels.shape[-2:])
 
 
+def _resolve_dtype(dtype, torch_dtype, stored: torch.dtype) -> torch.dtype:
+    """`dtype` of `from_pretrained`: a dtype or its name; by default, or for "auto", that of the checkpoint."""
+    dtype = torch_dtype if dtype is None else dtype
+    if dtype in (None, "auto"):
+        return stored
+    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating point dtype, its name or 'auto', got {dtype!r}.")
+    return resolved
+
+
 class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
     config: Sam3LiteConfig
     config_class = Sam3LiteConfig
@@ -532,7 +551,125 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         self.dot_product_scoring = Sam3DotProductScoring(config)
         self.vision_position = Sam3SinePositionEmbedding(num_position_features=hidden_size // 2, normalize=True)
         self._compiled_detect: Callable | None = None
+        # How the weights came about, if they were mapped from a checkpoint of another kind or of other sizes.
+        self.mapping_report: MappingReport | None = None
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        preset: str | None = None,
+        mapping: str = "auto",
+        config: Sam3LiteConfig | str | os.PathLike | None = None,
+        **kwargs,
+    ) -> Sam3LiteModel:
+        r"""
+        Loads a lite checkpoint as Transformers does, or makes a lite model from any other SAM 3 checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder of a model of type `sam3_lite`, `sam3` or `sam3_video`, or
+                a native `.pt` file of Meta's (also as written by its trainer).
+            preset (`str`, *optional*): sizes of the model, see [`~Sam3LiteConfig.from_preset`], or `"same"` for those
+                of the source. Default: `"lite"` for a standard source, `"same"` for a lite one.
+            mapping (`str`, *optional*, defaults to `"auto"`): how weights are carried to smaller sizes: `"isometry"`,
+                `"select"` or `"skip"`, see [`map_checkpoint`]; `"auto"` is the best of them. Equal sizes are copied.
+            config (`Sam3LiteConfig` or path, *optional*): sizes of the model, instead of `preset`.
+            kwargs: those of [`~PreTrainedModel.from_pretrained`] (`dtype`, `device_map`, `revision`, `token`, ...),
+                and fields of the config such as `image_size`. With `ignore_mismatched_sizes=True`, tensors of sizes
+                that no mapping changes are initialised at random instead of raising an error.
+
+        Returns:
+            The model in evaluation mode. Unless it was loaded as it was saved, `mapping_report` accounts for every
+            tensor; [`~Sam3LiteModel.save_pretrained`] writes it beside the weights.
+
+        Raises:
+            ValueError: the source is no SAM 3 checkpoint, or incomplete, or cannot be mapped to these sizes.
+            OSError: a file is missing or truncated.
+
+        Example:
+
+        ```python
+        >>> from sam3_hf import Sam3LiteModel
+
+        >>> model = Sam3LiteModel.from_pretrained("facebook/sam3", preset="lite")  # doctest: +SKIP
+        >>> print(model.mapping_report)  # doctest: +SKIP
+        ```
+        """
+        source = pretrained_model_name_or_path
+        hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        if config is not None and preset is not None:
+            raise ValueError("`preset` and `config` both say the sizes of the model: pass one of them.")
+        if isinstance(config, (str, os.PathLike)):
+            config = cls.config_class.from_pretrained(config)
+        is_file = source is not None and os.path.isfile(source)
+        saved = None if source is None or is_file else source_config(source, **hub_arguments)
+        if isinstance(saved, Sam3LiteConfig) and preset in (None, "same"):
+            if config is None or parameter_sizes(config) == parameter_sizes(saved):
+                return super().from_pretrained(source, *model_args, config=config, **kwargs)
+        checkpoint = None if source is None else open_checkpoint(source, kwargs.get("variant"), **hub_arguments)
+        if checkpoint is None:
+            return super().from_pretrained(source, *model_args, config=config, **kwargs)
+
+        fields = {key: kwargs.pop(key) for key in cls.config_class.keywords() & set(kwargs) - _LOADING_KEYWORDS}
+        preset = preset or ("same" if checkpoint.is_lite else "lite")
+        if config is None and preset != "same":
+            config = cls.config_class.from_preset(preset, **fields)
+        else:
+            config = config or checkpoint.config
+            config = config.changed(**fields) if fields else config
+        dtype = _resolve_dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None), checkpoint.dtype)
+        checkpoint.check(cls._parameter_shapes(checkpoint.config))
+        state_dict, report = map_checkpoint(
+            checkpoint,
+            config,
+            cls._parameter_shapes(config),
+            mapping,
+            dtype,
+            kwargs.pop("ignore_mismatched_sizes", False),
+        )
+        log = logger.info if report.strategy == "copy" else logger.warning
+        log(report.summary())
+        for key in (*hub_arguments, "variant"):
+            kwargs.pop(key, None)
+        loaded = super().from_pretrained(
+            None, *model_args, config=config, state_dict=state_dict, dtype=dtype, **kwargs
+        )
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.mapping_report = report
+        model.config.name_or_path = model.name_or_path = os.fspath(source)
+        return loaded
+
+    @classmethod
+    def _parameter_shapes(cls, config: Sam3LiteConfig) -> dict[str, tuple[int, ...]]:
+        with torch.device("meta"):
+            model = cls(copy.deepcopy(config))
+        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
+        """
+        As [`~PreTrainedModel.save_pretrained`]; a model that was mapped from another one writes
+        `mapping_report.json` as well.
+        """
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if self.mapping_report is not None and is_main_process:
+            self.mapping_report.save(save_directory)
+
+    def to_sam3(self) -> Sam3Model:
+        """
+        The same model as a stock [`Sam3Model`], whose saved folder Transformers loads without this package. Outputs
+        are equal. The few parameters that only the stock model has, and nothing reads, are freshly initialised.
+        """
+        stock = Sam3Model(stock_config(self.config)).to(device=self.device, dtype=self.dtype)
+        result = stock.load_state_dict(self.state_dict(), strict=False)
+        unread = re.compile("|".join(UNREAD))
+        lost = result.unexpected_keys + [name for name in result.missing_keys if not unread.match(name)]
+        if lost:
+            raise RuntimeError(
+                f"This version of Transformers names parameters of `Sam3Model` differently: {lost[:4]}."
+            )
+        return stock.train(self.training)
 
     def compile(self, **kwargs):
         """

@@ -111,7 +111,7 @@ def test_prompt_chunks_give_equal_results(model, box_inputs, chunk, monkeypatch)
     monkeypatch.setattr(model, "detect", lambda *args: sizes.append(len(args[1])) or detect(*args))
     chunked = model(pixel_values=box_inputs["pixel_values"], image_index=index, prompt_chunk_size=chunk, **many)
     assert max(sizes) == min(chunk, 81) and sum(sizes) == 81
-    assert largest_difference(chunked, whole) <= 1e-5
+    assert largest_difference(chunked, whole) <= 5e-5  # other batch sizes, other summation orders
 
 
 @pytest.mark.parametrize(
