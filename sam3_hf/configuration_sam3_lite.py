@@ -49,6 +49,30 @@ _SHORT_NAMES = {
     "num_queries": ("detr_decoder_config", "num_queries"),
 }
 
+# The smallest value of each size that the model cannot do without. Widths and resolutions must be multiples besides.
+_TRANSFORMER_MINIMUMS = {"intermediate_size": 1, "num_attention_heads": 1}
+_MINIMUMS = {
+    ("vision_config", "backbone_config"): {
+        **_TRANSFORMER_MINIMUMS,
+        "num_hidden_layers": 1,
+        "patch_size": 1,
+        "num_channels": 1,
+        "window_size": 1,
+    },
+    ("text_config",): {
+        **_TRANSFORMER_MINIMUMS,
+        "num_hidden_layers": 1,
+        "vocab_size": 1,
+        "projection_dim": 1,
+        "max_position_embeddings": 32,  # tokens of a phrase, to which the processor pads
+    },
+    ("geometry_encoder_config",): {**_TRANSFORMER_MINIMUMS, "num_layers": 1, "roi_size": 1},
+    ("detr_encoder_config",): {**_TRANSFORMER_MINIMUMS, "num_layers": 1},
+    ("detr_decoder_config",): {**_TRANSFORMER_MINIMUMS, "num_layers": 1, "num_queries": 1},
+    ("mask_decoder_config",): {"num_attention_heads": 1},
+    ("loss_config",): {"mask_num_points": 1, "one_to_many_topk": 1},
+}
+
 # Keyword arguments that every Transformers config accepts although they are no dataclass fields.
 _COMMON_KEYWORDS = {
     "attn_implementation",
@@ -179,6 +203,7 @@ class Sam3LiteConfig(Sam3Config):
                 setattr(self, name, fields)
         if isinstance(self.loss_config, dict):
             self.loss_config = Sam3LiteLossConfig(**self.loss_config)
+        self._validate_minimums()  # before the stock configs, whose messages name no field
         super().__post_init__(**kwargs)
         vision = self.vision_config
         vision.scale_factors = [4.0, 2.0, 1.0]  # the fourth level of SAM 3 is never read
@@ -237,6 +262,7 @@ class Sam3LiteConfig(Sam3Config):
         Raises:
             ValueError: sizes that no model can have, naming the field and a valid value.
         """
+        self._validate_minimums()
         vit = self.vision_config.backbone_config
         prefix = "vision_config.backbone_config"
         for field in ("image_size", "patch_size", "pretrain_image_size"):
@@ -261,6 +287,20 @@ class Sam3LiteConfig(Sam3Config):
             )
         self._validate_detector_width()
 
+    def _validate_minimums(self):
+        """Also for nested configs that are still dicts. Values of a wrong type are left to the stock validation."""
+        for path, minimums in _MINIMUMS.items():
+            part = self
+            for name in path:
+                part = _field(part, name)
+            for field, minimum in minimums.items():
+                value = _field(part, field)
+                if isinstance(value, int) and value < minimum:
+                    raise ValueError(f"`{'.'.join(path)}.{field}` must be at least {minimum}, got {value}.")
+        width, heads = (_field(self.text_config, field) for field in ("hidden_size", "num_attention_heads"))
+        if isinstance(width, int) and isinstance(heads, int):
+            _check_multiple("text_config.hidden_size", width, "num_attention_heads", heads)
+
     def _validate_detector_width(self):
         width = self.detr_decoder_config.hidden_size
         others = {
@@ -276,9 +316,6 @@ class Sam3LiteConfig(Sam3Config):
         for name in ("geometry_encoder_config", "detr_encoder_config", "detr_decoder_config", "mask_decoder_config"):
             heads = getattr(self, name).num_attention_heads
             _check_multiple(f"{name}.hidden_size", width, "num_attention_heads", heads)
-        for name in ("detr_encoder_config", "detr_decoder_config", "geometry_encoder_config"):
-            if getattr(self, name).num_layers < 1:
-                raise ValueError(f"`{name}.num_layers` must be at least 1, got {getattr(self, name).num_layers}.")
 
 
 def preset_fields(name: str) -> dict:
@@ -374,19 +411,19 @@ def _complete_vision_sizes(fields: dict, short: dict) -> dict:
     vit = fields["vision_config"]["backbone_config"]
     completed = dict(short)
     width = short.get("vision_hidden_size", vit["hidden_size"])
-    if width != vit["hidden_size"]:
+    if isinstance(width, int) and width != vit["hidden_size"]:
         head_dim = vit["hidden_size"] // vit["num_attention_heads"]
         if "vision_num_attention_heads" not in short:
-            if width % head_dim:
+            if width < 1 or width % head_dim:
                 below = max(width // head_dim, 1) * head_dim
                 raise ValueError(
-                    f"`vision_hidden_size`={width} is not a multiple of the head size {head_dim}: use {below} or "
-                    f"{below + head_dim}, or set `vision_num_attention_heads`."
+                    f"`vision_hidden_size`={width} is not a positive multiple of the head size {head_dim}: use "
+                    f"{below} or {below + head_dim}, or set `vision_num_attention_heads`."
                 )
             completed["vision_num_attention_heads"] = width // head_dim
-        completed.setdefault("vision_intermediate_size", round(width * MLP_RATIO))
+        completed.setdefault("vision_intermediate_size", max(round(width * MLP_RATIO), 1))
     depth = short.get("vision_num_hidden_layers", vit["num_hidden_layers"])
-    if depth != vit["num_hidden_layers"]:
+    if isinstance(depth, int) and depth != vit["num_hidden_layers"]:
         num_global = len(vit["global_attn_indexes"])
         completed.setdefault("vision_global_attn_indexes", spread_global_layers(depth, num_global))
     return completed
@@ -406,6 +443,11 @@ def _set_path(fields: dict, path: tuple[str, ...], value) -> None:
     for key in path[:-1]:
         fields = fields[key]
     fields[path[-1]] = value
+
+
+def _field(part, name: str):
+    """A field of a config or of a dict of fields; None if a dict leaves it to the default."""
+    return part.get(name) if isinstance(part, dict) else getattr(part, name, None)
 
 
 def _check_sub_config(path: str, fields: dict, config_class, saved_version: str | None) -> None:
@@ -448,10 +490,11 @@ def _did_you_mean(word: str, known) -> str:
 
 
 def _check_multiple(field: str, value: int, divisor_name: str, divisor: int) -> None:
-    if divisor < 1 or value % divisor:
-        below = max(value // max(divisor, 1), 1) * max(divisor, 1)
+    if value < 1 or value % divisor:
+        below = max(value // divisor, 1) * divisor
         raise ValueError(
-            f"`{field}`={value} is not a multiple of {divisor_name} ({divisor}): use {below} or {below + divisor}."
+            f"`{field}`={value} is not a positive multiple of {divisor_name} ({divisor}): use {below} or "
+            f"{below + divisor}."
         )
 
 

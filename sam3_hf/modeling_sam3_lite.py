@@ -674,12 +674,17 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
     def compile(self, **kwargs):
         """
         Compiles the vision encoder and the detector in place, each as one graph. Matching, on the CPU, stays outside.
+        Copies and pickles of the model are not compiled.
 
         Args:
             kwargs: passed to `torch.compile`.
         """
         self.vision_encoder.compile(**kwargs)
         self._compiled_detect = torch.compile(self.detect, **kwargs)
+
+    def __getstate__(self) -> dict:
+        # As `nn.Module` does with what it compiled: a copy that kept it would run the weights of the original.
+        return {**super().__getstate__(), "_compiled_detect": None}
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
         """
@@ -733,7 +738,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(num_prompts, num_tokens)`): exactly one of this and `text_embeds`.
             attention_mask (`torch.LongTensor` of shape `(num_prompts, num_tokens)`, *optional*): 0 for padding.
             text_embeds (`torch.FloatTensor` of shape `(num_prompts, num_tokens, hidden_size)`): `pooler_output` of
-                [`~Sam3LiteModel.get_text_features`], or that output itself.
+                [`~Sam3LiteModel.get_text_features`], or that output itself; any float dtype.
             input_boxes (`torch.FloatTensor` of shape `(num_prompts, num_boxes, 4)`, *optional*): box prompts, cxcywh
                 in [0, 1]. The text of a prompt by boxes alone is "visual".
             input_boxes_labels (`torch.LongTensor` of shape `(num_prompts, num_boxes)`, *optional*): 1 positive,
@@ -742,7 +747,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
                 to. By default one prompt per image; with a single image, all prompts are for it; a single prompt is
                 for all images.
             labels (`list[dict[str, torch.Tensor]]`, *optional*): one per prompt: `boxes` `(n, 4)` cxcywh in [0, 1] and
-                optionally `masks` `(n, height, width)` bool. `n` is 0 where the concept is absent.
+                optionally `masks` `(n, height, width)` bool, or None. `n` is 0 where the concept is absent. A prompt
+                without masks takes no part in the mask losses.
             prompt_chunk_size (`int`, *optional*): how many prompts the detector handles at once. Bounds the memory of
                 inference with many prompts; does not go with `labels`.
             original_sizes: not used; lets the output of the processor be passed whole.
@@ -762,6 +768,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         if text_embeds is None:
             text_embeds = self.get_text_features(input_ids, attention_mask)
         text = text_embeds if isinstance(text_embeds, Tensor) else text_embeds.pooler_output
+        if not torch.is_autocast_enabled(text.device.type):
+            text = text.to(levels[-1].dtype)  # cached features are often kept in float32
         text_mask = None if attention_mask is None else attention_mask.bool()
         if input_boxes is not None:
             input_boxes_labels = self._check_boxes(input_boxes, input_boxes_labels)
@@ -941,7 +949,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         """
         chosen = range(len(image_index))
         if self.training:
-            chosen = [i for i, label in enumerate(labels) if len(label.get("masks", ()))] or [0]
+            masks = [label.get("masks") for label in labels]
+            chosen = [i for i, mask in enumerate(masks) if mask is not None and len(mask)] or [0]
         return torch.tensor(list(chosen), device=image_index.device)
 
     def _idle_geometry(self, coarse: Tensor) -> Tensor:

@@ -90,6 +90,24 @@ def test_everything_in_between_can_be_built():
         ({"loss_config": {"cost_clas": 1.0}}, "loss_config.cost_clas`.*`cost_class`"),
         ({"detr_encoder_config": {"hidden_size": 128}}, "detr_encoder_config.hidden_size`=128 must equal"),
         ({"detr_decoder_layers": 0}, "detr_decoder_config.num_layers` must be at least 1"),
+        ({"detr_encoder_layers": 0}, "detr_encoder_config.num_layers` must be at least 1"),
+        ({"num_queries": 0}, "detr_decoder_config.num_queries` must be at least 1, got 0"),
+        ({"vision_num_hidden_layers": 0}, "backbone_config.num_hidden_layers` must be at least 1"),
+        ({"vision_num_hidden_layers": -2}, "backbone_config.num_hidden_layers` must be at least 1"),
+        ({"vision_window_size": 0}, "backbone_config.window_size` must be at least 1"),
+        ({"vision_num_attention_heads": 0}, "backbone_config.num_attention_heads` must be at least 1"),
+        ({"patch_size": 0}, "backbone_config.patch_size` must be at least 1"),
+        ({"image_size": 0}, "backbone_config.image_size`=0 .*positive multiple of patch_size.*14 or 28"),
+        ({"image_size": -14}, "backbone_config.image_size`=-14 .*14 or 28"),
+        ({"vision_hidden_size": 0}, "`vision_hidden_size`=0 .*64 or 128"),
+        ({"vision_hidden_size": 0, "vision_num_attention_heads": 4}, "backbone_config.hidden_size`=0 .*4 or 8"),
+        ({"text_num_hidden_layers": 0}, "text_config.num_hidden_layers` must be at least 1"),
+        ({"text_num_attention_heads": 0}, "text_config.num_attention_heads` must be at least 1"),
+        ({"text_num_attention_heads": 3}, r"text_config.hidden_size`=1024 .*num_attention_heads \(3\).*1023 or 1026"),
+        ({"text_config": {"max_position_embeddings": 31}}, "text_config.max_position_embeddings` must be at least 32"),
+        ({"detr_decoder_config": {"num_attention_heads": 3}}, "detr_decoder_config.hidden_size`=256 .*255 or 258"),
+        ({"geometry_encoder_config": {"roi_size": 0}}, "geometry_encoder_config.roi_size` must be at least 1"),
+        ({"loss_config": {"one_to_many_topk": 0}}, "loss_config.one_to_many_topk` must be at least 1"),
     ],
 )
 def test_impossible_fields_are_named(overrides, message):
@@ -102,15 +120,20 @@ def test_unknown_preset():
         Sam3LiteConfig.from_preset("lit")
 
 
-def test_wrong_type_is_named():
-    with pytest.raises(Exception, match="image_size"):
-        Sam3LiteConfig.from_preset("lite", image_size="big")
+@pytest.mark.parametrize("field", ["image_size", "vision_hidden_size", "vision_num_hidden_layers", "num_queries"])
+def test_wrong_type_is_named(field):
+    with pytest.raises(Exception, match=field.removeprefix("vision_")):
+        Sam3LiteConfig.from_preset("lite", **{field: "big"})
 
 
 def test_impossible_size_set_later_is_found_by_the_model():
     config = Sam3LiteConfig.from_preset("tiny")
     config.vision_config.backbone_config.num_attention_heads = 7
     with pytest.raises(ValueError, match="num_attention_heads"):
+        Sam3LiteModel(config)
+    config = Sam3LiteConfig.from_preset("tiny")
+    config.detr_decoder_config.num_queries = 0
+    with pytest.raises(ValueError, match="num_queries` must be at least 1"):
         Sam3LiteModel(config)
 
 

@@ -1,7 +1,10 @@
 """Samples, batches and their order."""
 
 import json
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +26,8 @@ from sam3_hf.data import (
     measure_throughput,
     steps_per_epoch,
 )
+from sam3_hf.data.generated import write_dataset
+from sam3_hf.data.masks import rle_to_mask
 from sam3_hf.data.sampling import Prompt
 from sam3_hf.data.torch_dataset import make_label
 from sam3_hf.data.transforms import Placement, place_boxes
@@ -160,6 +165,18 @@ def test_masks_only_where_all_objects_of_the_prompt_have_them(tmp_path):
     labels = dataset[0].labels
     assert [label["boxes"].shape[0] for label in labels] == [2, 1, 0]
     assert ["masks" in label for label in labels] == [False, True, False]
+
+
+def test_crowd_region_without_a_segmentation_takes_no_masks_away(tmp_path):
+    crowd = annotation(2, iscrowd=1, segmentation=None, bbox=[0, 0, 10, HEIGHT])
+    write_coco(tmp_path, [image(1)], [annotation(1), crowd])
+    rows = load_dataset_splits(tmp_path)["train"]
+    sample = EvalDataset(rows, SIZE)[0]
+    assert [tuple(label["masks"].shape) for label in sample.labels] == [(1, SIZE, SIZE), *[(0, SIZE, SIZE)] * 2]
+    masks = [rle_to_mask(mask) for mask in sample.references[0]["masks"]]
+    assert sample.references[0]["iscrowd"] == [0, 1]
+    assert masks[1][:, :10].all() and not masks[1][:, 10:].any()  # its box
+    assert all("masks" in label for label in TrainDataset(rows, SIZE)[0, 0].labels)
 
 
 def test_crowd_regions_are_no_targets_but_stay_in_the_references(tmp_path):
@@ -405,6 +422,19 @@ def test_throughput_is_measured(splits):
     assert 1 < measure_throughput(loader, 3) < 1e5
     with pytest.raises(ValueError, match="one batch"):
         measure_throughput(make_loader(dataset, BatchKeys(5, 8, 0, 1, 1), num_workers=0), 3)
+
+
+def test_loader_benchmark(tmp_path):
+    write_dataset(tmp_path, num_train=6, num_valid=1, image_size=SIZE, seed=0)
+    script = Path(__file__).parents[1] / "benchmarks" / "loader.py"
+    options = "--image-size 32 --batch-size 2 --prompts 1 --workers 0 1 --batches 3".split()
+    command = [sys.executable, str(script), str(tmp_path), *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(result.stdout)
+    assert (report["image_size"], report["batch_size"], report["prompts"], report["batches"]) == (32, 2, 1, 3)
+    assert set(report["images_per_second_by_workers"]) == {"0", "1"}
+    assert min(report["images_per_second_by_workers"].values()) > 0
 
 
 def leave_a_trace(folder, number):

@@ -102,6 +102,22 @@ def test_boxes_only(tmp_path):
     assert train[0]["objects"][1]["area"] == 600  # of the box
 
 
+def test_objects_without_a_segmentation_among_others_are_counted(tmp_path, caplog):
+    crowd = annotation(9, iscrowd=1, segmentation=None)
+    file = write_coco(tmp_path, [image(1)], [annotation(1), annotation(2), crowd])
+    assert has_masks(load_dataset_splits(tmp_path)["train"])  # a crowd region is no object
+    assert "no segmentation" not in caplog.text
+    write_coco(tmp_path, [image(1)], [annotation(1), annotation(2), annotation(3, segmentation=None), crowd])
+    assert not has_masks(load_dataset_splits(tmp_path)["train"])
+    assert f"{file}: 1 of 3 objects have no segmentation" in caplog.text
+    caplog.clear()
+    write_coco(tmp_path, [image(1)], [annotation(1, segmentation=None), crowd])
+    assert not has_masks(load_dataset_splits(tmp_path)["train"])  # boxes only, as a whole
+    assert "no segmentation" not in caplog.text
+    write_coco(tmp_path, [image(1)], [annotation(1, iscrowd=1)])
+    assert not has_masks(load_dataset_splits(tmp_path)["train"])
+
+
 def test_missing_area_is_that_of_the_mask(tmp_path):
     triangle = annotation(1, area=None, segmentation=[[10, 15, 40, 15, 10, 35]])
     write_coco(tmp_path, [image(1)], [triangle])
@@ -177,6 +193,35 @@ def test_saved_dataset_with_text_or_numbers(tmp_path):
     assert [item["category"] for item in train[0]["objects"]] == [1, 0]
 
 
+def test_run_length_encodings_in_a_saved_dataset(tmp_path):
+    """Fields that are all empty state that there is no segmentation; one that is missing alone is a fault."""
+    runs = {"size": datasets.List(datasets.Value("int64")), "counts": datasets.Value("string")}
+    fields = {
+        "bbox": datasets.List(datasets.Value("float32")),
+        "category": datasets.ClassLabel(names=["RBC"]),
+        "id": datasets.Value("int64"),
+        "segmentation": runs,
+    }
+    features = datasets.Features({"image": datasets.Image(), "objects": datasets.List(fields)})
+
+    def save(name, *segmentations):
+        objects = [
+            {"bbox": [10, 15, 30, 20], "category": 0, "id": 40 + place, "segmentation": segmentation}
+            for place, segmentation in enumerate(segmentations)
+        ]
+        row = {"image": [Image.new("RGB", (WIDTH, HEIGHT))], "objects": [objects]}
+        datasets.Dataset.from_dict(row, features=features).save_to_disk(tmp_path / name)
+        return tmp_path / name
+
+    whole, nothing = rle_of(RECTANGLE, compressed=True), {"size": None, "counts": None}
+    objects = load_dataset_splits(save("good", whole, nothing, None))["train"][0]["objects"]
+    np.testing.assert_array_equal(decode(objects[0]), RECTANGLE)
+    assert [segmentation_of(item) for item in objects[1:]] == [None, None]
+    error = load_error(save("bad", whole, {"size": [HEIGHT, WIDTH], "counts": None}))
+    assert error.counts == {"invalid run-length encoding": 1}
+    assert "annotation 41" in str(error) and "'counts' is missing" in str(error)
+
+
 def test_parquet_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     dataset = objects_dataset(datasets.ClassLabel(names=["RBC"]), [0])
@@ -230,6 +275,7 @@ FATAL_ANNOTATIONS = {
     "invalid segmentation": {"segmentation": "all of it"},
     "invalid run-length encoding": {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [5, 5]}},
 }
+LEADING_OUT = ["../1.png", "a/../../1.png", "linked/../../1.png", "/etc/1.png", "..\\1.png", "C:\\1.png"]
 
 
 @pytest.mark.parametrize("kind", FATAL_ANNOTATIONS)
@@ -294,11 +340,11 @@ def test_duplicates(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ["../1.png", "a/../../1.png", "/etc/1.png", "..\\1.png", "C:\\1.png", "linked/1.png"])
+@pytest.mark.parametrize("name", LEADING_OUT)
 def test_file_name_that_leads_out(tmp_path, name):
     save_image(tmp_path / "1.png")
     (tmp_path / "data").mkdir()
-    os.symlink(tmp_path, tmp_path / "data" / "linked")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path)
     file = write_coco(tmp_path / "data", [], [])
     content = json.loads(file.read_text()) | {"images": [image(5, file_name=name)]}
     file.write_text(json.dumps(content))
@@ -308,8 +354,27 @@ def test_file_name_that_leads_out(tmp_path, name):
 
 def test_image_folder_may_itself_be_a_link(tmp_path):
     write_coco(tmp_path / "real" / "train", [image(1)], [annotation(1)])
-    os.symlink(tmp_path / "real", tmp_path / "link")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
     assert len(load_dataset_splits(tmp_path / "link")["train"]) == 1
+
+
+def test_images_may_be_links_out_of_the_folder(tmp_path):
+    """As the Hub's client lays out what it downloads: snapshots/REVISION/train/1.png -> ../../../blobs/HASH."""
+    folder, blobs = tmp_path / "snapshots" / "revision", tmp_path / "blobs"
+    write_coco(folder / "train", [image(1), image(2, file_name="linked/2.png")], [annotation(1)])
+    blobs.mkdir()
+    (folder / "train" / "linked" / "2.png").rename(blobs / "2.png")
+    (folder / "train" / "linked").rmdir()
+    (folder / "train" / "linked").symlink_to(blobs)
+    for file in ("1.png", "_annotations.coco.json"):
+        (folder / "train" / file).rename(blobs / file)
+        (folder / "train" / file).symlink_to(os.path.join("..", "..", "..", "blobs", file))
+    rows = load_dataset_splits(folder)["train"]
+    assert len(rows) == 2
+    for row in rows:
+        assert load_image(row["image"], WIDTH, HEIGHT)[0].shape == (3, HEIGHT, WIDTH)
+    (blobs / "1.png").unlink()
+    assert load_error(folder).counts == {"missing image": 1}
 
 
 def test_broken_images(tmp_path):

@@ -101,6 +101,27 @@ def test_one_prompt_for_all_images_and_cached_features(model, inputs):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("with_boxes", [True, False])
+def test_cached_features_in_float32_go_with_any_precision(model, box_inputs, with_boxes):
+    if not with_boxes:
+        del box_inputs["input_boxes"], box_inputs["input_boxes_labels"]
+    exact = model(**box_inputs)
+    tokens = {name: box_inputs.pop(name) for name in ("input_ids", "attention_mask")}
+    features = model.get_text_features(**tokens).pooler_output
+    box_inputs.update(text_embeds=features, attention_mask=tokens["attention_mask"])
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    del half.text_projection, half.text_encoder  # as training does once the phrases are encoded
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = model(**box_inputs)
+    for outputs in (half(**box_inputs), autocast):
+        for name in PREDICTIONS:
+            difference = (outputs[name].float() - exact[name]).abs().max()
+            assert difference < 0.15 * exact[name].abs().max(), name
+    box_inputs["text_embeds"] = features.to(torch.bfloat16)
+    assert largest_difference(model(**box_inputs), exact) < 0.15 * max(exact[name].abs().max() for name in PREDICTIONS)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_prompt_chunks_give_equal_results(model, box_inputs, chunk, monkeypatch):
     index = torch.arange(81) % 3
@@ -156,6 +177,14 @@ def test_training_computes_masks_of_matched_queries_only(model, inputs, monkeypa
     monkeypatch.setattr(model.mask_decoder, "masks", lambda *args: pytest.fail("computed all masks"))
     model.train()(**inputs, labels=make_labels())
     assert computed == [3]
+
+
+def test_masks_of_a_label_may_be_none(model, inputs):
+    absent, none = make_labels(with_masks=False), [{**label, "masks": None} for label in make_labels()]
+    torch.manual_seed(0)
+    expected = model.train()(**inputs, labels=absent).loss
+    torch.manual_seed(0)
+    assert model(**inputs, labels=none).loss == expected
 
 
 @torch.no_grad()
@@ -254,6 +283,24 @@ def test_compiles_without_graph_breaks(config, model, box_inputs, boxes):
     expected = model(**box_inputs)
     model.compile(fullgraph=True, backend="aot_eager")
     assert largest_difference(model(**box_inputs), expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_copies_of_a_compiled_model_run_their_own_weights(model, inputs, tmp_path):
+    torch._dynamo.reset()
+    model.compile(backend="eager")
+    expected = model(**inputs)
+    changed = shake(copy.deepcopy(model), seed=7)
+    plain = Sam3LiteModel(model.config).eval()
+    plain.load_state_dict(changed.state_dict())
+    assert largest_difference(changed(**inputs), plain(**inputs)) == 0
+    assert largest_difference(changed(**inputs), expected) > 0.01
+    assert largest_difference(model(**inputs), expected) == 0  # and the original its own, still compiled
+    torch.save(model, tmp_path / "model.pt")
+    unpickled = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert largest_difference(unpickled(**inputs), expected) <= 1e-5
+    model.save_pretrained(tmp_path / "saved")
+    assert largest_difference(Sam3LiteModel.from_pretrained(tmp_path / "saved")(**inputs), expected) <= 1e-5
 
 
 def test_compiled_training_step(model, inputs):

@@ -6,12 +6,14 @@ import math
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import micro_config
+from safetensors.torch import save_file
 
 TRAINING = Path(__file__).parents[1] / "training"
 sys.path.insert(0, str(TRAINING))
@@ -19,13 +21,14 @@ sys.path.insert(0, str(TRAINING))
 import checkpoints  # noqa: E402
 import starting  # noqa: E402
 from arguments import OptimizationArguments, parse_arguments  # noqa: E402
-from evaluation_loop import prediction_rows, prompt_chunks  # noqa: E402
+from evaluation_loop import outputs_by_chunk, prediction_rows, prompt_chunks  # noqa: E402
 from optim import MovingAverage, Schedule, build_optimizer, vit_scale  # noqa: E402
 from phrases import FrozenText, TokenizedText  # noqa: E402
 from reporting import Metrics, truncate_metrics  # noqa: E402
 from run import Run  # noqa: E402
 from stopping import StopSignal  # noqa: E402
-from train import check_finite  # noqa: E402
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # noqa: E402
+from train import MAX_OVERFLOWS, check_finite, count_overflow  # noqa: E402
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor  # noqa: E402
 from sam3_hf.data import BatchKeys, epoch_order  # noqa: E402
@@ -77,6 +80,10 @@ def test_flags_win_over_the_yaml_file_which_wins_over_defaults(tmp_path):
         ("data: x\nepochs: 1.5", [], "--epochs: invalid int value: '1.5'"),
         ("data: x\nepochs: 0", [], "epochs must be at least 1, got 0"),
         ("data: x\nnegative_ratio: 2", [], "negative_ratio must be from 0 to 1, got 2.0"),
+        ("data: x\nsmallest_side: 0", [], "smallest_side must be above 0"),
+        ("data: x\ncolor_jitter: 1", [], "color_jitter must be below 1"),
+        ("data: x\ngenerated_concepts: 13", [], "generated_concepts must be from 2 to 12, got 13"),
+        ("data: x\nvision_learning_rate: -1", [], "vision_learning_rate must be at least 0, got -1.0"),
         ("data: x\nmixed_precision: fp8", [], "invalid choice: 'fp8'"),
         ("data: x\nmodel_overrides: '{bad'", [], "model_overrides must be a JSON object"),
         ("data: [x, y]", [], "data must be one value"),
@@ -152,6 +159,14 @@ def test_optimizer_groups_cover_each_trained_parameter_once():
         assert group["lr"] == part * vit_scale(name, 2, 0.9), name
 
 
+def test_a_part_with_learning_rate_0_stands_still():
+    model = Sam3LiteModel(micro_config())
+    optimizer = build_optimizer(model, OptimizationArguments(learning_rate=1.0, vision_learning_rate=0.0))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == (0.0 if name.startswith("vision_encoder.") else 1.0), name
+
+
 def test_schedule_warms_up_and_follows_a_cosine():
     settings = OptimizationArguments(warmup_ratio=0.1, final_learning_rate_ratio=0.2)
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
@@ -223,10 +238,9 @@ def test_processes_and_accumulation_split_the_same_steps():
     assert [accumulated[i] + accumulated[i + 1] for i in range(0, len(accumulated), 2)] == whole
 
 
-def test_many_prompts_are_asked_in_chunks_with_their_images(monkeypatch):
+def test_many_prompts_are_asked_in_chunks_about_their_images(monkeypatch):
     monkeypatch.setattr("evaluation_loop.PROMPTS_AT_ONCE", 4)
     batch = {
-        "pixel_values": torch.arange(3.0).reshape(3, 1, 1, 1),
         "image_index": torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2]),
         "phrases": [str(i) for i in range(9)],
         "labels": list(range(9)),
@@ -235,12 +249,32 @@ def test_many_prompts_are_asked_in_chunks_with_their_images(monkeypatch):
     }
     chunks = prompt_chunks(batch)
     assert sum((chunk["labels"] for chunk in chunks), []) == batch["labels"]
+    assert [len(chunk["phrases"]) for chunk in chunks] == [4, 4, 1]
     for chunk in chunks:
-        images = chunk["pixel_values"].flatten()[chunk["image_index"]]
         expected = [int(number) // 3 for number in chunk["phrases"]]
-        assert images.tolist() == expected
+        assert chunk["image_index"].tolist() == expected
         assert chunk["original_sizes"] == [(image + 1, image + 1) for image in expected]
-    assert len(chunks[0]["pixel_values"]) == 2
+
+
+@torch.no_grad()
+def test_chunks_give_the_outputs_of_the_whole_and_encode_images_once(model, inputs, monkeypatch):
+    monkeypatch.setattr("evaluation_loop.PROMPTS_AT_ONCE", 2)
+    encoded = []
+    model.vision_encoder.register_forward_hook(lambda module, pixels, _: encoded.append(len(pixels[0])))
+    owners = torch.tensor([0, 0, 1, 2, 2])
+    phrases = ["one", "two", "three", "four", "five"]
+    text = TokenizedText(Sam3LiteProcessor.from_config(model.config))
+    expected = model(pixel_values=inputs["pixel_values"], image_index=owners, **text(phrases))
+    labels = [{"boxes": torch.zeros(0, 4), "masks": torch.zeros(0, 64, 64, dtype=torch.bool)}] * 5
+    batch = {"pixel_values": inputs["pixel_values"], "image_index": owners, "phrases": phrases, "labels": labels}
+    batch |= {"references": [{}] * 5, "original_sizes": [(9, 9)] * 3}
+    accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, unwrap_model=lambda model: model)
+    parts = list(outputs_by_chunk(accelerator, model, text, batch))
+    assert encoded == [3, 3]
+    assert [chunk["phrases"] for chunk, _ in parts] == [["one", "two"], ["three", "four"], ["five"]]
+    for name in ("pred_logits", "pred_boxes", "pred_masks", "presence_logits"):
+        found = torch.cat([outputs[name] for _, outputs in parts])
+        torch.testing.assert_close(found, expected[name], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("with_masks", [True, False])
@@ -283,7 +317,7 @@ def content_of(path: Path) -> str:
     return checkpoints.read_state(path)["content"]
 
 
-@pytest.mark.parametrize("call", range(20))
+@pytest.mark.parametrize("call", range(8))
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, call):
     """Stops `put_in_place` before each of its system calls in turn; what is left must be the old or the new one."""
     folder_with(tmp_path / "last", "old")
@@ -320,6 +354,14 @@ def test_copies_share_files_and_survive_the_next_save(tmp_path):
     assert (last / checkpoints.STATE).samefile(tmp_path / "best" / checkpoints.STATE)
     checkpoints.write_folder(last, lambda folder: (folder / checkpoints.STATE).write_text('{"content": "second"}'))
     assert (content_of(last), content_of(tmp_path / "best")) == ("second", "first")
+
+
+def test_a_new_state_leaves_other_names_of_the_checkpoint_as_they_are(tmp_path):
+    last = folder_with(tmp_path / "last", "saved")
+    checkpoints.copy_checkpoint(last, tmp_path / "epoch_1")
+    checkpoints.replace_state(last, {"content": "evaluated"})
+    assert (content_of(last), content_of(tmp_path / "epoch_1")) == ("evaluated", "saved")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_1", "last"]
 
 
 def test_a_failed_write_leaves_the_old_folder(tmp_path):
@@ -379,6 +421,88 @@ def test_stored_text_gives_the_outputs_of_the_text_encoder():
     assert frozen(["visual"])["text_embeds"].shape[1] < 32  # no longer than the longest phrase
     with pytest.raises(KeyError, match="unheard"):
         frozen(["unheard"])
+
+
+def test_frozen_text_of_a_checkpoint_must_be_whole(tmp_path):
+    model = Sam3LiteModel(micro_config())
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("text_")}
+    path = tmp_path / checkpoints.FROZEN
+    other = Sam3LiteModel(micro_config())
+    with pytest.raises(FileNotFoundError, match="frozen_text.safetensors is missing"):
+        starting.load_frozen_text(other, path)
+    save_file(weights, path)
+    starting.load_frozen_text(other, path)
+    assert torch.equal(other.text_projection.weight, model.text_projection.weight)
+    save_file({**weights, "surplus": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="1 unexpected tensors, such as surplus"):
+        starting.load_frozen_text(other, path)
+    del weights["text_projection.weight"]
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="1 missing tensors, such as text_projection.weight"):
+        starting.load_frozen_text(other, path)
+
+
+# Where the first weights come from
+
+
+def test_a_checkpoint_without_text_encoder_does_not_start_a_run(tmp_path):
+    """Such as checkpoints/best of a run with a frozen text encoder."""
+    model = Sam3LiteModel(micro_config())
+    model.save_pretrained(tmp_path / "final")
+    arguments = parse_arguments(["--data", "x", "--init", str(tmp_path / "final")])
+    found = starting.build_model(arguments, None).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+
+    model.text_encoder = model.text_projection = None
+    model.config.save_pretrained(tmp_path / "best")
+    save_file(model.state_dict(), tmp_path / "best" / "model.safetensors", metadata={"format": "pt"})
+    arguments = parse_arguments(["--data", "x", "--init", str(tmp_path / "best")])
+    with pytest.raises(ValueError, match="missing tensors, such as text_encoder.* use the folder final/"):
+        starting.build_model(arguments, None)
+
+
+def test_a_standard_model_is_mapped_to_the_preset(tmp_path):
+    torch.manual_seed(0)
+    Sam3LiteModel(micro_config()).to_sam3().save_pretrained(tmp_path)
+    smaller = micro_config(detr_decoder_layers=1).to_dict()
+    overrides = {name: value for name, value in smaller.items() if name.endswith("_config")}
+    flags = ["--preset", "tiny", "--model_overrides", json.dumps(overrides), "--image_size", "128"]
+    model = starting.build_model(parse_arguments(["--data", "x", "--init", str(tmp_path), *flags]), None)
+    assert model.config.image_size == 128
+    assert model.config.detr_decoder_config.num_layers == 1
+    assert "copied" in model.mapping_report.totals
+
+
+# Sharded weights
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_over_sharded_float32_weights(dtype):
+    """As FSDP runs under Accelerate with the policy that `start_accelerator` sets."""
+    torch.manual_seed(0)
+    model = Sam3LiteModel(micro_config())
+    inputs = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "labels": [{"boxes": torch.full((1, 4), 0.5)}] * 2}
+    pixels = torch.randn(2, 3, 64, 64)
+    expected = model.train()(pixel_values=pixels, **inputs).loss
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for layer in model.detr_decoder.layers:
+            fully_shard(layer, mp_policy=MixedPrecisionPolicy())
+        fully_shard(model, mp_policy=MixedPrecisionPolicy())
+        register_fsdp_forward_method(model, "get_vision_features")
+        with torch.autocast("cpu", dtype=dtype):
+            loss = model(pixel_values=pixels, **inputs).loss
+        loss.backward()
+        model.eval()
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+            vision = model.get_vision_features(pixels)
+            again = model(vision_embeds=vision, **inputs).loss
+            direct = model(pixel_values=pixels, **inputs).loss
+    finally:
+        torch.distributed.destroy_process_group()
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    assert all(p.grad is None or p.grad.to_local().isfinite().all() for p in model.parameters())
+    assert again.item() == direct.item()
 
 
 # Metrics, batch size, signals, non-finite losses
@@ -444,6 +568,26 @@ def test_a_loss_that_is_not_finite_names_the_images():
         check_finite(run, 1.0, torch.tensor(math.inf), [torch.tensor(1.0)] * 2, batches)
     run.accelerator.scaler = object()  # in FP16, the scaler skips such a step
     check_finite(run, 1.0, torch.tensor(math.inf), losses, batches)
+
+
+def test_overflows_without_end_stop_the_run():
+    run = SimpleNamespace(step=0, overflows=3, overflows_in_a_row=0)
+    batches = [{"image_ids": [1, 2]}, {"image_ids": [3]}]
+    for run.step in range(1, MAX_OVERFLOWS):
+        count_overflow(run, 1.0, torch.tensor(math.inf), batches)
+    run.step += 1
+    with pytest.raises(RuntimeError, match=rf"the last of which is {run.step} .* ids of the images: \[1, 2, 3\]"):
+        count_overflow(run, 1.0, torch.tensor(math.inf), batches)
+    assert run.overflows == 3 + MAX_OVERFLOWS
+
+
+def test_batch_size_auto_is_for_one_process():
+    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=2)
+    with pytest.raises(ValueError, match="one process only"):
+        starting.choose_batch_size(accelerator, None, [], None)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        starting.choose_batch_size(accelerator, None, [], None)
 
 
 @pytest.mark.parametrize(("metric", "values", "best_step"), [("segm_AP", [0.1, 0.3, 0.2], 2), ("loss", [3, 2, 4], 2)])

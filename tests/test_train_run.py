@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import micro_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,20 +23,10 @@ from sam3_hf.data.generated import write_dataset
 
 TRAIN = Path(__file__).parents[1] / "training" / "train.py"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--quiet"]
+MICRO = micro_config(detr_encoder_layers=1).to_dict()
 SETTINGS = {
     "preset": "tiny",
-    "model_overrides": {
-        "image_size": 64,
-        "vision_hidden_size": 32,
-        "vision_num_attention_heads": 2,
-        "vision_num_hidden_layers": 2,
-        "vision_global_attn_indexes": [1],
-        "vision_window_size": 4,
-        "text_num_hidden_layers": 1,
-        "detr_encoder_layers": 1,
-        "detr_decoder_layers": 2,
-        "num_queries": 10,
-    },
+    "model_overrides": {name: value for name, value in MICRO.items() if name.endswith("_config")},
     "prompts_per_image": 3,
     "num_workers": 0,
     "epochs": 2,
@@ -169,7 +160,7 @@ def test_final_model_is_half_precision_and_holds_the_average(whole_run):
     inputs = processor(images=Image.new("RGB", (50, 40)), text="red circle")
     with torch.no_grad():
         outputs = model.float().eval()(**inputs)
-    assert outputs.pred_masks.shape[:2] == (1, 10)
+    assert outputs.pred_masks.shape[:2] == (1, MICRO["detr_decoder_config"]["num_queries"])
 
 
 def test_killed_twice_and_resumed_is_as_if_nothing_had_happened(whole_run, data, tmp_path):
@@ -193,6 +184,32 @@ def test_killed_twice_and_resumed_is_as_if_nothing_had_happened(whole_run, data,
     assert lines_of(tmp_path, "eval") == lines_of(whole_run, "eval")
     for name in ("final/model.safetensors", "checkpoints/last/model.safetensors", "checkpoints/last/ema.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (whole_run / "run" / name).read_bytes(), name
+
+
+def test_a_stop_during_an_evaluation_ends_it(data, tmp_path):
+    """The epoch was saved before; the resumed run makes up for the evaluation and keeps its result."""
+    valid = write_dataset(tmp_path / "many", num_train=1, num_valid=300, image_size=64, num_concepts=3) / "valid"
+    flags = ["--data", str(data / "train" / "_annotations.coco.json")]
+    settings = {"batch_size": 12, "epochs": 1, "eval_batch_size": 1, "prediction_images": 1}
+    many, few = (["--validation_data", str(path / "_annotations.coco.json")] for path in (valid, data / "valid"))
+    process = start(tmp_path, data, *flags, *many, **settings)
+    picture = tmp_path / "run" / "predictions" / "epoch_1" / "0000.png"
+    deadline = time.monotonic() + 120
+    while not picture.exists():
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output.txt").read_text()
+        time.sleep(0.005)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    last = tmp_path / "run" / "checkpoints" / "last" / "trainer_state.json"
+    state = json.loads(last.read_text())
+    assert (state["step"], state["evaluated"]) == (1, 0)
+    assert not (tmp_path / "run" / "final").exists() and not lines_of(tmp_path, "eval")
+    finished = train(tmp_path, data, "--resume", "auto", *flags, *few, **settings)
+    assert finished.returncode == 0, finished.stdout
+    state = json.loads(last.read_text())
+    assert (state["evaluated"], state["best"]["step"]) == (1, 1)
+    assert len(lines_of(tmp_path, "eval")) == 1
+    assert (tmp_path / "run" / "final" / "config.json").is_file()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's death is Linux's")

@@ -28,8 +28,9 @@ class ModelArguments:
 
     init: str | None = option(
         None,
-        "start from this lite checkpoint: a folder, or a repository of the Hub. Its sizes are used and --preset is "
-        "not. Without it, weights are random",
+        "start from this model: a folder, a repository of the Hub, or a .pt file of Meta's. A lite one keeps its own "
+        "sizes, whatever --preset says; a standard one (sam3, sam3_video) is mapped to those of --preset. Without "
+        "it, weights are random",
     )
     preset: str = option("lite", "model size: standard, medium, depth16, lite, small; tiny, tiny-standard for tries")
     image_size: int | None = option(
@@ -106,9 +107,14 @@ class DataArguments:
         check_range(self, "prompts_per_image", 1)
         check_range(self, "negative_ratio", 0, 1)
         check_range(self, "box_prompt_probability", 0, 1)
-        for name in ("horizontal_flip", "crop", "smallest_side"):
+        for name in ("horizontal_flip", "crop", "smallest_side", "color_jitter"):
             check_range(self, name, 0, 1)
+        if self.smallest_side == 0:
+            raise ValueError("smallest_side must be above 0: at 0 nothing of an image would be left")
+        if self.color_jitter == 1:
+            raise ValueError("color_jitter must be below 1: at 1 an image may turn black")
         check_range(self, "num_workers", 0)
+        check_range(self, "generated_concepts", 2, 12)
 
 
 @dataclass
@@ -121,8 +127,8 @@ class OptimizationArguments:
     max_steps: int | None = option(None, "stop after so many optimizer steps, whatever --epochs says")
     batch_size: str = option(
         "4",
-        "images per process and forward pass, or 'auto': the largest power of two from 64 down that fits into "
-        "memory. The learning rate does not follow the batch size",
+        "images per process and forward pass, or 'auto' in a run of one process: the largest power of two from 64 "
+        "down that fits into memory. The learning rate does not follow the batch size",
     )
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step")
     learning_rate: float = option(2e-4, "highest learning rate, reached after the warm-up")
@@ -157,6 +163,9 @@ class OptimizationArguments:
         check_range(self, "gradient_accumulation_steps", 1)
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed"):
             check_range(self, name, 0)
+        for name in ("vision_learning_rate", "text_learning_rate"):
+            if getattr(self, name) is not None:
+                check_range(self, name, 0)
         for name in ("warmup_ratio", "final_learning_rate_ratio", "vit_layer_decay", "ema_decay"):
             check_range(self, name, 0, 1)
         if self.ema_decay == 1:

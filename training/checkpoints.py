@@ -44,7 +44,7 @@ def save_checkpoint(accelerator: Accelerator, target: Path, model, optimizer, em
         accelerator.unwrap_model(model).config.save_pretrained(partial)
         if (target.parent / FROZEN).is_file():
             _link(target.parent / FROZEN, partial / FROZEN)
-        (partial / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        (partial / STATE).write_text(_state_text(state), encoding="utf-8")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         put_in_place(partial, target)
@@ -74,6 +74,15 @@ def read_state(checkpoint: Path) -> dict:
     if not (checkpoint / STATE).is_file():
         raise FileNotFoundError(f"{checkpoint} is not a checkpoint: it has no {STATE}")
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def replace_state(checkpoint: Path, state: dict) -> None:
+    """Puts another state file into a checkpoint, at once and without a change to those that link to the old one."""
+    partial = _beside(checkpoint, "state.partial")
+    partial.write_text(_state_text(state), encoding="utf-8")
+    _sync(partial)
+    os.replace(partial, checkpoint / STATE)
+    _sync(checkpoint)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -127,6 +136,10 @@ def write_frozen(checkpoints: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, partial)
     _sync(partial)
     os.replace(partial, checkpoints / FROZEN)
+
+
+def _state_text(state: dict) -> str:
+    return json.dumps(state, indent=1) + "\n"
 
 
 def _beside(target: Path, kind: str) -> Path:

@@ -1,23 +1,26 @@
 """Scores, validation loss and pictures of a model on the validation split."""
 
 import tempfile
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import convert_to_fp32
 from phrases import model_inputs
-from stopping import leave_signals_to_the_parent
+from stopping import any_process, leave_signals_to_the_parent
 
 from sam3_hf.data import EvalDataset, eval_batches, make_loader
 from sam3_hf.data.images import load_image
 from sam3_hf.data.masks import rle_to_mask
 from sam3_hf.evaluation import CGF1, CocoAP, prediction_row
 from sam3_hf.evaluation.rows import CONFIDENT, MAX_DETECTIONS, encode_masks
+from sam3_hf.modeling_sam3_lite import Sam3LiteOutput
 from sam3_hf.visualization import concept_colours, side_by_side
 
-PROMPTS_AT_ONCE = 64  # bounds memory where a dataset has many concepts
+PROMPTS_AT_ONCE = 16  # bounds memory: 200 queries at 1008 px have 66 MB of mask logits for each prompt in float32
 LOWEST_SCORE = 0.01  # detections below are too many to encode: COCO AP goes without the far end of its curves
 DRAWN_SCORE = 0.3  # as `post_process_instance_segmentation` keeps by default
 
@@ -31,6 +34,7 @@ def evaluate(
     dataset: EvalDataset,
     batch_size: int,
     num_workers: int,
+    stop: Callable[[], bool],
     picture_folder: Path | None = None,
     pictures: int = 0,
 ) -> dict | None:
@@ -41,10 +45,11 @@ def evaluate(
         model: as returned by `accelerator.prepare`; left in evaluation mode.
         text: turns phrases into the model's text inputs.
         batch_size: images per forward pass.
+        stop: asked before each batch whether this process was told to stop; if any was, all give up.
         picture_folder: where the first `pictures` images are drawn, prediction beside truth.
 
     Returns:
-        "loss" and the figures of `CocoAP` and `CGF1` in the main process, None in the others.
+        "loss" and the figures of `CocoAP` and `CGF1` in the main process, None in the others and after a stop.
     """
     model.eval()
     batches = eval_batches(len(dataset), batch_size, accelerator.process_index, accelerator.num_processes)
@@ -60,9 +65,10 @@ def evaluate(
         metrics = CocoAP(**options), CGF1(**options)
         total, prompts, left = torch.zeros((), device=accelerator.device), 0, chain(*batches)
         for batch in loader:
+            if any_process(accelerator, stop()):
+                return None
             rows = []
-            for chunk in prompt_chunks(batch):
-                outputs = model(**model_inputs(chunk, text, accelerator.device))
+            for chunk, outputs in outputs_by_chunk(accelerator, model, text, batch):
                 total += outputs.loss * len(chunk["phrases"])
                 prompts += len(chunk["phrases"])
                 rows += prediction_rows(processor, outputs, chunk, dataset.has_masks)
@@ -81,6 +87,17 @@ def evaluate(
     return {"loss": loss, **merge_figures(*figures)} if accelerator.is_main_process else None
 
 
+def outputs_by_chunk(accelerator: Accelerator, model, text, batch: dict) -> Iterator[tuple[dict, Sam3LiteOutput]]:
+    """Each chunk of `prompt_chunks` with the model's float32 outputs for it; the images are encoded once."""
+    device = accelerator.device
+    with accelerator.autocast():
+        vision = accelerator.unwrap_model(model).get_vision_features(batch["pixel_values"].to(device))
+    for chunk in prompt_chunks(batch):
+        with accelerator.autocast():
+            outputs = model(vision_embeds=vision, **model_inputs(chunk, text, device))
+        yield chunk, convert_to_fp32(outputs)  # Accelerate does that itself, but not under FSDP
+
+
 def merge_figures(coco: dict, concept: dict) -> dict:
     """The figures of `CocoAP` and `CGF1` in one dict, and so those per class."""
     per_class = {
@@ -92,16 +109,12 @@ def merge_figures(coco: dict, concept: dict) -> dict:
 
 
 def prompt_chunks(batch: dict) -> list[dict]:
-    """Parts of a batch with a bounded number of prompts, each with the images that it needs."""
+    """Parts of a batch with a bounded number of prompts, without the images; one size of the original per prompt."""
     chunks = []
     for start in range(0, len(batch["phrases"]), PROMPTS_AT_ONCE):
         part = slice(start, start + PROMPTS_AT_ONCE)
-        owners = batch["image_index"][part]
-        first, last = int(owners[0]), int(owners[-1])
-        chunk = {key: batch[key][part] for key in ("phrases", "labels", "references")}
-        chunk["pixel_values"] = batch["pixel_values"][first : last + 1]
-        chunk["image_index"] = owners - first
-        chunk["original_sizes"] = [batch["original_sizes"][owner] for owner in owners.tolist()]
+        chunk = {key: batch[key][part] for key in ("phrases", "labels", "references", "image_index")}
+        chunk["original_sizes"] = [batch["original_sizes"][owner] for owner in chunk["image_index"].tolist()]
         chunks.append(chunk)
     return chunks
 

@@ -28,10 +28,11 @@ def parameter_groups(model: nn.Module, arguments: OptimizationArguments) -> list
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     layers = [int(match[1]) for name, _ in named if (match := VIT_LAYER.match(name))]
     rates = {
-        "vision": arguments.vision_learning_rate or arguments.learning_rate,
-        "text": arguments.text_learning_rate or arguments.learning_rate,
+        "vision": arguments.vision_learning_rate,
+        "text": arguments.text_learning_rate,
         "detector": arguments.learning_rate,
     }
+    rates = {part: arguments.learning_rate if rate is None else rate for part, rate in rates.items()}
     groups = {}
     for name, parameter in named:
         scale = vit_scale(name, 1 + max(layers, default=-1), arguments.vit_layer_decay)

@@ -9,13 +9,13 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from arguments import Arguments
-from checkpoints import copy_checkpoint, load_checkpoint, read_state, save_checkpoint
+from checkpoints import copy_checkpoint, load_checkpoint, read_state, replace_state, save_checkpoint
 from evaluation_loop import evaluate
 from export import export_final
 from optim import MovingAverage
 from reporting import Metrics, log_scores, main_scores
 from starting import check_compatible, choose_batch_size
-from stopping import leave_signals_to_the_parent
+from stopping import StopSignal, leave_signals_to_the_parent
 
 from sam3_hf.data import BatchKeys, EvalDataset, TrainDataset, make_loader, steps_per_epoch
 from sam3_hf.visualization import plot_curves
@@ -28,6 +28,7 @@ class Run:
     Attributes:
         step: optimizer steps done, or in progress.
         overflows: of them, skipped because FP16 gradients overflowed.
+        overflows_in_a_row: of those, how many the last steps were.
         evaluated: the step of the last evaluation, 0 before the first.
         best: {"step", "metric", "value", "scores"} of the best evaluation, or None.
         ema: moving average of the weights, or None.
@@ -59,6 +60,7 @@ class Run:
         self.train_data, self.valid_data = train_data, valid_data
         self.folder = Path(arguments.output.output_dir)
         self.step, self.overflows, self.evaluated, self.best = 0, 0, 0, None
+        self.overflows_in_a_row = 0
         if self.metric_for_best().startswith("segm") and not valid_data.has_masks:
             raise ValueError(
                 f"metric_for_best {self.metric_for_best()} needs masks, and the validation split has none for some "
@@ -94,6 +96,11 @@ class Run:
     def epoch(self) -> float:
         """Passes over the training split, e.g. 2.5."""
         return self.step / self.steps_per_epoch
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint that the run goes on from."""
+        return self.folder / "checkpoints" / "last"
 
     def at_epoch_end(self) -> bool:
         """Whether a pass over the training split, or the run, ends with this step."""
@@ -147,9 +154,8 @@ class Run:
 
     def save(self) -> None:
         """Writes checkpoints/last, and names it epoch_N or best if it is that."""
-        last = self.folder / "checkpoints" / "last"
-        save_checkpoint(self.accelerator, last, self.model, self.optimizer, self.ema, self.state())
-        self._name_checkpoint(last)
+        save_checkpoint(self.accelerator, self.last, self.model, self.optimizer, self.ema, self.state())
+        self._name_checkpoint(self.last)
 
     def _name_checkpoint(self, checkpoint: Path) -> None:
         every, whole_epoch = self.arguments.output.save_every_epochs, self.step % self.steps_per_epoch == 0
@@ -166,7 +172,7 @@ class Run:
         self.step, self.overflows, self.best = saved["step"], saved["overflows"], saved["best"]
         self.evaluated = saved["evaluated"]
         logger.info("going on from %s, step %d", checkpoint, self.step)
-        if checkpoint.resolve() == (self.folder / "checkpoints" / "last").resolve():
+        if checkpoint.resolve() == self.last.resolve():
             self._name_checkpoint(checkpoint)  # a kill may have come between the two
         if self.best is not None and not self._best_exists():
             logger.warning("the best checkpoint so far, of step %d, is not here any more", self.best["step"])
@@ -176,8 +182,14 @@ class Run:
         best = self.folder / "checkpoints" / "best"
         return best.is_dir() and read_state(best)["step"] == self.best["step"]
 
-    def evaluate(self, metrics: Metrics | None) -> None:
-        """Scores the model on the validation split, writes that to `metrics`, notes the best and draws pictures."""
+    def evaluate(self, metrics: Metrics | None, stop: StopSignal) -> bool:
+        """
+        Scores the model on the validation split, writes that to `metrics` and into the checkpoint of this step, which
+        was saved before, notes the best and draws pictures.
+
+        Returns:
+            Whether it was done; a stop signal to any process ends it, and the resumed run does it again.
+        """
         output = self.arguments.output
         set_seed(self.arguments.optimization.seed)  # mask losses sample points: the same ones each time
         with self.ema.applied() if self.ema is not None else nullcontext():
@@ -189,15 +201,22 @@ class Run:
                 self.valid_data,
                 output.eval_batch_size,
                 self.arguments.data.num_workers,
+                lambda: stop.received is not None,
                 self.folder / "predictions" / f"epoch_{math.ceil(self.epoch)}",
                 output.prediction_images,
             )
         (scores,) = broadcast_object_list([scores])
+        if scores is None:
+            return False
         self.evaluated = self.step
         self.note_if_best(scores)
         log_scores(self.epoch, scores)
         if metrics:
             metrics.write("eval", self.step, {"epoch": self.epoch, **scores})
+        if self.accelerator.is_main_process:
+            replace_state(self.last, self.state())
+        self._name_checkpoint(self.last)
+        return True
 
     def note_if_best(self, scores: dict) -> None:
         """Remembers scores that are better than all before."""

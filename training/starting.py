@@ -1,6 +1,7 @@
 """What happens before the first step: the accelerator, the output folder, the model and its text side."""
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,13 @@ from accelerate.utils import parse_flag_from_env, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from arguments import Arguments, ModelArguments
 from checkpoints import FROZEN, STATE, read_state, recover, write_frozen
-from phrases import FrozenText, TokenizedText, model_inputs
+from phrases import TEXT_PARTS, FrozenText, TokenizedText, model_inputs
 from reporting import set_up_logging
 from safetensors.torch import load_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
+from sam3_hf.conversion_sam3_lite import source_config
 from sam3_hf.data import (
     Augmentation,
     DatasetError,
@@ -60,9 +63,24 @@ def start_accelerator(arguments: Arguments) -> Accelerator:
         mixed_precision=precision,
         gradient_accumulation_steps=arguments.optimization.gradient_accumulation_steps,
     )
-    if accelerator.distributed_type == DistributedType.FSDP and arguments.optimization.ema_decay:
-        raise ValueError("ema_decay does not work with FSDP, where no process holds whole weights: set it to 0")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if arguments.optimization.ema_decay:
+            raise ValueError("ema_decay does not work with FSDP, where no process holds whole weights: set it to 0")
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"FSDP version {plugin.fsdp_version} is not supported: set fsdp_version to 2")
+        # Autocast chooses the precision of each operation, as without FSDP. Accelerate's own policy would gather all
+        # weights and add up all gradients in half precision.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
     return accelerator
+
+
+def prepare(accelerator: Accelerator, model: Sam3LiteModel, optimizer: torch.optim.Optimizer) -> tuple:
+    """Model and optimizer as `accelerator.prepare` returns them; `get_vision_features` works under FSDP as well."""
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        register_fsdp_forward_method(model, "get_vision_features")  # gathers the weights, as for forward
+    return model, optimizer
 
 
 def open_output_dir(accelerator: Accelerator, arguments: Arguments) -> Path | None:
@@ -152,11 +170,10 @@ def build_model(arguments: Arguments, checkpoint: Path | None) -> Sam3LiteModel:
     model_arguments = arguments.model
     if checkpoint is not None:
         model = Sam3LiteModel(Sam3LiteConfig.from_pretrained(checkpoint))
-        if (checkpoint / FROZEN).is_file():
-            model.load_state_dict(load_file(checkpoint / FROZEN), strict=False)
+        if not read_state(checkpoint)["arguments"]["train_text_encoder"]:
+            load_frozen_text(model, checkpoint / FROZEN)
     elif model_arguments.init is not None:
-        config = initial_config(model_arguments)
-        model = Sam3LiteModel.from_pretrained(model_arguments.init, config=config, dtype=torch.float32)
+        model = load_initial(model_arguments)
     else:
         model = Sam3LiteModel(initial_config(model_arguments))
         if not model_arguments.train_text_encoder:
@@ -173,15 +190,61 @@ def build_model(arguments: Arguments, checkpoint: Path | None) -> Sam3LiteModel:
     return model
 
 
+def load_frozen_text(model: Sam3LiteModel, path: Path) -> None:
+    """
+    Loads the text encoder that a run had put aside.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else than the weights of this text encoder.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, which holds the frozen text encoder of the checkpoint")
+    missing, unexpected = model.load_state_dict(load_file(path), strict=False)
+    missing = [name for name in missing if name.split(".")[0] in TEXT_PARTS]  # all else is in model.safetensors
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} does not hold the text encoder of the checkpoint: {_some('missing', missing)}"
+            f"{_some('unexpected', unexpected)}start anew in another --output_dir"
+        )
+
+
+def load_initial(arguments: ModelArguments) -> Sam3LiteModel:
+    """
+    The model of --init in float32.
+
+    Raises:
+        ValueError: the source does not hold all weights of the model.
+    """
+    model, info = Sam3LiteModel.from_pretrained(
+        arguments.init, config=initial_config(arguments), dtype=torch.float32, output_loading_info=True
+    )
+    kinds = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
+    if any(kinds.values()):
+        found = "".join(_some(kind, names) for kind, names in kinds.items())
+        raise ValueError(
+            f"--init {arguments.init} is no whole model: {found}of a run, use the folder final/, as its checkpoints "
+            "are without the frozen text encoder"
+        )
+    return model
+
+
+def _some(kind: str, names: list[str]) -> str:
+    return f"{len(names)} {kind} tensors, such as {', '.join(names[:3])}; " if names else ""
+
+
 def initial_config(arguments: ModelArguments) -> Sam3LiteConfig:
-    """The configuration of a fresh run: that of --init, or of --preset with its overrides."""
-    size = {} if arguments.image_size is None else {"image_size": arguments.image_size}
-    if arguments.init is None:
-        return Sam3LiteConfig.from_preset(arguments.preset, **{**arguments.model_overrides, **size})
-    if arguments.model_overrides:
-        raise ValueError("model_overrides changes a preset; with --init the sizes are those of the checkpoint")
-    fields = Sam3LiteConfig.from_pretrained(arguments.init).to_dict()
-    fields["vision_config"]["backbone_config"].update(size)
+    """The configuration of a fresh run: that of a lite checkpoint, otherwise of --preset with its overrides."""
+    is_file = arguments.init is None or os.path.isfile(arguments.init)
+    config = None if is_file else source_config(arguments.init)
+    if not isinstance(config, Sam3LiteConfig):
+        config = Sam3LiteConfig.from_preset(arguments.preset, **arguments.model_overrides)
+    elif arguments.model_overrides:
+        raise ValueError("model_overrides changes a preset; with --init the sizes are those of the lite checkpoint")
+    if arguments.image_size is None:
+        return config
+    fields = config.to_dict()
+    fields["vision_config"]["backbone_config"]["image_size"] = arguments.image_size
     return Sam3LiteConfig.from_dict(fields)
 
 
@@ -268,15 +331,20 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 def choose_batch_size(accelerator: Accelerator, model, dataset: TrainDataset, text) -> int:
     """
     Images per forward pass that fit into GPU memory with a tenth to spare: a power of two, at most 64 and at most the
-    dataset. Tried on real images; every process tries the same ones, so that all come to the same answer.
+    dataset. Tried on real images.
 
     Raises:
-        ValueError: there is no GPU.
+        ValueError: there is no GPU, or more than one process.
         RuntimeError: not even one image fits.
     """
     device = accelerator.device
     if device.type != "cuda":
         raise ValueError("batch_size 'auto' needs a CUDA GPU, whose memory it fills: give a number")
+    if accelerator.num_processes > 1:  # one that runs out of memory would leave the others waiting for its gradients
+        raise ValueError(
+            "batch_size 'auto' works in a run of one process only: find the number in one (--num_processes 1, the log "
+            "says it), then give it here"
+        )
     collate = PromptCollator()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -285,17 +353,18 @@ def choose_batch_size(accelerator: Accelerator, model, dataset: TrainDataset, te
         moments = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]  # as AdamW will hold
         batch = collate([dataset[0, index] for index in range(size)])
         model.train()
-        accelerator.backward(model(**model_inputs(batch, text, device)).loss)
+        with accelerator.autocast():
+            outputs = model(**model_inputs(batch, text, device))
+        accelerator.backward(outputs.loss)
         model.zero_grad()
-        del moments
+        del moments, outputs
         if torch.cuda.max_memory_reserved(device) > 0.9 * torch.cuda.get_device_properties(device).total_memory:
             raise torch.OutOfMemoryError("less than a tenth of the memory is left: nearly out of memory.")
 
     size = find_batch_size(attempt, start=min(64, 1 << (len(dataset).bit_length() - 1)))
-    sizes = accelerator.gather(torch.tensor([size], device=device))
     torch.cuda.reset_peak_memory_stats(device)
     clear_device_cache(garbage_collection=True)
-    return int(sizes.min())
+    return size
 
 
 def find_batch_size(attempt: Callable[[int], None], start: int = 64) -> int:

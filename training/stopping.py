@@ -7,6 +7,9 @@ import signal
 import sys
 import time
 
+import torch
+from accelerate import Accelerator
+
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -32,6 +35,11 @@ def end_with_launcher() -> None:
     if libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM), zero, zero, zero) != 0:
         reason = os.strerror(ctypes.get_errno())
         logger.warning("the run will not stop by itself when its launcher is killed: %s", reason)
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is set in any process; called by all of them."""
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
 
 
 class StopSignal:

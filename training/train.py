@@ -18,13 +18,14 @@ from optim import Schedule, build_optimizer
 from phrases import model_inputs
 from reporting import Metrics, Speed, log_step, memory_gb, progress_bar
 from run import Run
-from starting import build_model, build_text, load_data, open_output_dir, start_accelerator, step_seed
+from starting import build_model, build_text, load_data, open_output_dir, prepare, start_accelerator, step_seed
 from stopping import StopSignal, end_with_launcher
 
 from sam3_hf import Sam3LiteProcessor
 
 logger = logging.getLogger(__name__)
 
+MAX_OVERFLOWS = 50  # in a row; by then the loss scale has fallen from 2^16 to 2^-34
 NOTHING_SAVED = "Nothing was saved, the last checkpoint is as it was."
 
 
@@ -41,16 +42,16 @@ def main(argv: list[str] | None = None) -> int:
     text = build_text(accelerator, arguments, model, processor, train_data)
     optimizer = build_optimizer(model, arguments.optimization)
     schedule = Schedule(optimizer, arguments.optimization)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = prepare(accelerator, model, optimizer)
 
     run = Run(arguments, accelerator, model, optimizer, processor, text, train_data, valid_data, checkpoint)
     metrics = Metrics(run.folder, run.step, run.evaluated) if accelerator.is_main_process else None
+    stopped = False
     if run.evaluation_due():  # the run was stopped before it
-        run.evaluate(metrics)
         run.save()
+        stopped = not run.evaluate(metrics, stop)
     bar = progress_bar(run.step, run.total_steps, accelerator.is_main_process)
     batches, speed, every = run.batches(), Speed(), arguments.output
-    stopped = False
     while run.step < run.total_steps and not stopped:
         run.step += 1
         rate = schedule.apply(optimizer, run.step, run.total_steps)
@@ -70,23 +71,24 @@ def main(argv: list[str] | None = None) -> int:
             metrics.write("train", run.step, values)
             log_step(run.step, run.total_steps, values, bar)
         if run.at_epoch_end():
-            if run.evaluation_due() and not (stopped and run.step < run.total_steps):
-                run.evaluate(metrics)
-            run.save()
+            run.save()  # before the evaluation, which may take long: the epoch is safe
+            if run.evaluation_due() and not stopped:
+                stopped = not run.evaluate(metrics, stop)
             speed.read()  # what evaluating and saving took is not training time
         elif stopped or (every.save_every_steps and run.step % every.save_every_steps == 0):
             run.save()
     bar.close()
     if metrics:
         metrics.close()
-    if run.step < run.total_steps:
+    finished = run.step == run.total_steps and not run.evaluation_due()
+    if finished:
+        run.finish()
+    else:
         logger.warning(
             "stopped after step %d of %d; to go on, run the same command with --resume auto", run.step, run.total_steps
         )
-    else:
-        run.finish()
     accelerator.end_training()
-    return 0 if run.step == run.total_steps else 128 + (stop.received or 0)
+    return 0 if finished else 128 + (stop.received or 0)
 
 
 def train_step(run: Run, batches: list[dict], stop: bool) -> tuple[dict[str, float], bool]:
@@ -101,7 +103,8 @@ def train_step(run: Run, batches: list[dict], stop: bool) -> tuple[dict[str, flo
         process was asked to stop.
 
     Raises:
-        RuntimeError: a prediction, the loss or a gradient is not finite; names the images.
+        RuntimeError: a prediction, the loss or a gradient is not finite, or was not in FP16 for many steps; names
+            the images.
     """
     accelerator, settings = run.accelerator, run.arguments.optimization
     # The randomness of a step depends on its number alone: a resumed run repeats it without stored generator states.
@@ -121,10 +124,11 @@ def train_step(run: Run, batches: list[dict], stop: bool) -> tuple[dict[str, flo
             run.optimizer.step()
             run.optimizer.zero_grad()
     if run.optimizer.step_was_skipped:
-        run.overflows += 1
-        logger.warning("step %d skipped: gradients overflowed in FP16, the loss scale is reduced", run.step)
-    elif run.ema is not None:
-        run.ema.update(run.step)
+        count_overflow(run, loss, norm, batches)
+    else:
+        run.overflows_in_a_row = 0
+        if run.ema is not None:
+            run.ema.update(run.step)
     names = sorted(set().union(*terms))
     means = torch.stack([torch.stack([term[name] for term in terms if name in term]).mean() for name in names])
     return {"loss": loss, **dict(zip(names, means.tolist(), strict=True)), "grad_norm": float(norm)}, stopped
@@ -139,7 +143,8 @@ def forward(run: Run, batch: dict):
     """
     inputs = model_inputs(batch, run.text, run.accelerator.device)
     try:
-        return run.model(**inputs)
+        with run.accelerator.autocast():  # which Accelerate adds to the model itself, but not under FSDP
+            return run.model(**inputs)
     except ValueError as error:  # this process alone may have it, so the others' images are not asked for
         raise RuntimeError(
             f"step {run.step} failed: {error}; ids of the images: {batch['image_ids']}. {NOTHING_SAVED}"
@@ -161,12 +166,31 @@ def check_finite(run: Run, loss: float, norm: torch.Tensor, losses: list[torch.T
     if math.isfinite(loss) and (run.accelerator.scaler is not None or math.isfinite(norm)):
         return
     guilty = [batch for batch, value in zip(batches, losses, strict=True) if not math.isfinite(value)] or batches
-    images = gather_object([image for batch in guilty for image in batch["image_ids"]])
     what = "loss" if not math.isfinite(loss) else "gradient norm"
-    raise RuntimeError(
-        f"the {what} of step {run.step} is not finite (loss {loss}, gradient norm {float(norm)}); ids of the images: "
-        f"{images}. {NOTHING_SAVED} Look at these images' annotations, or lower --learning_rate, or use "
-        "--mixed_precision bf16"
+    raise not_finite(f"the {what} of step {run.step} is not finite", loss, norm, guilty)
+
+
+def count_overflow(run: Run, loss: float, norm: torch.Tensor, batches: list[dict]) -> None:
+    """
+    Notes that the loss scaler skipped a step.
+
+    Raises:
+        RuntimeError: it has skipped so many in a row that a lower loss scale will not help.
+    """
+    run.overflows += 1
+    run.overflows_in_a_row += 1
+    logger.warning("step %d skipped: gradients overflowed in FP16, the loss scale is reduced", run.step)
+    if run.overflows_in_a_row >= MAX_OVERFLOWS:
+        what = f"gradients overflowed in each of the last {MAX_OVERFLOWS} steps, the last of which is {run.step}"
+        raise not_finite(what, loss, norm, batches)
+
+
+def not_finite(what: str, loss: float, norm: torch.Tensor, batches: list[dict]) -> RuntimeError:
+    """The error for a step whose loss or gradient is not finite in any process; called by all processes."""
+    images = gather_object([image for batch in batches for image in batch["image_ids"]])
+    return RuntimeError(
+        f"{what} (loss {loss}, gradient norm {float(norm)}); ids of the images: {images}. {NOTHING_SAVED} Look at "
+        "these images' annotations, or lower --learning_rate, or use --mixed_precision bf16"
     )
 
 

@@ -62,7 +62,8 @@ def read_coco(name: str, file: Path, image_folder: Path | None, problems: Proble
         file: JSON with `images`, `annotations`, `categories`.
         image_folder: where each `file_name` starts; default: the folder of `file`, or `images/` in it.
         problems: what is wrong inside is added: missing fields, duplicate or dangling ids, duplicate category names,
-            file names that lead out of the image folder. Entries concerned are missing from the result.
+            file names that lead out of the image folder by `..`, a root or a drive (a symbolic link in the folder may
+            point anywhere, as the Hub's cache does). Entries concerned are missing from the result.
 
     Raises:
         DatasetError: the file cannot be read, is not JSON, or lacks one of the three lists.
@@ -72,11 +73,10 @@ def read_coco(name: str, file: Path, image_folder: Path | None, problems: Proble
     annotations = _valid_entries(content, "annotations", file, problems)
     categories = _read_categories(_valid_entries(content, "categories", file, problems), annotations, file, problems)
     roots = [image_folder] if image_folder is not None else [file.parent, file.parent / "images"]
-    resolved = [os.path.realpath(root) for root in roots]
     rows, sources, objects_by_image = [], [], {}
     for image in images:
         objects_by_image[image["id"]] = objects = []
-        path = locate_image(str(image["file_name"]), roots, resolved)
+        path = locate_image(str(image["file_name"]), roots)
         if path is None:
             problems.add("file_name leads out of the image folder", file, f"image {image['id']}: {image['file_name']}")
             continue
@@ -163,21 +163,23 @@ def _read_categories(entries: list[dict], annotations: list[dict], file: Path, p
     return categories
 
 
-def locate_image(file_name: str, roots: list[Path], resolved: list[str]) -> str | None:
-    """The path of an image, or None if it leads out of the folder.
+def locate_image(file_name: str, roots: list[Path]) -> str | None:
+    """The path of an image, or None if its name leads out of the folder.
+
+    Symbolic links are followed wherever they point: whoever made the folder put them there, while the name comes from
+    the annotations. Folders that the Hub's client downloads consist of links into its cache.
 
     Args:
         file_name: as in the annotations; `/` or `\\` between its parts.
         roots: folders to look in, in this order; where the file is in none, the path is the one in the first.
-        resolved: their real paths, symbolic links followed.
     """
     name = PureWindowsPath(file_name)  # knows both separators, and drives
     if ".." in name.parts or name.anchor:
         return None
-    for root, real_root in zip(roots, resolved, strict=True):
+    for root in roots:
         path = os.path.join(root, *name.parts)
         if os.path.lexists(path):
-            return path if os.path.realpath(path).startswith(os.path.join(real_root, "")) else None
+            return path
     return os.path.join(roots[0], *name.parts)
 
 

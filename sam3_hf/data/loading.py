@@ -62,12 +62,23 @@ def load_dataset_splits(
         logger.info("the category map merges %d categories into %d concepts", len(names), len(concepts))
     category_index = {name: concepts.index(phrase) for name, phrase in zip(names, phrases, strict=True)}
     for split in splits:
-        objects = [item for row in split.rows for item in row["objects"]]
-        crowds = sum(item["iscrowd"] for item in objects)
-        text = "%s: %d images (%d without annotations), %d objects, %d crowd regions, %d concepts"
-        empty = sum(not row["objects"] for row in split.rows)
-        logger.info(text, split.name, len(split.rows), empty, len(objects) - crowds, crowds, len(concepts))
+        _log_counts(split, len(concepts))
     return datasets.DatasetDict({split.name: build_dataset(split, concepts, category_index) for split in splits})
+
+
+def _log_counts(split: RawSplit, concepts: int) -> None:
+    regions = [item for row in split.rows for item in row["objects"]]
+    objects = [item for item in regions if not item["iscrowd"]]
+    text = "%s: %d images (%d without annotations), %d objects, %d crowd regions, %d concepts"
+    empty = sum(not row["objects"] for row in split.rows)
+    logger.info(text, split.name, len(split.rows), empty, len(objects), len(regions) - len(objects), concepts)
+    bare = sum(item["segmentation"] is None for item in objects)
+    if 0 < bare < len(objects):
+        text = (
+            "%s: %d of %d objects have no segmentation: a prompt with one of them is trained by boxes alone, and an "
+            "evaluation of this split scores boxes, not masks; give these objects a segmentation or remove them"
+        )
+        logger.warning(text, split.source, bare, len(objects))
 
 
 def read_category_map(category_map: Source | Mapping[str, str] | None, names: list[str]) -> dict[str, str]:

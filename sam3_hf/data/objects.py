@@ -116,8 +116,8 @@ def _object(item: dict, item_id: int, category: str) -> dict:
             segmentation = json.loads(segmentation) or None
         except json.JSONDecodeError:
             pass  # the check that follows names it
-    if isinstance(segmentation, dict) and segmentation.get("counts") is None:
-        segmentation = None
+    if isinstance(segmentation, dict) and all(value is None for value in segmentation.values()):
+        segmentation = None  # how a struct feature may state that there is none
     return {
         "id": item_id,
         "category": category,

@@ -93,9 +93,15 @@ def concept_names(dataset: datasets.Dataset) -> list[str]:
 
 
 def has_masks(dataset: datasets.Dataset) -> bool:
-    """Whether there are objects and each one has a segmentation, so that masks can be trained and scored."""
+    """Whether there are objects and each one has a segmentation, so that masks can be scored.
+
+    Crowd regions may lack one. Where only some objects have one, `load_dataset_splits` warns, and the prompts whose
+    objects all have one are still trained with masks.
+    """
     column = dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"]
-    segmentations = compute.struct_field(compute.list_flatten(column), "segmentation")
+    objects = compute.list_flatten(column)
+    single = compute.invert(compute.struct_field(objects, "iscrowd"))
+    segmentations = compute.filter(compute.struct_field(objects, "segmentation"), single)
     return len(segmentations) > 0 and compute.all(compute.not_equal(segmentations, "")).as_py()
 
 

@@ -28,6 +28,8 @@ class Sample:
         phrases: one per prompt.
         labels: one dict per prompt: boxes (n, 4) float32 cxcywh in [0, 1]; masks (n, size, size) bool where all of the
             prompt's objects have a segmentation, and (0, size, size) for an absent concept of a dataset with masks.
+            A prompt with an object that lacks one has no masks, and takes no part in the mask and semantic losses: a
+            union of some of its masks would teach that the others are background.
         boxes: one per prompt: (4,) float32 cxcywh in [0, 1], or None.
         image_id: of the row.
         original_size: (height, width) in pixels; evaluation only, as the following.
@@ -147,6 +149,10 @@ class TrainDataset(Dataset):
 class EvalDataset(Dataset):
     """Images as they are, each asked for every concept.
 
+    Crowd regions are in the references, for the metrics to ignore what is found there, but not in the labels: where a
+    concept has nothing but crowd regions, the validation loss counts it as absent, although training never asks for it
+    there. A crowd region without a segmentation, in a dataset with masks, gets that of its box.
+
     Args:
         rows: a split of `load_dataset_splits`.
         image_size: side of the model's square input in pixels.
@@ -185,7 +191,10 @@ class EvalDataset(Dataset):
             prompt = Prompt(self.concepts[category], category, targets)
             label, _ = make_label(prompt, objects, boxes, cut, placement, self.has_masks)
             labels.append(to_unit(label, self.image_size))
-            annotations = [objects[place] | {"segmentation": segmentation_of(objects[place])} for place in of_category]
+            annotations = [
+                objects[place] | {"segmentation": segmentation_of(objects[place]) or _crowd_outline(objects[place])}
+                for place in of_category
+            ]
             references.append(coco_reference_row(image, category, annotations, with_masks=self.has_masks))
         return Sample(
             pixel_values=pixels,
@@ -197,6 +206,13 @@ class EvalDataset(Dataset):
             categories=list(self.categories),
             references=references,
         )
+
+
+def _crowd_outline(item: dict) -> list[list[float]] | None:
+    """The box of a crowd region as a polygon; None for a single object."""
+    x, y, width, height = item["bbox"]
+    corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+    return [corners] if item["iscrowd"] else None
 
 
 def promptable_rows(rows: datasets.Dataset, sampling: PromptSampling) -> datasets.Dataset:
