@@ -19,6 +19,8 @@ from sam3_hf.visualization import draw_instances
 
 logger = logging.getLogger(__name__)
 
+CONFIDENT = 0.5  # a model this small is often half sure of the wrong thing
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,7 +51,7 @@ def segment(model_folder: Path, image: Image.Image, concepts: list[str]) -> dict
     processor = Sam3LiteProcessor.from_pretrained(model_folder)
     inputs = processor(images=image, text=[concepts])
     results = processor.post_process_instance_segmentation(
-        model(**inputs), target_sizes=[(image.height, image.width)] * len(concepts)
+        model(**inputs), threshold=CONFIDENT, target_sizes=[(image.height, image.width)] * len(concepts)
     )
     return {
         "boxes": torch.cat([result["boxes"] for result in results]),
