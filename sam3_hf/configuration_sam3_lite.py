@@ -7,11 +7,16 @@ import dataclasses
 import difflib
 
 from huggingface_hub.dataclasses import strict
-from transformers import GenerationConfig, PreTrainedConfig, Sam3Config
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, Sam3Config
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+# Tokens that a phrase is padded or cut to.
+MAX_TOKENS = 32
+# Label of a padded box, as `Sam3Processor` writes it.
+BOX_PADDING_LABEL = -10
 
 # Width of the ViT MLP relative to its hidden size: 4736 / 1024 in `facebook/sam3`.
 MLP_RATIO = 4.625
@@ -64,7 +69,7 @@ _MINIMUMS = {
         "num_hidden_layers": 1,
         "vocab_size": 1,
         "projection_dim": 1,
-        "max_position_embeddings": 32,  # tokens of a phrase, to which the processor pads
+        "max_position_embeddings": MAX_TOKENS,
     },
     ("geometry_encoder_config",): {**_TRANSFORMER_MINIMUMS, "num_layers": 1, "roi_size": 1},
     ("detr_encoder_config",): {**_TRANSFORMER_MINIMUMS, "num_layers": 1},
@@ -207,6 +212,7 @@ class Sam3LiteConfig(Sam3Config):
         super().__post_init__(**kwargs)
         vision = self.vision_config
         vision.scale_factors = [4.0, 2.0, 1.0]  # the fourth level of SAM 3 is never read
+        self.mask_decoder_config.num_upsampling_stages = 2  # nor is its third stage ever run
         self.validate_architecture()
         grid = vision.backbone_config.image_size // vision.backbone_config.patch_size
         vision.backbone_feature_sizes = [[grid * 4, grid * 4], [grid * 2, grid * 2], [grid, grid]]
@@ -364,7 +370,7 @@ def _full_size_fields(width, depth, heads, global_layers, encoder_layers, decode
         "geometry_encoder_config": {},
         "detr_encoder_config": {"num_layers": encoder_layers},
         "detr_decoder_config": {"num_layers": decoder_layers},
-        "mask_decoder_config": {"num_upsampling_stages": 2},  # the third stage of SAM 3 is never run
+        "mask_decoder_config": {},
         "loss_config": {},
     }
 
@@ -452,8 +458,6 @@ def _field(part, name: str):
 
 def _check_sub_config(path: str, fields: dict, config_class, saved_version: str | None) -> None:
     """Rejects misspelt fields of a nested config, and of the configs nested in it."""
-    from transformers import CONFIG_MAPPING
-
     # Only the class knows its fields; `AutoConfig` entries are resolved by their `model_type`.
     if not issubclass(config_class, PreTrainedConfig):
         config_class = CONFIG_MAPPING[fields["model_type"]]

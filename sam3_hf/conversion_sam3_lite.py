@@ -624,8 +624,7 @@ def _count(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
 def lite_config(config: Sam3Config) -> Sam3LiteConfig:
     """The configuration of a standard model as one of ours: the same sizes without the parts that nothing reads."""
     names = ("vision", "text", "geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
-    parts = {f"{name}_config": copy.deepcopy(getattr(config, f"{name}_config")) for name in names}
-    parts["mask_decoder_config"].num_upsampling_stages = 2
+    parts = {f"{name}_config": getattr(config, f"{name}_config") for name in names}
     return Sam3LiteConfig(**parts, initializer_range=config.initializer_range)
 
 

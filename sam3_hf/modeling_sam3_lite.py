@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ from transformers.models.sam3.modeling_sam3 import (
 )
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .configuration_sam3_lite import Sam3LiteConfig
+from .configuration_sam3_lite import BOX_PADDING_LABEL, Sam3LiteConfig
 from .conversion_sam3_lite import HUB_ARGUMENTS, UNREAD, open_checkpoint, source_config, stock_config
 from .loss_sam3_lite import DetectionOutputs, sam3_lite_loss
 from .mapping_sam3_lite import MappingReport, map_checkpoint, parameter_sizes
@@ -47,8 +48,6 @@ logger = logging.get_logger(__name__)
 
 # Keyword arguments of `from_pretrained` that are also fields of a config, but not sizes.
 _LOADING_KEYWORDS = {"attn_implementation", "dtype", "torch_dtype", "quantization_config", "name_or_path"}
-# Label of a padded box, as `Sam3Processor` writes it.
-BOX_PADDING_LABEL = -10
 # For training from scratch: initial boxes are (cx, cy, w, h) = sigmoid(normal + shift), a fifth of the image wide...
 ANCHOR_LOGIT_SHIFT = (0.0, 0.0, -1.4, -1.4)
 # ...and attention to a position a quarter of the image outside of its box starts e^(0.53 * this) times weaker.
@@ -97,6 +96,16 @@ class DetectorOutput(ModelOutput):
     encoded: Tensor | None = None  # (prompts, height * width, hidden)
     prompt_features: Tensor | None = None  # (prompts, tokens, hidden)
     prompt_mask: Tensor | None = None  # (prompts, tokens) bool
+
+
+class Prompts(NamedTuple):
+    """What the detector is asked, one row per prompt; see [`~Sam3LiteModel.forward`]."""
+
+    image_index: Tensor
+    text: Tensor
+    text_mask: Tensor | None
+    input_boxes: Tensor | None
+    input_boxes_labels: Tensor | None
 
 
 def additive_mask(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -775,8 +784,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             input_boxes_labels = self._check_boxes(input_boxes, input_boxes_labels)
         prompts = self._assign_images(len(levels[0]), image_index, text, text_mask, input_boxes, input_boxes_labels)
         if labels is not None:
-            if len(labels) != len(prompts[0]):
-                raise ValueError(f"`labels` has {len(labels)} entries for {len(prompts[0])} prompts.")
+            if len(labels) != len(prompts.image_index):
+                raise ValueError(f"`labels` has {len(labels)} entries for {len(prompts.image_index)} prompts.")
             return self._forward_with_labels(levels, prompts, labels)
         return self._forward_in_chunks(levels, prompts, prompt_chunk_size)
 
@@ -838,7 +847,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             )
         return labels
 
-    def _assign_images(self, num_images: int, image_index: Tensor | None, *per_prompt: Tensor | None) -> tuple:
+    def _assign_images(self, num_images: int, image_index: Tensor | None, *per_prompt: Tensor | None) -> Prompts:
         """Completes `image_index`, broadcasts a single prompt, and checks that all prompt inputs agree in number."""
         counts = {len(tensor) for tensor in per_prompt if tensor is not None}
         num_prompts = max(counts) if image_index is None else len(image_index)
@@ -861,9 +870,9 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             tensor if tensor is None or len(tensor) == num_prompts else tensor.expand(num_prompts, *tensor.shape[1:])
             for tensor in per_prompt
         )
-        return (image_index, *expanded)
+        return Prompts(image_index, *expanded)
 
-    def _run_detector(self, levels: tuple[Tensor, ...], prompts: tuple, one_to_many: bool = False) -> DetectorOutput:
+    def _run_detector(self, levels: tuple[Tensor, ...], prompts: Prompts, one_to_many: bool = False) -> DetectorOutput:
         return (self._compiled_detect or self.detect)(levels, *prompts, one_to_many)
 
     def _mask_features(
@@ -873,15 +882,15 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         return self.mask_decoder(levels, found.encoded, image_index, found.prompt_features, bias)
 
     def _forward_in_chunks(
-        self, levels: tuple[Tensor, ...], prompts: tuple, prompt_chunk_size: int | None
+        self, levels: tuple[Tensor, ...], prompts: Prompts, prompt_chunk_size: int | None
     ) -> Sam3LiteOutput:
-        num_prompts = len(prompts[0])
+        num_prompts = len(prompts.image_index)
         size = prompt_chunk_size or max(num_prompts, 1)
         chunks = []
         for start in range(0, num_prompts, size):
-            chunk = tuple(tensor if tensor is None else tensor[start : start + size] for tensor in prompts)
+            chunk = Prompts(*(tensor if tensor is None else tensor[start : start + size] for tensor in prompts))
             found = self._run_detector(levels, chunk)
-            pixels, semantic = self._mask_features(levels, chunk[0], found)
+            pixels, semantic = self._mask_features(levels, chunk.image_index, found)
             chunks.append(self._predictions(found, self.mask_decoder.masks(found.queries, pixels), semantic))
         if not chunks:
             raise ValueError("There are no prompts: `input_ids` or `text_embeds` has no rows.")
@@ -899,19 +908,19 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         )
 
     def _forward_with_labels(
-        self, levels: tuple[Tensor, ...], prompts: tuple, labels: list[dict[str, Tensor]]
+        self, levels: tuple[Tensor, ...], prompts: Prompts, labels: list[dict[str, Tensor]]
     ) -> Sam3LiteOutput:
         one_to_many = self.training and self.config.loss_config.one_to_many_weight > 0
         found = self._run_detector(levels, prompts, one_to_many)
-        index = self._prompts_to_segment(labels, prompts[0])
+        index = self._prompts_to_segment(labels, prompts.image_index)
         part = DetectorOutput(
             encoded=found.encoded[index],
             prompt_features=found.prompt_features[index],
             prompt_mask=None if found.prompt_mask is None else found.prompt_mask[index],
         )
-        pixels, semantic = self._mask_features(levels, prompts[0][index], part)
+        pixels, semantic = self._mask_features(levels, prompts.image_index[index], part)
         semantic = semantic.new_zeros(len(labels), *semantic.shape[1:]).index_copy(0, index, semantic)
-        row_of_prompt = torch.zeros_like(prompts[0]).index_copy(
+        row_of_prompt = torch.zeros_like(prompts.image_index).index_copy(
             0, index, torch.arange(len(index), device=index.device)
         )
         count = self.config.detr_decoder_config.num_queries
@@ -934,7 +943,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             mask_logits,
         )
         if self.training:
-            if prompts[3] is None:
+            if prompts.input_boxes is None:
                 loss = loss + (self._idle_geometry(levels[-1]) * 0).sum()
             outputs = self._predictions(found, masks=None, semantic=None)
         else:

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_convert
 from transformers import BatchFeature, CLIPTokenizer, Sam3ImageProcessor, Sam3Processor
 from transformers.utils import logging
 
+from .configuration_sam3_lite import BOX_PADDING_LABEL, MAX_TOKENS
+
 logger = logging.get_logger(__name__)
 
-MAX_TOKENS = 32
-BOX_PADDING_LABEL = -10
 # Merges of CLIP's byte-pair encoding, most frequent first, one a line.
 _MERGES_FILE = Path(__file__).parent / "assets" / "clip_merges.txt.gz"
 # Masks are enlarged this many at a time, so that memory does not grow with the number of detections.
@@ -45,6 +46,12 @@ def clip_tokenizer(vocab_size: int = 49408) -> CLIPTokenizer:
     vocab = {token: index for index, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ")) for merge in merges]
     return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=MAX_TOKENS)
+
+
+def tokenize(tokenizer, phrases: list[str]) -> dict[str, Tensor]:
+    """{"input_ids", "attention_mask"}, each `(phrases, 32)` int64: padded, and cut where too long."""
+    tokens = tokenizer(phrases, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 
 def _byte_characters() -> list[str]:
@@ -145,13 +152,12 @@ class Sam3LiteProcessor(Sam3Processor):
             if prompt is None and (input_boxes is None or input_boxes[index] is None):
                 raise ValueError(f"Prompt {index} has neither text nor boxes.")
         words = ["visual" if prompt is None else prompt for prompt in prompts]
-        longest = min(self.tokenizer.model_max_length, MAX_TOKENS)
-        tokens = self.tokenizer(words, padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
-        full = tokens["attention_mask"].sum(dim=1) == longest
+        tokens = tokenize(self.tokenizer, words)
+        full = tokens["attention_mask"].sum(dim=1) == MAX_TOKENS
         for index in full.nonzero().flatten().tolist():
-            if len(self.tokenizer(words[index])["input_ids"]) > longest:
-                logger.warning(f"The prompt {words[index]!r} is longer than {longest} tokens and was cut.")
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+            if len(self.tokenizer(words[index])["input_ids"]) > MAX_TOKENS:
+                logger.warning(f"The prompt {words[index]!r} is longer than {MAX_TOKENS} tokens and was cut.")
+        return tokens
 
     def _pack_boxes(self, boxes, labels, sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
         """Pads the boxes of all prompts to one tensor, relative to their images."""
@@ -248,8 +254,7 @@ def _relative_cxcywh(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = size
     if height is None:
         raise ValueError("Boxes need `images` or `original_sizes`.")
-    x1, y1, x2, y2 = (boxes / boxes.new_tensor([width, height, width, height])).unbind(-1)
-    return torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], dim=-1)
+    return box_convert(boxes / boxes.new_tensor([width, height, width, height]), "xyxy", "cxcywh")
 
 
 def _label(annotation: dict, size: tuple[int, int]) -> dict[str, Tensor]:

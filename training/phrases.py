@@ -6,6 +6,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from sam3_hf.processing_sam3_lite import tokenize
+
 TEXT_PARTS = ("text_encoder", "text_projection")
 CHUNK = 64  # phrases encoded at once
 
@@ -18,7 +20,7 @@ class TokenizedText:
 
     def __call__(self, phrases: list[str]) -> dict[str, Tensor]:
         """{"input_ids", "attention_mask"}, each (phrases, tokens) int64, of one length for all batches."""
-        return dict(tokenize(self.tokenizer, phrases))
+        return tokenize(self.tokenizer, phrases)
 
     def weights(self) -> dict[str, Tensor]:
         """Weights that the model does not hold itself: none."""
@@ -69,10 +71,6 @@ class FrozenText:
     def weights(self) -> dict[str, Tensor]:
         """The encoder's weights by the names that the whole model has for them, on the CPU."""
         return self._weights
-
-
-def tokenize(tokenizer, phrases: list[str]) -> dict[str, Tensor]:
-    return tokenizer(phrases, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
 
 
 def model_inputs(batch: dict, text: Callable[[list[str]], dict], device: torch.device) -> dict:

@@ -241,11 +241,7 @@ def initial_config(arguments: ModelArguments) -> Sam3LiteConfig:
         config = Sam3LiteConfig.from_preset(arguments.preset, **arguments.model_overrides)
     elif arguments.model_overrides:
         raise ValueError("model_overrides changes a preset; with --init the sizes are those of the lite checkpoint")
-    if arguments.image_size is None:
-        return config
-    fields = config.to_dict()
-    fields["vision_config"]["backbone_config"]["image_size"] = arguments.image_size
-    return Sam3LiteConfig.from_dict(fields)
+    return config if arguments.image_size is None else config.changed(image_size=arguments.image_size)
 
 
 def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -> tuple[TrainDataset, EvalDataset]:

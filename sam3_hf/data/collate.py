@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import default_collate
 
+from ..configuration_sam3_lite import BOX_PADDING_LABEL
+from ..processing_sam3_lite import tokenize
 from .torch_dataset import Sample
-
-BOX_PADDING = -10  # label of boxes that fill up a row, as in SAM 3's processors
 
 
 class PromptCollator:
@@ -50,10 +50,7 @@ class PromptCollator:
         }
         batch |= collate_boxes([box for sample in samples for box in sample.boxes])
         if self.tokenizer is not None:
-            encoded = self.tokenizer(
-                phrases, padding="max_length", truncation=True, max_length=32, return_tensors="pt"
-            )
-            batch |= {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+            batch |= tokenize(self.tokenizer, phrases)
         if self.model_inputs_only:
             return batch
         batch |= {"phrases": phrases, "image_ids": [sample.image_id for sample in samples]}
@@ -69,7 +66,7 @@ def collate_boxes(boxes: Sequence[torch.Tensor | None]) -> dict:
     if all(box is None for box in boxes):
         return {}
     input_boxes = torch.zeros(len(boxes), 1, 4)
-    labels = torch.full((len(boxes), 1), BOX_PADDING)
+    labels = torch.full((len(boxes), 1), BOX_PADDING_LABEL)
     for place, box in enumerate(boxes):
         if box is not None:
             input_boxes[place, 0], labels[place, 0] = box, 1

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from torchvision.ops import box_convert
 
 from ..evaluation.rows import coco_reference_row
 from . import transforms
@@ -286,13 +287,8 @@ def make_label(
 
 def to_unit(label: dict, canvas: int) -> dict:
     """The label with boxes as cxcywh in [0, 1] instead of xyxy in pixels."""
-    return label | {"boxes": _to_cxcywh(label["boxes"]) / canvas}
+    return label | {"boxes": box_convert(label["boxes"], "xyxy", "cxcywh") / canvas}
 
 
 def _unit_box(box: np.ndarray | None, canvas: int) -> torch.Tensor | None:
-    return None if box is None else _to_cxcywh(torch.as_tensor(box, dtype=torch.float32)) / canvas
-
-
-def _to_cxcywh(boxes: torch.Tensor) -> torch.Tensor:
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([(low + high) / 2, high - low], dim=-1)
+    return None if box is None else box_convert(torch.as_tensor(box, dtype=torch.float32), "xyxy", "cxcywh") / canvas
