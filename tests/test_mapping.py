@@ -173,9 +173,10 @@ class FullRank(Mapper):
 
         tower = _vision_tower(self.config)
         entry = self._patches().normalised(*self._pair(f"{VIT}.layer_norm"))
-        self._map_tower(tower, tower, layers[tower.prefix], entry, self._vision_ends)
+        self._map_tower(tower, tower, layers[tower.prefix], self._estimate_signals(tower, entry), self._vision_ends)
         tower = _text_tower(self.config)
-        self._map_tower(tower, tower, layers[tower.prefix], self._tokens(), self._text_ends)
+        signals = self._estimate_signals(tower, self._tokens())
+        self._map_tower(tower, tower, layers[tower.prefix], signals, self._text_ends)
 
 
 @torch.no_grad()
