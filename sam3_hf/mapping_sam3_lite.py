@@ -426,8 +426,8 @@ def _layer_maps(source: Sam3LiteConfig, target: Sam3LiteConfig) -> dict[str, lis
             source.geometry_encoder_config.num_layers, target.geometry_encoder_config.num_layers
         ),
         "detr_encoder.layers": spread(source.detr_encoder_config.num_layers, target.detr_encoder_config.num_layers),
-        # Every decoder layer refines the boxes of the one before with the same heads: the first ones work alone.
-        "detr_decoder.layers": list(range(target.detr_decoder_config.num_layers)),
+        # The last one stays: the mask head has learnt to read it alone. Boxes come out a little coarser, masks right.
+        "detr_decoder.layers": spread(source.detr_decoder_config.num_layers, target.detr_decoder_config.num_layers),
     }
 
 
@@ -445,7 +445,7 @@ class Mapper:
         strategy: `isometry`, `select` or `skip`.
         dtype: of the result. All sums are computed in float32.
         vision_signals: measured ones of the source's ViT; estimated from its weights by default.
-        vision_layers: the ViT layers to keep; evenly spread by default.
+        layers: the layers to keep of some stacks, by their prefix; evenly spread by default.
     """
 
     def __init__(
@@ -456,11 +456,11 @@ class Mapper:
         strategy: str,
         dtype: torch.dtype,
         vision_signals: TowerSignals | None = None,
-        vision_layers: list[int] | None = None,
+        layers: dict[str, list[int]] | None = None,
     ):
         self.checkpoint, self.config, self.shapes = checkpoint, config, shapes
         self.strategy, self.dtype = strategy, dtype
-        self.vision_signals, self.vision_layers = vision_signals, vision_layers
+        self.vision_signals, self.layers = vision_signals, layers or {}
         self.state: dict[str, Tensor] = {}
         # Allocated before any temporary tensor, lest they end up between and fragment the memory.
         self._results = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
@@ -492,9 +492,7 @@ class Mapper:
             layers = {}
         else:
             _check_sizes(self.checkpoint.config, self.config)
-            layers = _layer_maps(self.checkpoint.config, self.config)
-            if self.vision_layers is not None:
-                layers[f"{_VIT}.layers"] = self.vision_layers
+            layers = _layer_maps(self.checkpoint.config, self.config) | self.layers
             self._map_towers(layers)
         self.report.layers = layers
         for name in self.shapes:
@@ -816,7 +814,7 @@ def map_checkpoint(
     dtype: torch.dtype = torch.float32,
     ignore_mismatched_sizes: bool = False,
     vision_signals: TowerSignals | None = None,
-    vision_layers: list[int] | None = None,
+    layers: dict[str, list[int]] | None = None,
 ) -> tuple[dict[str, Tensor], MappingReport]:
     """
     Parameters of a model from a checkpoint of other sizes, without data. Where the sizes agree they are copied.
@@ -833,7 +831,8 @@ def map_checkpoint(
         ignore_mismatched_sizes: leave tensors of sizes that no strategy can change (those of the detector) to
             initialisation.
         vision_signals: what passes through the source's ViT, if it was measured; see `sam3_hf.calibration`.
-        vision_layers: the ViT layers to keep, instead of evenly spread ones.
+        layers: the layers to keep of some stacks, by their prefix (as in `MappingReport.layers`), instead of evenly
+            spread ones.
 
     Returns:
         The parameters, without those to be initialised; and the account of all of them.
@@ -845,7 +844,7 @@ def map_checkpoint(
     if strategy not in STRATEGIES:
         raise ValueError(f"There is no mapping {strategy!r}: use one of {', '.join(STRATEGIES)}.")
     strategy = "isometry" if strategy == "auto" else strategy
-    mapper = Mapper(checkpoint, config, shapes, strategy, dtype, vision_signals, vision_layers)
+    mapper = Mapper(checkpoint, config, shapes, strategy, dtype, vision_signals, layers)
     mapper.run()
     if mapper.mismatched and strategy != "skip" and not ignore_mismatched_sizes:
         raise ValueError(

@@ -366,7 +366,7 @@ def test_depth_alone_copies_the_kept_layers(wide, source):
     model = Sam3LiteModel.from_pretrained(source, config=config)
     layers = model.mapping_report.layers
     assert set(model.mapping_report.totals) == {"copied", "dropped"}
-    assert layers["detr_decoder.layers"] == [0, 1]
+    assert layers["detr_decoder.layers"] == [0, 2]
     for prefix, kept in layers.items():
         for j, i in enumerate(kept):
             new = {n: t for n, t in model.state_dict().items() if n.startswith(f"{prefix}.{j}.")}

@@ -28,6 +28,7 @@ TOKENS_PER_FEATURE = 50  # image tokens for each feature of the widest layer tha
 SEARCH_TOKENS_PER_FEATURE = 16  # a choice of layers needs less: every choice is fitted once
 HELD_OUT = 8  # one image in so many is not fitted, but measured
 PROMPTS_PER_IMAGE = 4
+VIT_LAYERS, DECODER_LAYERS = "vision_encoder.backbone.layers", "detr_decoder.layers"
 PROMPTS = (  # what the detector is asked while it is fitted, if the user does not say
     *("person", "face", "hand", "car", "wheel", "bicycle", "dog", "cat", "bird", "horse", "tree", "leaf", "flower"),
     *(
@@ -196,13 +197,18 @@ class _Calibration:
     def _map(
         self, config: Sam3LiteConfig, signals: TowerSignals | None, kept: list[int] | None
     ) -> tuple[Sam3LiteModel, MappingReport]:
+        # Every decoder layer refines the boxes of the one before with the same heads: the first ones work alone, but
+        # for the masks, which are refit.
+        layers = {DECODER_LAYERS: list(range(config.detr_decoder_config.num_layers))}
+        if kept is not None:
+            layers[VIT_LAYERS] = kept
         state, report = map_checkpoint(
             self.checkpoint,
             config,
             Sam3LiteModel._parameter_shapes(config),
             "isometry",
             vision_signals=signals,
-            vision_layers=kept,
+            layers=layers,
         )
         model = Sam3LiteModel(copy.deepcopy(config))
         model.load_state_dict(state)
@@ -218,7 +224,7 @@ class _Calibration:
         if source.num_hidden_layers == target.num_hidden_layers:
             return None, {}
         _, report = self._map(self.config, signals, None)
-        start = report.layers["vision_encoder.backbone.layers"]
+        start = report.layers[VIT_LAYERS]
         all_layers = self.config.changed(
             vision_num_hidden_layers=source.num_hidden_layers,
             vision_global_attn_indexes=list(source.global_attn_indexes),
@@ -238,7 +244,7 @@ class _Calibration:
 
     def _refit(self, model, report: MappingReport, basis: Basis, fitted: list[Tensor], prompts: Sequence[str]):
         vision, teacher_vision = model.vision_encoder, self.teacher.vision_encoder
-        layers = report.layers["vision_encoder.backbone.layers"]
+        layers = report.layers[VIT_LAYERS]
         refit_vision(vision, teacher_vision, layers, basis, fitted, self.ridge)
         names = [f"vision_encoder.backbone.layers.0.{site.linear}" for site in VIT_SITES]
         for level, module in enumerate(vision.neck.fpn_layers):
