@@ -203,7 +203,7 @@ def test_calibration_comes_nearer_than_rotation_alone(teacher, calibrated):
         )
     assert all(new > old for old, new in zip(before, after, strict=True))
     expected = outputs(teacher, unseen)
-    for name, gain in {"pred_masks": 0.8, "semantic_seg": 0.8, "pred_logits": 1.0}.items():
+    for name, gain in {"pred_masks": 0.8, "semantic_seg": 0.8}.items():
         results = [error(outputs(model, unseen)[name], expected[name]) for model in (rotated, calibrated)]
         assert results[1] < gain * results[0], (name, results)
 
