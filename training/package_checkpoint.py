@@ -1,0 +1,88 @@
+"""
+Writes the final model of a run as a small standard checkpoint: FP16 weights in the layout of `Sam3Model`, with its
+processor and a card.
+
+    python training/package_checkpoint.py outputs/tiny_standard sam3_hf/assets/tiny-standard
+
+So the checkpoint that the package carries was made from a run of training/configs/tiny_standard.yaml.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import torch
+from transformers import Sam3Processor
+
+from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf.evaluation.rows import CONFIDENT
+
+logger = logging.getLogger(__name__)
+
+CARD = """---
+library_name: transformers
+license: apache-2.0
+pipeline_tag: mask-generation
+tags: [sam3, image-segmentation]
+---
+
+# tiny-standard
+
+SAM 3's architecture in miniature: {parameters:.1f}M parameters in {depth} ViT layers of width {width}, 6 + 6 DETR layers and a
+text encoder of its own; input of {size} pixels. It stands in for the real standard checkpoint where tests and
+demos need one that works: it finds and segments shapes in pictures that `sam3_hf.data.generated.write_dataset` draws,
+and nothing else. It knows {concepts}.
+
+- Weights: FP16, trained from random ones with `accelerate launch --cpu training/train.py
+  training/configs/tiny_standard.yaml`; nothing of Meta's is in them. Log: `benchmarks/results/tiny_standard`.
+- Layout: that of `transformers.Sam3Model`. `Sam3LiteModel.from_pretrained(FOLDER, preset="tiny")` maps it into the
+  lite model; `preset="same"` keeps its sizes. Stock Transformers load it as well.
+- Scores on the {images} validation pictures of the run, which the training did not see, by which the best of its
+  epochs was chosen (epoch {epoch:g}):
+
+| score | value |
+|---|---|
+{scores}
+"IL_MCC" is the correlation of "the concept is in the picture" with the truth, at a score of {confident}.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="output folder of a finished run on generated data")
+    parser.add_argument("target", type=Path, help="folder to write")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    model = Sam3LiteModel.from_pretrained(arguments.run / "final", dtype=torch.float16)
+    model.to_sam3().save_pretrained(arguments.target)
+    processor = Sam3LiteProcessor.from_config(model.config)
+    Sam3Processor(processor.image_processor, processor.tokenizer).save_pretrained(arguments.target)
+    (arguments.target / "README.md").write_text(card(model, arguments.run), encoding="utf-8")
+    size = (arguments.target / "model.safetensors").stat().st_size
+    logger.info("%s: %.2f MB of weights", arguments.target, size / 1e6)
+
+
+def card(model: Sam3LiteModel, run: Path) -> str:
+    """Model card with the best scores of the run."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    best = max((row for row in map(json.loads, lines) if row["kind"] == "eval"), key=lambda row: row["segm_AP"])
+    coco = json.loads((run / "data" / "valid" / "_annotations.coco.json").read_text(encoding="utf-8"))
+    names = ("segm_AP", "segm_AP50", "segm_cgF1", "bbox_AP", "bbox_AP50", "IL_MCC")
+    vit = model.config.vision_config.backbone_config
+    return CARD.format(
+        parameters=model.num_parameters() / 1e6,
+        depth=vit.num_hidden_layers,
+        width=vit.hidden_size,
+        size=model.config.image_size,
+        concepts=", ".join(f'"{category["name"]}"' for category in coco["categories"]),
+        images=len(coco["images"]),
+        epoch=best["epoch"],
+        scores="".join(f"| {name} | {best[name]:.3f} |\n" for name in names),
+        confident=CONFIDENT,
+    )
+
+
+if __name__ == "__main__":
+    main()
