@@ -1,4 +1,4 @@
-"""What the mapping benchmark measures of a model: its scores, its agreement with the teacher, how flat its stream is."""
+"""What the mapping benchmark measures of a model: scores, agreement with the teacher, spectrum of the stream."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -84,8 +84,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     flatten = commands.add_parser("flatten", parents=[shared], allow_abbrev=False, help="make a flat-spectrum teacher")
     flatten.add_argument("--flat", required=True, help="folder to write the flat teacher to")
     flatten.add_argument("--steps", type=int, default=400, help="optimizer steps")
-    flatten.add_argument("--weight", type=float, default=20.0, help="of the flatness penalty beside the task's loss")
-    flatten.add_argument("--learning-rates", type=float, nargs=1, default=[2e-4], help="learning rate")
+    flatten.add_argument("--weight", type=float, default=100.0, help="of the flatness penalty beside the task's loss")
+    flatten.add_argument("--learning-rates", type=float, nargs=1, default=[5e-4], help="learning rate")
     run = commands.add_parser("run", parents=[shared], allow_abbrev=False, help="measure and train students")
     run.add_argument("--name", help="of the teacher in results; default: that of its folder")
     run.add_argument("--strategies", nargs="+", choices=(IDENTITY, *STRATEGIES), default=[IDENTITY, *STRATEGIES])
@@ -158,9 +158,7 @@ class Bench:
             write_folder(train, lambda to: write_dataset(to, recipe.data.generated_train, 0, **options))
         if not held_out.is_dir():
             count = self.arguments.held_out
-            write_folder(
-                held_out, lambda to: write_dataset(to, 0, 0, num_test=count, seed=HELD_OUT_SEED, **options)
-            )
+            write_folder(held_out, lambda to: write_dataset(to, 0, 0, num_test=count, seed=HELD_OUT_SEED, **options))
         files = {"data": train / "train", "validation_data": held_out / "test"}
         return [f"--{name}={folder / '_annotations.coco.json'}" for name, folder in files.items()]
 
