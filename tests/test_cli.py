@@ -3,12 +3,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.commands import accelerate_cli
 from conftest import micro_config, shake
+from huggingface_hub import ModelCard
 from transformers import AutoModel
 from typer.testing import CliRunner
 
@@ -190,30 +192,26 @@ def test_sizes_of_a_source_in_the_cache_of_the_hub(model, tmp_path):
     assert f"(source: {size / 1e6:.1f} MB)" in finished.stdout
 
 
-@pytest.mark.parametrize(
-    "push", [lambda m, to: m.push_to_hub("a/b"), lambda m, to: m.save_pretrained(to, True, push_to_hub=True)]
-)
-def test_the_report_is_among_what_is_pushed(model, tmp_path, monkeypatch, push):
+@pytest.mark.parametrize("while_saving", [False, True])
+def test_the_report_is_among_what_is_pushed(model, tmp_path, monkeypatch, while_saving):
     model.save_pretrained(tmp_path / "source")
     smaller = Sam3LiteModel.from_pretrained(
         tmp_path / "source", config=model.config.changed(detr_encoder_layers=1), mapping="select"
     )
     uploaded = []
 
-    class Api:
+    class Hub:
         def create_repo(self, repo_id, **kwargs):
-            return type("Repo", (), {"repo_id": repo_id})
+            return SimpleNamespace(repo_id=repo_id)
 
         def create_commit(self, operations, **kwargs):
             uploaded.extend(operation.path_in_repo for operation in operations)
 
     for module in ("transformers.utils.hub", "transformers.modeling_utils"):
-        monkeypatch.setattr(f"{module}.hf_api", Api)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: Card())
-    push(smaller, tmp_path / "target")
+        monkeypatch.setattr(f"{module}.hf_api", Hub)
+        monkeypatch.setattr(f"{module}.create_and_tag_model_card", lambda *args, **kwargs: ModelCard("card"))
+    if while_saving:
+        smaller.save_pretrained(tmp_path / "target", push_to_hub=True)
+    else:
+        smaller.push_to_hub("someone/target")
     assert {"model.safetensors", "config.json", "mapping_report.json"} <= set(uploaded)
-
-
-class Card:
-    def save(self, path):
-        Path(path).write_text("card")
