@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Sam3Config, Sam3VideoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
@@ -397,6 +397,22 @@ class PickledTensors:
         return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
 
 
+class LoadedTensors:
+    """Tensors of a model in memory."""
+
+    def __init__(self, model: nn.Module):
+        self._tensors = model.state_dict()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
 def _load_pickled(path: str):
     with open(path, "rb") as file:
         is_archive = file.read(2) == b"PK"
@@ -433,7 +449,7 @@ class Checkpoint:
     def __init__(
         self,
         label: str,
-        files: SafetensorsFiles | PickledTensors,
+        files: SafetensorsFiles | PickledTensors | LoadedTensors,
         config: Sam3LiteConfig | None = None,
         is_lite: bool = False,
     ):

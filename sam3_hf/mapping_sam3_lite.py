@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -40,7 +41,8 @@ class MappingRow:
 
     Args:
         group: name without `weight` and `bias`, layer indices as `*`.
-        action: `copied`, `rotated`, `selected`, `initialised` (at random, as an untrained model) or `dropped`.
+        action: `copied`, `rotated`, `selected`, `refit` (fitted to images), `initialised` (at random, as an untrained
+            model) or `dropped`.
         tensors, parameters: how many, in the target; in the source if dropped.
         source_shape, target_shape: of a weight, if there is one; `None` where it is not on that side.
         energy: share of the estimated signal that is kept, mean over the group; `None` where nothing is lost.
@@ -64,14 +66,16 @@ class MappingReport:
 
     Args:
         source: where the weights come from.
-        strategy: `isometry`, `select`, `skip`, or `copy` where both sides have the same sizes.
+        strategy: `isometry`, `select`, `skip`, `calibrated`, or `copy` where both sides have the same sizes.
         layers: for each stack of layers, the source layer that each target layer comes from.
+        calibration: what a calibrated mapping measured.
     """
 
     source: str
     strategy: str
     layers: dict[str, list[int]] = field(default_factory=dict)
     rows: list[MappingRow] = field(default_factory=list)
+    calibration: dict = field(default_factory=dict)
 
     def add(
         self,
@@ -83,7 +87,7 @@ class MappingReport:
         reason: str = "",
     ):
         """Accounts for one tensor."""
-        group = re.sub(r"\.(weight|bias)$", "", re.sub(r"(?<=\blayers|\bblocks)\.\d+(?=\.)", ".*", name))
+        group = _group(name)
         size = math.prod(source_shape if target_shape is None else target_shape)
         for row in self.rows:
             if (row.group, row.action, row.reason) == (group, action, reason):
@@ -96,6 +100,13 @@ class MappingReport:
                     row.source_shape, row.target_shape = source_shape, target_shape
                 return
         self.rows.append(MappingRow(group, action, 1, size, source_shape, target_shape, energy, reason))
+
+    def mark_refit(self, names: Iterable[str]):
+        """Notes that tensors were fitted to data after they had been mapped."""
+        groups = {_group(name) for name in names}
+        for row in self.rows:
+            if row.group in groups and row.target_shape is not None:
+                row.action = "refit"
 
     @property
     def totals(self) -> dict[str, dict[str, int]]:
@@ -121,6 +132,7 @@ class MappingReport:
             "source": self.source,
             "strategy": self.strategy,
             "layers": self.layers,
+            "calibration": self.calibration,
             "totals": self.totals,
             "rows": [asdict(row) for row in self.rows],
         }
@@ -142,6 +154,11 @@ class MappingReport:
         lines.insert(1, tuple("-" * width for width in widths))
         padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
         return "\n".join([self.summary(), *("  ".join(cells).rstrip() for cells in padded)])
+
+
+def _group(name: str) -> str:
+    """Name of a tensor without layer indices and without weight or bias."""
+    return re.sub(r"\.(weight|bias)$", "", re.sub(r"(?<=\blayers|\bblocks)\.\d+(?=\.)", ".*", name))
 
 
 @dataclass(frozen=True)
@@ -300,6 +317,22 @@ class LayerSignals:
     neuron_mean: Tensor  # (mlp,)
 
 
+@dataclass
+class TowerSignals:
+    """
+    What passes through a tower.
+
+    Args:
+        moment: `(width, width)` second moment of the normalised stream, summed over layers.
+        layers: one per layer.
+        final: the stream behind the last layer.
+    """
+
+    moment: Tensor
+    layers: list[LayerSignals]
+    final: Stream
+
+
 def activation_moments(mean: Tensor, variance: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Mean and variance of an activation function of a normal variable, by Gauss-Hermite quadrature."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(32)
@@ -393,8 +426,8 @@ def _layer_maps(source: Sam3LiteConfig, target: Sam3LiteConfig) -> dict[str, lis
             source.geometry_encoder_config.num_layers, target.geometry_encoder_config.num_layers
         ),
         "detr_encoder.layers": spread(source.detr_encoder_config.num_layers, target.detr_encoder_config.num_layers),
-        # Every decoder layer refines the boxes of the one before with the same heads: the first ones work alone.
-        "detr_decoder.layers": list(range(target.detr_decoder_config.num_layers)),
+        # The last one stays: the mask head has learnt to read it alone. Boxes come out a little coarser, masks right.
+        "detr_decoder.layers": spread(source.detr_decoder_config.num_layers, target.detr_decoder_config.num_layers),
     }
 
 
@@ -411,6 +444,8 @@ class Mapper:
         shapes: name and shape of every parameter of the target.
         strategy: `isometry`, `select` or `skip`.
         dtype: of the result. All sums are computed in float32.
+        vision_signals: measured ones of the source's ViT; estimated from its weights by default.
+        layers: the layers to keep of some stacks, by their prefix; evenly spread by default.
     """
 
     def __init__(
@@ -420,9 +455,12 @@ class Mapper:
         shapes: dict[str, tuple[int, ...]],
         strategy: str,
         dtype: torch.dtype,
+        vision_signals: TowerSignals | None = None,
+        layers: dict[str, list[int]] | None = None,
     ):
         self.checkpoint, self.config, self.shapes = checkpoint, config, shapes
         self.strategy, self.dtype = strategy, dtype
+        self.vision_signals, self.layers = vision_signals, layers or {}
         self.state: dict[str, Tensor] = {}
         # Allocated before any temporary tensor, lest they end up between and fragment the memory.
         self._results = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
@@ -454,7 +492,7 @@ class Mapper:
             layers = {}
         else:
             _check_sizes(self.checkpoint.config, self.config)
-            layers = _layer_maps(self.checkpoint.config, self.config)
+            layers = _layer_maps(self.checkpoint.config, self.config) | self.layers
             self._map_towers(layers)
         self.report.layers = layers
         for name in self.shapes:
@@ -488,26 +526,34 @@ class Mapper:
         source, target = self.checkpoint.config, self.config
         old, new = _vision_tower(source), _vision_tower(target)
         if (old.width, old.mlp) != (new.width, new.mlp):
-            entry = self._patches().normalised(*self._pair(f"{_VIT}.layer_norm"))
-            self._map_tower(old, new, layers[old.prefix], entry, self._vision_ends)
+            signals = self.vision_signals
+            if signals is None:
+                entry = self._patches().normalised(*self._pair(f"{_VIT}.layer_norm"))
+                signals = self._estimate_signals(old, entry)
+            self._map_tower(old, new, layers[old.prefix], signals, self._vision_ends)
         old, new = _text_tower(source), _text_tower(target)
         if (old.width, old.mlp) != (new.width, new.mlp):
-            self._map_tower(old, new, layers[old.prefix], self._tokens(), self._text_ends)
+            signals = self._estimate_signals(old, self._tokens())
+            self._map_tower(old, new, layers[old.prefix], signals, self._text_ends)
 
-    def _map_tower(self, old: Tower, new: Tower, kept: list[int], stream: Stream, map_ends):
-        signals = []
+    def _estimate_signals(self, tower: Tower, stream: Stream) -> TowerSignals:
+        """Follows the stream through the source's weights."""
+        layers = []
         moment = torch.zeros_like(stream.covariance)
-        for i in range(old.depth):
+        for i in range(tower.depth):
             moment += stream.normalised().moment
-            stream, signal = _through_layer(stream, lambda leaf, i=i: self.read(f"{old.prefix}.{i}.{leaf}"), old)
-            signals.append(signal)
+            stream, signals = _through_layer(stream, lambda leaf, i=i: self.read(f"{tower.prefix}.{i}.{leaf}"), tower)
+            layers.append(signals)
         moment += stream.normalised().moment
         # Layers that are read for the estimate only are still dropped.
-        self._used -= {name for name in self._used if name.startswith(old.prefix)}
-        basis = self._basis(moment, new.width)
+        self._used -= {name for name in self._used if name.startswith(tower.prefix)}
+        return TowerSignals(moment, layers, stream)
+
+    def _map_tower(self, old: Tower, new: Tower, kept: list[int], signals: TowerSignals, map_ends):
+        basis = self._basis(signals.moment, new.width)
         for j, i in enumerate(kept):
-            self._map_layer(old, new, i, j, signals[i], basis)
-        map_ends(basis, stream)
+            self._map_layer(old, new, i, j, signals.layers[i], basis)
+        map_ends(basis, signals.final)
 
     def _basis(self, moment: Tensor, width: int) -> Basis:
         if len(moment) == width:
@@ -767,6 +813,8 @@ def map_checkpoint(
     strategy: str = "auto",
     dtype: torch.dtype = torch.float32,
     ignore_mismatched_sizes: bool = False,
+    vision_signals: TowerSignals | None = None,
+    layers: dict[str, list[int]] | None = None,
 ) -> tuple[dict[str, Tensor], MappingReport]:
     """
     Parameters of a model from a checkpoint of other sizes, without data. Where the sizes agree they are copied.
@@ -782,6 +830,9 @@ def map_checkpoint(
         dtype: of the result.
         ignore_mismatched_sizes: leave tensors of sizes that no strategy can change (those of the detector) to
             initialisation.
+        vision_signals: what passes through the source's ViT, if it was measured; see `sam3_hf.calibration`.
+        layers: the layers to keep of some stacks, by their prefix (as in `MappingReport.layers`), instead of evenly
+            spread ones.
 
     Returns:
         The parameters, without those to be initialised; and the account of all of them.
@@ -792,7 +843,8 @@ def map_checkpoint(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"There is no mapping {strategy!r}: use one of {', '.join(STRATEGIES)}.")
-    mapper = Mapper(checkpoint, config, shapes, "isometry" if strategy == "auto" else strategy, dtype)
+    strategy = "isometry" if strategy == "auto" else strategy
+    mapper = Mapper(checkpoint, config, shapes, strategy, dtype, vision_signals, layers)
     mapper.run()
     if mapper.mismatched and strategy != "skip" and not ignore_mismatched_sizes:
         raise ValueError(

@@ -173,9 +173,10 @@ class FullRank(Mapper):
 
         tower = _vision_tower(self.config)
         entry = self._patches().normalised(*self._pair(f"{VIT}.layer_norm"))
-        self._map_tower(tower, tower, layers[tower.prefix], entry, self._vision_ends)
+        self._map_tower(tower, tower, layers[tower.prefix], self._estimate_signals(tower, entry), self._vision_ends)
         tower = _text_tower(self.config)
-        self._map_tower(tower, tower, layers[tower.prefix], self._tokens(), self._text_ends)
+        signals = self._estimate_signals(tower, self._tokens())
+        self._map_tower(tower, tower, layers[tower.prefix], signals, self._text_ends)
 
 
 @torch.no_grad()
@@ -365,7 +366,7 @@ def test_depth_alone_copies_the_kept_layers(wide, source):
     model = Sam3LiteModel.from_pretrained(source, config=config)
     layers = model.mapping_report.layers
     assert set(model.mapping_report.totals) == {"copied", "dropped"}
-    assert layers["detr_decoder.layers"] == [0, 1]
+    assert layers["detr_decoder.layers"] == [0, 2]
     for prefix, kept in layers.items():
         for j, i in enumerate(kept):
             new = {n: t for n, t in model.state_dict().items() if n.startswith(f"{prefix}.{j}.")}

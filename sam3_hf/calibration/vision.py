@@ -1,0 +1,112 @@
+"""The vision encoder of a smaller model: which layers to keep, and their fit to the larger one."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..mapping_sam3_lite import Basis
+from .refit import VIT_SITES, refit_neck, refit_stack
+
+
+def refit_vision(
+    vision: nn.Module, teacher: nn.Module, kept: list[int], basis: Basis, batches: list[Tensor], ridge: float
+):
+    """
+    Refits the output layers of attention and MLP and the feature pyramid, in place; see [`refit_stack`].
+
+    Args:
+        vision, teacher: [`Sam3LiteVisionModel`].
+        kept: the teacher layer that each layer comes from.
+        basis: takes the teacher's stream to that of the smaller model.
+        batches: `(images, 3, height, width)`.
+    """
+
+    def run(layer: nn.Module, stream: Tensor, _) -> Tensor:
+        return layer(stream)
+
+    streams, teacher_streams = refit_stack(
+        vision.backbone.layers,
+        teacher.backbone.layers,
+        kept,
+        VIT_SITES,
+        [_embed(vision, batch) for batch in batches],
+        [_embed(teacher, batch) for batch in batches],
+        run,
+        run,
+        lambda stream: basis.write(stream.movedim(-1, 0).flatten(1)).T.unflatten(0, stream.shape[:-1]),
+        ridge,
+    )
+    maps, teacher_maps = ([stream.movedim(-1, 1) for stream in side] for side in (streams, teacher_streams))
+    refit_neck(vision.neck, teacher.neck, maps, teacher_maps, ridge)
+
+
+def _embed(vision: nn.Module, batch: Tensor) -> Tensor:
+    """The stream in front of the first layer, `(images, height, width, channels)`."""
+    backbone = vision.backbone
+    patch = vision.config.backbone_config.patch_size
+    embeds = backbone.embeddings(batch)
+    grid = embeds.view(len(batch), batch.shape[-2] // patch, batch.shape[-1] // patch, -1)
+    return backbone.layer_norm(grid)
+
+
+def pyramid_cosines(vision: nn.Module, teacher: nn.Module, batches: list[Tensor]) -> list[float]:
+    """Cosine between the feature vectors of both, mean over positions and images, per level from fine to coarse."""
+    sums, images = 0, 0
+    for batch in batches:
+        levels = zip(vision(batch).fpn_hidden_states, teacher(batch).fpn_hidden_states, strict=True)
+        sums = sums + torch.stack([F.cosine_similarity(a, b, dim=1).mean() for a, b in levels]) * len(batch)
+        images += len(batch)
+    return (sums / images).tolist()
+
+
+def with_layers(vision: nn.Module, kept: list[int]) -> nn.Module:
+    """A copy with some of the ViT layers."""
+    layers = vision.backbone.layers
+    vision.backbone.layers = nn.ModuleList()
+    try:
+        smaller = copy.deepcopy(vision)
+    finally:
+        vision.backbone.layers = layers
+    smaller.backbone.layers = nn.ModuleList([copy.deepcopy(layers[i]) for i in kept])
+    return smaller
+
+
+def search_layers(
+    start: list[int], types: list[bool], score: Callable[[list[int]], float]
+) -> tuple[list[int], dict[tuple[int, ...], float]]:
+    """
+    Hill climbing: exchanges a kept layer for a dropped one of its type as long as the score rises.
+
+    Args:
+        start: layers to keep at first, in order.
+        types: of all layers: whether attention is global.
+        score: of a choice; higher is better.
+
+    Returns:
+        The best choice, and the scores of all that were tried.
+    """
+    best = tuple(start)
+    tried = {best: score(list(best))}
+    improved = True
+    while improved:
+        improved = False
+        for choice in _neighbours(best, types):
+            if choice not in tried:
+                tried[choice] = score(list(choice))
+            if tried[choice] > tried[best]:
+                best, improved = choice, True
+                break
+    return list(best), tried
+
+
+def _neighbours(kept: tuple[int, ...], types: list[bool]) -> Iterator[tuple[int, ...]]:
+    """Choices that differ in one layer, where the sequence of types stays the same."""
+    for place, layer in enumerate(kept):
+        low = kept[place - 1] if place else -1
+        high = kept[place + 1] if place + 1 < len(kept) else len(types)
+        for other in range(low + 1, high):
+            if other != layer and types[other] == types[layer]:
+                yield (*kept[:place], other, *kept[place + 1 :])
