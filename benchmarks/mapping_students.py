@@ -5,6 +5,7 @@ import torch
 from accelerate.utils import set_seed
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
+from sam3_hf.calibration import calibrate_mapping
 from sam3_hf.data import TrainDataset
 from sam3_hf.data.images import load_image
 
@@ -30,7 +31,7 @@ def make_student(strategy: str, teacher: str, train_data: TrainDataset, seed: in
 
     Args:
         teacher: folder or Hub id of a lite checkpoint.
-        train_data: where calibration images come from; they are used without their annotations.
+        train_data: where the images and phrases of `calibrated` come from; annotations are not used.
         seed: of what is initialised at random, and of the choice of calibration images.
     """
     set_seed(seed)
@@ -41,12 +42,18 @@ def make_student(strategy: str, teacher: str, train_data: TrainDataset, seed: in
         return Sam3LiteModel(config)
     if not strategy.startswith("calibrated"):
         return Sam3LiteModel.from_pretrained(teacher, config=config, mapping=strategy, dtype=torch.float32)
-
-    from sam3_hf.calibration import calibrate_mapping
-
-    images = calibration_images(train_data, seed) if strategy == "calibrated" else None
-    count = CALIBRATION_IMAGES if images is None else len(images)
-    return calibrate_mapping(teacher, images, config=config, num_images=count, seed=seed, dtype=torch.float32)
+    images, prompts = None, None
+    if strategy == "calibrated":
+        images, prompts = calibration_images(train_data, seed), train_data.concepts
+    return calibrate_mapping(
+        teacher,
+        images,
+        config=config,
+        prompts=prompts,
+        num_images=CALIBRATION_IMAGES,
+        seed=seed,
+        dtype=torch.float32,
+    )
 
 
 def calibration_images(train_data: TrainDataset, seed: int) -> list[torch.Tensor]:

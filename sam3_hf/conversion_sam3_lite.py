@@ -406,6 +406,10 @@ class LoadedTensors:
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
+    @property
+    def paths(self) -> set[str]:
+        return set()
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 

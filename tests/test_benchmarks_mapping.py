@@ -2,7 +2,6 @@
 
 import json
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,14 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "training")]
 
 import mapping_quality  # noqa: E402
+import mapping_students  # noqa: E402
 from mapping_measures import SCORES, energy_curve, presence_auc, residual_streams  # noqa: E402
 from mapping_students import IDENTITY, STRATEGIES, student_config  # noqa: E402
 from mapping_table import best_learning_rate, steps_cell, steps_to_share, table  # noqa: E402
 from mapping_training import flatness_penalty  # noqa: E402
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor  # noqa: E402
+from sam3_hf.calibration import calibrate_mapping  # noqa: E402
 
 RECIPE = """
 data: generated
@@ -62,16 +63,14 @@ def bench(tmp_path, teacher):
 
 @pytest.fixture
 def calibrations(monkeypatch) -> list[dict]:
-    """Puts the plain isometry in the place of the calibrated mapping, and notes with what it was called."""
+    """Notes with what the calibrated mapping is called."""
     calls = []
 
-    def calibrate_mapping(source, images=None, *, config, num_images, seed, dtype):
-        calls.append({"images": images, "num_images": num_images, "seed": seed})
-        return Sam3LiteModel.from_pretrained(source, config=config, dtype=dtype)
+    def noted(source, images=None, **options):
+        calls.append({"images": images, **options})
+        return calibrate_mapping(source, images, **options | {"num_images": 6})
 
-    module = types.ModuleType("sam3_hf.calibration")
-    module.calibrate_mapping = calibrate_mapping
-    monkeypatch.setitem(sys.modules, "sam3_hf.calibration", module)
+    monkeypatch.setattr(mapping_students, "calibrate_mapping", noted)
     return calls
 
 
@@ -94,8 +93,9 @@ def test_from_end_to_end(bench, capsys, calibrations):
     assert isometry["parameters"] == random["parameters"] < identity["parameters"]
     assert [step for step, _ in read(results / "skip_seed1_lr0.001.json")["curve"]] in ([0, 1, 2], [0, 1], [0])
     with_images, without = calibrations
-    assert with_images["seed"] == 1 and with_images["num_images"] == len(with_images["images"]) == 6
-    assert with_images["images"][0].dtype == torch.uint8 and without["images"] is None
+    assert with_images["seed"] == 1 and with_images["num_images"] == 256 and len(with_images["images"]) == 6
+    assert with_images["images"][0].dtype == torch.uint8 and with_images["prompts"][0] == "red circle"
+    assert without["images"] is None and without["prompts"] is None
 
     bench("table")
     printed = capsys.readouterr().out
