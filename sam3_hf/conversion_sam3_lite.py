@@ -29,6 +29,13 @@ MIN_IDENTIFIED = 0.9
 MAX_MAPPED = 64 * 2**20
 # Name of Meta's own file in the Hub repository of SAM 3.
 NATIVE_FILE = "sam3.pt"
+# What `training/train.py` writes into a checkpoint folder beside its weights. The folder has no text tensors among the
+# weights where that part was frozen, and their average only if the run kept one.
+TRAINER_STATE = "trainer_state.json"
+FROZEN_TEXT = "frozen_text.safetensors"
+AVERAGE = "ema.safetensors"
+# Where the models of a run are in its output folder.
+_RUN_FOLDERS = ("final", "checkpoints/best", "checkpoints/last", "best", "last")
 
 
 @dataclass(frozen=True)
@@ -325,6 +332,10 @@ class SafetensorsFiles:
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)
 
+    @property
+    def paths(self) -> set[str]:
+        return set(self._paths.values())
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open(self._paths[name]).get_slice(name).get_shape())
 
@@ -363,6 +374,10 @@ class PickledTensors:
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
+    @property
+    def paths(self) -> set[str]:
+        return {self._path}
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
@@ -390,6 +405,10 @@ class LoadedTensors:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
+
+    @property
+    def paths(self) -> set[str]:
+        return set()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
@@ -468,6 +487,11 @@ class Checkpoint:
             return stored.take(self._files.read(stored.name))
         except SafetensorError as error:
             raise OSError(f"{self.label}: `{stored.name}` cannot be read ({error}).") from error
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that its tensors are in."""
+        return sum(os.path.getsize(path) for path in self._files.paths)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -659,14 +683,16 @@ def open_checkpoint(source: str | os.PathLike, variant: str | None = None, **hub
 
     Args:
         source: Hub id or folder of model type `sam3`, `sam3_video` or `sam3_lite`, a folder with a single `.pt` file,
-            or a `.pt`, `.pth`, `.bin` or `.safetensors` file.
+            or a `.pt`, `.pth`, `.bin` or `.safetensors` file. Also a checkpoint folder of `training/train.py`, of
+            which `variant="ema"` gives the averaged weights.
         variant, hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, ... as in `from_pretrained`.
 
     Returns:
         The checkpoint, or `None` if there is neither a `config.json` nor a native file.
 
     Raises:
-        ValueError: the source is of another model type, or its file holds something else than SAM 3.
+        ValueError: the source is of another model type, or its file holds something else than SAM 3, or it is the
+            output folder of a training run, or a checkpoint of one in parts.
         OSError: a file is missing, truncated or of an unknown format.
     """
     source = os.fspath(source)
@@ -674,11 +700,49 @@ def open_checkpoint(source: str | os.PathLike, variant: str | None = None, **hub
         return Checkpoint(source, _open_file(source))
     config = source_config(source, **hub_arguments)
     if config is None:
+        _refuse_run_folder(source)
         native = _native_file(source, hub_arguments)
         return native and Checkpoint(native, _open_file(native))
-    files = SafetensorsFiles(_weight_files(source, variant, hub_arguments))
+    if is_training_checkpoint(source):
+        files = SafetensorsFiles(_training_files(source, variant))
+    else:
+        files = SafetensorsFiles(_weight_files(source, variant, hub_arguments))
     is_lite = isinstance(config, Sam3LiteConfig)
     return Checkpoint(source, files, config if is_lite else lite_config(config), is_lite)
+
+
+def is_training_checkpoint(source: str | os.PathLike) -> bool:
+    """Whether the source is a checkpoint folder that `training/train.py` wrote to resume from."""
+    return os.path.isfile(os.path.join(source, TRAINER_STATE))
+
+
+def _training_files(source: str, variant: str | None) -> list[str]:
+    """Files of a training checkpoint; a tensor of a later one replaces that of an earlier one."""
+    parts = sorted(name for name in os.listdir(source) if name.startswith("pytorch_model_fsdp"))
+    if parts and not os.path.isfile(os.path.join(source, SAFE_WEIGHTS_NAME)):
+        raise ValueError(
+            f"{source} was written under FSDP, in parts: take the folder final/ of the run, or put the parts together "
+            f"with `accelerate merge-weights {os.path.join(source, parts[0])} {source}`."
+        )
+    if variant not in (None, "ema"):
+        raise ValueError(f"{source} is a training checkpoint: its variants are None and 'ema', not {variant!r}.")
+    files = [os.path.join(source, name) for name in (SAFE_WEIGHTS_NAME, FROZEN_TEXT, AVERAGE)]
+    weights, frozen, average = files
+    if variant == "ema" and not os.path.isfile(average):
+        raise OSError(f"{source} has no {AVERAGE}: its run kept no average of the weights (`ema_decay` was 0).")
+    if os.path.isfile(frozen):
+        return [weights, frozen, *([average] if variant == "ema" else [])]
+    if not any(name.startswith("text_encoder.") for name in SafetensorsFiles([weights])):
+        raise OSError(f"{frozen} is missing, which holds the frozen text encoder of the checkpoint.")
+    return [weights, *([average] if variant == "ema" else [])]
+
+
+def _refuse_run_folder(source: str):
+    """Raises a ValueError naming the models in the output folder of a training run."""
+    models = [name for name in _RUN_FOLDERS if os.path.isfile(os.path.join(source, name, "config.json"))]
+    if models:
+        paths = " or ".join(os.path.join(source, name) for name in models)
+        raise ValueError(f"{source} is the folder of a training run, not of a model: take {paths}.")
 
 
 def _open_file(path: str) -> SafetensorsFiles | PickledTensors:
@@ -736,9 +800,13 @@ def _weight_files(source: str, variant: str | None, hub_arguments: dict) -> list
 
 
 __all__ = [
+    "AVERAGE",
     "DROPPED",
+    "FROZEN_TEXT",
     "NAME_TABLE",
+    "TRAINER_STATE",
     "Checkpoint",
+    "is_training_checkpoint",
     "lite_config",
     "native_state_dict",
     "open_checkpoint",

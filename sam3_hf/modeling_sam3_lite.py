@@ -40,7 +40,14 @@ from transformers.models.sam3.modeling_sam3 import (
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_sam3_lite import BOX_PADDING_LABEL, Sam3LiteConfig
-from .conversion_sam3_lite import HUB_ARGUMENTS, UNREAD, open_checkpoint, source_config, stock_config
+from .conversion_sam3_lite import (
+    HUB_ARGUMENTS,
+    UNREAD,
+    is_training_checkpoint,
+    open_checkpoint,
+    source_config,
+    stock_config,
+)
 from .loss_sam3_lite import DetectionOutputs, sam3_lite_loss
 from .mapping_sam3_lite import MappingReport, map_checkpoint, parameter_sizes
 
@@ -579,7 +586,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: Hub id or folder of a model of type `sam3_lite`, `sam3` or `sam3_video`, or
-                a native `.pt` file of Meta's (also as written by its trainer).
+                a native `.pt` file of Meta's (also as written by its trainer). Also a checkpoint folder of
+                `training/train.py`, whose averaged weights are those of `variant="ema"`.
             preset (`str`, *optional*): sizes of the model, see [`~Sam3LiteConfig.from_preset`], or `"same"` for those
                 of the source. Default: `"lite"` for a standard source, `"same"` for a lite one.
             mapping (`str`, *optional*, defaults to `"auto"`): how weights are carried to smaller sizes: `"isometry"`,
@@ -614,7 +622,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             config = cls.config_class.from_pretrained(config)
         is_file = source is not None and os.path.isfile(source)
         saved = None if source is None or is_file else source_config(source, **hub_arguments)
-        if isinstance(saved, Sam3LiteConfig) and preset in (None, "same"):
+        as_saved = isinstance(saved, Sam3LiteConfig) and not is_training_checkpoint(source)
+        if as_saved and preset in (None, "same"):
             if config is None or parameter_sizes(config) == parameter_sizes(saved):
                 return super().from_pretrained(source, *model_args, config=config, **kwargs)
         checkpoint = None if source is None else open_checkpoint(source, kwargs.get("variant"), **hub_arguments)
@@ -664,6 +673,12 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if self.mapping_report is not None and is_main_process:
             self.mapping_report.save(save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+        # `save_pretrained(push_to_hub=True)` uploads before it returns here, when the report is not written yet.
+        if self.mapping_report is not None:
+            self.mapping_report.save(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def to_sam3(self) -> Sam3Model:
         """

@@ -1,9 +1,29 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 import torch
+import torch.distributed.checkpoint
+from accelerate import Accelerator
+from accelerate.commands import accelerate_cli
+from conftest import micro_config, shake
+from huggingface_hub import ModelCard
 from transformers import AutoModel
 from typer.testing import CliRunner
 
-from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
-from sam3_hf.cli import app
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "training"))
+
+from checkpoints import FROZEN, save_checkpoint, write_frozen  # noqa: E402
+from optim import MovingAverage  # noqa: E402
+from phrases import FrozenText  # noqa: E402
+
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor  # noqa: E402
+from sam3_hf.cli import app  # noqa: E402
 
 
 def run(*arguments):
@@ -51,3 +71,147 @@ def test_errors_are_one_line(model, tmp_path):
     assert result.exit_code == 1
     assert result.output.count("\n") == 1 and "grow" in result.output
     assert not (tmp_path / "target").exists()
+
+
+def train_a_step(checkpoints: Path, freeze_text: bool = True, ema_decay: float = 0.9) -> tuple[dict, dict]:
+    """A checkpoint `best` as the trainer writes it; the whole model's weights, and with their averages."""
+    torch.manual_seed(0)
+    model = shake(Sam3LiteModel(micro_config()))
+    frozen = {}
+    if freeze_text:
+        text = FrozenText(model, Sam3LiteProcessor.from_config(model.config), ["cat"], torch.device("cpu"))
+        frozen = text.weights()
+        write_frozen(checkpoints, frozen)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    ema = MovingAverage(model, ema_decay) if ema_decay else None
+    sum(parameter.square().sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    averages = {}
+    if ema is not None:
+        ema.update(1)
+        averages = {name: tensor.clone() for name, tensor in ema.state_dict().items()}
+    save_checkpoint(Accelerator(cpu=True), checkpoints / "best", model, optimizer, ema, {"step": 1})
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()} | frozen
+    return weights, weights | averages
+
+
+def equal(model, weights: dict) -> bool:
+    found = model.state_dict()
+    return found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("freeze_text", [True, False])
+def test_bare_weights_out_of_a_training_checkpoint(tmp_path, freeze_text):
+    weights, averages = train_a_step(tmp_path / "checkpoints", freeze_text)
+    best = tmp_path / "checkpoints" / "best"
+    assert (best / FROZEN).exists() == freeze_text
+    loaded, info = Sam3LiteModel.from_pretrained(best, output_loading_info=True)
+    assert equal(loaded, weights) and not info["missing_keys"]
+    assert equal(AutoModel.from_pretrained(best), weights)
+    assert equal(Sam3LiteModel.from_pretrained(best, variant="ema"), averages)
+
+    result = run(best, tmp_path / "bare")
+    assert result.exit_code == 0, result.output
+    assert equal(Sam3LiteModel.from_pretrained(tmp_path / "bare"), weights)
+    names = {path.name for path in (tmp_path / "bare").iterdir()}
+    assert {"model.safetensors", "config.json"} <= names
+    assert not names & {"optimizer.pt", "ema.safetensors", "trainer_state.json", FROZEN}
+    left = sum((best / name).stat().st_size for name in ("optimizer.pt", "ema.safetensors"))
+    assert f"{left / 1e6:.1f} MB of training state left behind" in result.output
+
+    result = run(best, tmp_path / "average", "--ema", "--dtype", "float16")
+    assert result.exit_code == 0, result.output
+    average = Sam3LiteModel.from_pretrained(tmp_path / "average")
+    assert average.dtype == torch.float16
+    assert equal(average, {name: tensor.half() for name, tensor in averages.items()})
+    changed = [name for name in weights if not torch.equal(weights[name], averages[name])]
+    assert changed and not any(name.startswith("text_") for name in changed) == freeze_text
+
+
+def test_averages_that_are_not_there(model, tmp_path):
+    train_a_step(tmp_path / "checkpoints", ema_decay=0)
+    result = run(tmp_path / "checkpoints" / "best", tmp_path / "target", "--ema")
+    assert result.exit_code == 1 and "has no ema.safetensors" in result.output and result.output.count("\n") == 1
+    model.save_pretrained(tmp_path / "plain")
+    result = run(tmp_path / "plain", tmp_path / "target", "--ema")
+    assert result.exit_code == 1 and "is no checkpoint folder of a training run" in result.output
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_checkpoint_without_its_frozen_text_is_refused(tmp_path):
+    train_a_step(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "best" / FROZEN).unlink()
+    result = run(tmp_path / "checkpoints" / "best", tmp_path / "target")
+    assert result.exit_code == 1 and f"{FROZEN} is missing" in result.output
+
+
+def test_the_folder_of_a_run_is_not_a_model(tmp_path):
+    train_a_step(tmp_path / "run" / "checkpoints")
+    for folder in ("run", "run/checkpoints"):
+        result = run(tmp_path / folder, tmp_path / "target")
+        assert result.exit_code == 1 and result.output.count("\n") == 1
+        assert f"take {tmp_path / 'run' / 'checkpoints' / 'best'}." in result.output
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "best", tmp_path / "run" / "final")
+    result = run(tmp_path / "run", tmp_path / "target")
+    assert f"take {tmp_path / 'run' / 'final'} or {tmp_path / 'run' / 'checkpoints' / 'best'}." in result.output
+
+
+def test_parts_of_an_fsdp_checkpoint_are_put_together_by_the_command_in_the_error(tmp_path, monkeypatch):
+    weights, _ = train_a_step(tmp_path / "checkpoints")
+    best = tmp_path / "checkpoints" / "best"
+    parts = best / "pytorch_model_fsdp_0"
+    frozen = {name for name in weights if name.startswith("text_")}
+    torch.distributed.checkpoint.save(
+        {"model": {name: tensor for name, tensor in weights.items() if name not in frozen}}, checkpoint_id=parts
+    )
+    (best / "model.safetensors").unlink()
+    result = run(best, tmp_path / "target")
+    assert result.exit_code == 1 and "written under FSDP" in result.output and "final/" in result.output
+    command = result.output.split("`")[1]
+    assert command.startswith("accelerate merge-weights")
+    monkeypatch.setattr(sys, "argv", command.split())
+    accelerate_cli.main()
+    assert run(best, tmp_path / "target").exit_code == 0
+    assert equal(Sam3LiteModel.from_pretrained(tmp_path / "target"), weights)
+
+
+def test_sizes_of_a_source_in_the_cache_of_the_hub(model, tmp_path):
+    cached = tmp_path / "cache" / "models--someone--lite"
+    model.save_pretrained(cached / "snapshots" / "0123")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    code = "from sam3_hf.cli import app; app()"
+    finished = subprocess.run(
+        [sys.executable, "-c", code, "convert", "someone/lite", str(tmp_path / "half"), "--dtype", "float16"],
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    size = (cached / "snapshots" / "0123" / "model.safetensors").stat().st_size
+    assert f"(source: {size / 1e6:.1f} MB)" in finished.stdout
+
+
+def test_the_report_is_among_what_is_pushed_while_saving(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "source")
+    smaller = Sam3LiteModel.from_pretrained(
+        tmp_path / "source", config=model.config.changed(detr_encoder_layers=1), mapping="select"
+    )
+    uploaded = []
+
+    class Hub:
+        def create_repo(self, repo_id, **kwargs):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_commit(self, operations, **kwargs):
+            uploaded.extend(operation.path_in_repo for operation in operations)
+
+    for module in ("transformers.utils.hub", "transformers.modeling_utils"):
+        monkeypatch.setattr(f"{module}.hf_api", Hub)
+    monkeypatch.setattr(
+        "transformers.modeling_utils.create_and_tag_model_card", lambda *args, **kwargs: ModelCard("card")
+    )
+    smaller.save_pretrained(tmp_path / "target", push_to_hub=True)
+    assert (tmp_path / "target" / "mapping_report.json").exists()
+    assert {"model.safetensors", "config.json", "mapping_report.json"} <= set(uploaded)

@@ -12,10 +12,11 @@ from accelerate import Accelerator, DistributedType
 from optim import MovingAverage
 from safetensors.torch import load_file, save_file
 
-logger = logging.getLogger(__name__)
+from sam3_hf.conversion_sam3_lite import AVERAGE
+from sam3_hf.conversion_sam3_lite import FROZEN_TEXT as FROZEN
+from sam3_hf.conversion_sam3_lite import TRAINER_STATE as STATE
 
-STATE = "trainer_state.json"
-FROZEN = "frozen_text.safetensors"
+logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(accelerator: Accelerator, target: Path, model, optimizer, ema: MovingAverage | None, state: dict):
@@ -40,7 +41,7 @@ def save_checkpoint(accelerator: Accelerator, target: Path, model, optimizer, em
             if accelerator.scaler is not None:
                 torch.save(accelerator.scaler.state_dict(), partial / "scaler.pt")
         if ema is not None:
-            save_file(ema.state_dict(), partial / "ema.safetensors")
+            save_file(ema.state_dict(), partial / AVERAGE)
         accelerator.unwrap_model(model).config.save_pretrained(partial)
         if (target.parent / FROZEN).is_file():
             _link(target.parent / FROZEN, partial / FROZEN)
@@ -61,7 +62,7 @@ def load_checkpoint(accelerator: Accelerator, source: Path, model, optimizer, em
         if accelerator.scaler is not None and (source / "scaler.pt").is_file():
             accelerator.scaler.load_state_dict(torch.load(source / "scaler.pt", weights_only=True))
     if ema is not None:
-        ema.load_state_dict(load_file(source / "ema.safetensors"))
+        ema.load_state_dict(load_file(source / AVERAGE))
 
 
 def read_state(checkpoint: Path) -> dict:

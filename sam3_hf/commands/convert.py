@@ -9,13 +9,15 @@ from typing import Annotated
 import torch
 import typer
 
-from ..conversion_sam3_lite import open_checkpoint
+from ..conversion_sam3_lite import is_training_checkpoint, open_checkpoint
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Hub id, folder, or Meta's .pt file.")],
+    source: Annotated[
+        str, typer.Argument(help="Hub id, folder, Meta's .pt file, or checkpoint folder of training/train.py.")
+    ],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     preset: Annotated[
         str | None, typer.Option(help="Sizes, or `same`. Default: `lite`, for a lite source `same`.")
@@ -24,24 +26,34 @@ def convert(
     mapping: Annotated[str, typer.Option(help="auto, isometry, select or skip.")] = "auto",
     image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels.")] = None,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of the source on the Hub.")] = "main",
+    ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights of a training checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Print what became of every tensor.")] = False,
 ):
-    """Writes a lite model, with its processor, from any SAM 3 checkpoint; or the same model in another precision."""
+    """
+    Writes a lite model, with its processor, from any SAM 3 checkpoint; or the same model in another precision, or
+    without what a training checkpoint holds beside its weights.
+    """
     try:
-        _convert(source, target, preset, dtype, mapping, image_size, revision, overwrite, report)
+        _convert(source, target, preset, dtype, mapping, image_size, revision, ema, overwrite, report)
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
 
 
-def _convert(source, target, preset, dtype, mapping, image_size, revision, overwrite, report):
+def _convert(source, target, preset, dtype, mapping, image_size, revision, ema, overwrite, report):
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists: choose another folder, or pass --overwrite.")
+    if ema and not is_training_checkpoint(source):
+        raise ValueError(
+            f"{source} is no checkpoint folder of a training run: only those have averaged weights (--ema)."
+        )
+    variant = "ema" if ema else None
     fields = {} if image_size is None else {"image_size": image_size}
     model = Sam3LiteModel.from_pretrained(
-        source, preset=preset, dtype=dtype, mapping=mapping, revision=revision, **fields
+        source, preset=preset, dtype=dtype, mapping=mapping, revision=revision, variant=variant, **fields
     )
+    before = _before(source, variant, revision)
     # Complete beside its place before the old folder goes.
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -53,11 +65,21 @@ def _convert(source, target, preset, dtype, mapping, image_size, revision, overw
     partial.rename(target)
     if report and model.mapping_report is not None:
         typer.echo(str(model.mapping_report))
-    before = _size(Path(source))
     typer.echo(
         f"{target}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters in {model.dtype}, "
-        f"{_size(target) / 1e6:.1f} MB" + (f" (source: {before / 1e6:.1f} MB)" if before else "")
+        f"{open_checkpoint(target).size / 1e6:.1f} MB ({before})"
     )
+
+
+def _before(source: str, variant: str | None, revision: str) -> str:
+    """The size of the files that a source was read from, also in the cache of the Hub, and of what was left behind."""
+    weights = open_checkpoint(source, variant, revision=revision).size
+    text = f"source: {weights / 1e6:.1f} MB"
+    if is_training_checkpoint(source):
+        files = [*Path(source).glob("*.safetensors"), *Path(source).glob("*.pt")]
+        everything = sum(path.stat().st_size for path in files)
+        text += f" of weights, {(everything - weights) / 1e6:.1f} MB of training state left behind"
+    return text
 
 
 def _verify(model: Sam3LiteModel, folder: Path):
@@ -66,9 +88,3 @@ def _verify(model: Sam3LiteModel, folder: Path):
     for name, tensor in model.state_dict().items():
         if name not in written or not torch.equal(written.read(name), tensor):
             raise OSError(f"{folder}: `{name}` was not written as it is in memory; is the disk full?")
-
-
-def _size(path: Path) -> int:
-    """Bytes of the weights at a local path, 0 if there is none."""
-    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.pt")]
-    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,64 @@
+"""The models that the mapping benchmark compares: one way each to start a smaller model from its teacher."""
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel
+from sam3_hf.calibration import calibrate_mapping
+from sam3_hf.data import TrainDataset
+from sam3_hf.data.images import load_image
+
+STRATEGIES = ("random", "skip", "select", "isometry", "calibrated", "calibrated-generated")
+IDENTITY = "teacher"  # the same sizes, an exact copy: what all shares are relative to
+CALIBRATION_IMAGES = 256
+
+
+def student_config(teacher: Sam3LiteConfig) -> Sam3LiteConfig:
+    """Sizes that are to the teacher's what `lite` is to `standard`: width and depth x 3/4, DETR 6 -> 4."""
+    vit = teacher.vision_config.backbone_config
+    return teacher.changed(
+        vision_hidden_size=vit.hidden_size * 3 // 4,
+        vision_num_hidden_layers=vit.num_hidden_layers * 3 // 4,
+        detr_encoder_layers=round(teacher.detr_encoder_config.num_layers * 2 / 3),
+        detr_decoder_layers=round(teacher.detr_decoder_config.num_layers * 2 / 3),
+    )
+
+
+def make_student(strategy: str, teacher: str, train_data: TrainDataset, seed: int) -> Sam3LiteModel:
+    """
+    A float32 model by one of `STRATEGIES`, or `IDENTITY`.
+
+    Args:
+        teacher: folder or Hub id of a lite checkpoint.
+        train_data: where the images and phrases of `calibrated` come from; annotations are not used.
+        seed: of what is initialised at random, and of the choice of calibration images.
+    """
+    set_seed(seed)
+    if strategy == IDENTITY:
+        return Sam3LiteModel.from_pretrained(teacher, dtype=torch.float32)
+    config = student_config(Sam3LiteConfig.from_pretrained(teacher))
+    if strategy == "random":
+        return Sam3LiteModel(config)
+    if not strategy.startswith("calibrated"):
+        return Sam3LiteModel.from_pretrained(teacher, config=config, mapping=strategy, dtype=torch.float32)
+    images, prompts = None, None
+    if strategy == "calibrated":
+        images, prompts = calibration_images(train_data, seed), train_data.concepts
+    return calibrate_mapping(
+        teacher,
+        images,
+        config=config,
+        prompts=prompts,
+        num_images=CALIBRATION_IMAGES,
+        seed=seed,
+        dtype=torch.float32,
+    )
+
+
+def calibration_images(train_data: TrainDataset, seed: int) -> list[torch.Tensor]:
+    """Images of the training split, chosen by the seed: each `(3, height, width)` uint8."""
+    count = min(CALIBRATION_IMAGES, len(train_data.rows))
+    chosen = np.random.default_rng(seed).choice(len(train_data.rows), size=count, replace=False)
+    rows = train_data.rows.select(sorted(chosen.tolist()))
+    return [load_image(row["image"], row["width"], row["height"])[0] for row in rows]
