@@ -42,14 +42,11 @@ def make_student(strategy: str, teacher: str, train_data: TrainDataset, seed: in
         return Sam3LiteModel(config)
     if not strategy.startswith("calibrated"):
         return Sam3LiteModel.from_pretrained(teacher, config=config, mapping=strategy, dtype=torch.float32)
-    images, prompts = None, None
-    if strategy == "calibrated":
-        images, prompts = calibration_images(train_data, seed), train_data.concepts
     return calibrate_mapping(
         teacher,
-        images,
+        calibration_images(train_data, seed) if strategy == "calibrated" else None,
         config=config,
-        prompts=prompts,
+        prompts=train_data.concepts,
         num_images=CALIBRATION_IMAGES,
         seed=seed,
         dtype=torch.float32,

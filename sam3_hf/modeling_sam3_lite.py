@@ -505,7 +505,7 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
         return torch.cat(rows).unflatten(1, pixels.shape[-2:])
 
 
-def _resolve_dtype(dtype, torch_dtype, stored: torch.dtype) -> torch.dtype:
+def resolve_dtype(dtype, torch_dtype, stored: torch.dtype) -> torch.dtype:
     """`dtype` of `from_pretrained`: a dtype or its name; by default, or for "auto", that of the checkpoint."""
     dtype = torch_dtype if dtype is None else dtype
     if dtype in (None, "auto"):
@@ -637,7 +637,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         else:
             config = config or checkpoint.config
             config = config.changed(**fields) if fields else config
-        dtype = _resolve_dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None), checkpoint.dtype)
+        dtype = resolve_dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None), checkpoint.dtype)
         checkpoint.check(cls._parameter_shapes(checkpoint.config))
         state_dict, report = map_checkpoint(
             checkpoint,

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -215,3 +216,27 @@ def test_the_report_is_among_what_is_pushed_while_saving(model, tmp_path, monkey
     smaller.save_pretrained(tmp_path / "target", push_to_hub=True)
     assert (tmp_path / "target" / "mapping_report.json").exists()
     assert {"model.safetensors", "config.json", "mapping_report.json"} <= set(uploaded)
+
+
+def test_calibration_from_the_command_line(tmp_path):
+    from sam3_hf.calibration.images import draw_images
+
+    Sam3LiteModel(Sam3LiteConfig.from_preset("tiny-standard", image_size=64)).to_sam3().save_pretrained(
+        tmp_path / "standard"
+    )
+    (tmp_path / "images").mkdir()
+    for i, picture in enumerate(draw_images(6, 64, seed=0)):
+        picture.save(tmp_path / "images" / f"{i}.png")
+    options = ("--preset", "tiny", "--image-size", 64, "--no-search-depth", "--dtype", "float16", "--report")
+    for images, name in ((tmp_path / "images", "given"), ("generated", "drawn")):
+        prompts = ("--calibration-prompt", "red cell", "--calibration-prompt", "white cell")
+        count = ("--num-calibration-images", 5)
+        result = run(
+            tmp_path / "standard", tmp_path / name, *options, "--calibration-images", images, *prompts, *count
+        )
+        assert result.exit_code == 0, result.output
+        assert "refit" in result.output and "torch.float16" in result.output
+        calibration = json.loads((tmp_path / name / "mapping_report.json").read_text())["calibration"]
+        assert (calibration["images"], calibration["images_fitted"]) == (name, 4)
+    result = run(tmp_path / "standard", tmp_path / "none", *options, "--calibration-images", tmp_path / "nothing")
+    assert result.exit_code == 1 and result.output.startswith("Error:") and "nothing" in result.output

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..configuration_sam3_lite import Sam3LiteConfig
 from ..conversion_sam3_lite import HUB_ARGUMENTS, Checkpoint, LoadedTensors
 from ..mapping_sam3_lite import Basis, MappingReport, TowerSignals, map_checkpoint, parameter_sizes, rotation
-from ..modeling_sam3_lite import Sam3LiteModel
+from ..modeling_sam3_lite import Sam3LiteModel, resolve_dtype
 from ..processing_sam3_lite import Sam3LiteProcessor, tokenize
 from .detector import PromptBatch, refit_detr_encoder, refit_mask_embedder
 from .images import batches, draw_images, load_pixels
@@ -64,7 +64,7 @@ def calibrate_mapping(
     batch_size: int = 8,
     seed: int = 0,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     **kwargs,
 ) -> Sam3LiteModel:
     """
@@ -92,7 +92,7 @@ def calibrate_mapping(
         seed: of the choice of images and prompts, and of drawn pictures.
         device: where to compute; that of the source by default.
         dtype: of the result; that of the source by default. All computations are in float32.
-        kwargs: fields of the config such as `image_size`; and `revision`, `token`, ... for a source on the Hub.
+        kwargs: fields of the config such as `image_size`, and `revision`, `token`, `variant`, ... of the source.
 
     Returns:
         The model in evaluation mode; `mapping_report` accounts for every tensor, and `mapping_report.calibration`
@@ -102,17 +102,17 @@ def calibrate_mapping(
         ValueError: there are no images, or the sizes cannot be mapped.
         OSError: an image or the source cannot be read.
     """
-    hub_arguments = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+    where = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, "variant") if key in kwargs}
     if config is not None and preset is not None:
         raise ValueError("`preset` and `config` both say the sizes of the model: pass one of them.")
     teacher = source
     if not isinstance(source, Sam3LiteModel):
-        teacher = Sam3LiteModel.from_pretrained(source, preset="same", **hub_arguments)
+        teacher = Sam3LiteModel.from_pretrained(source, preset="same", **where)
     if config is None:
         config = Sam3LiteConfig.from_preset(preset or "lite", **kwargs)
     elif kwargs:
         config = config.changed(**kwargs)
-    dtype = dtype or teacher.dtype
+    dtype = resolve_dtype(dtype, None, teacher.dtype)
     device = torch.device(device or teacher.device)
     label = teacher.name_or_path or "the model"
     teacher = _ready(teacher, config.image_size, device)

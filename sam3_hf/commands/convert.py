@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
+from ..calibration import calibrate_mapping
 from ..conversion_sam3_lite import is_training_checkpoint, open_checkpoint
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
@@ -26,6 +27,19 @@ def convert(
     mapping: Annotated[str, typer.Option(help="auto, isometry, select or skip.")] = "auto",
     image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels.")] = None,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of the source on the Hub.")] = "main",
+    calibration_images: Annotated[
+        str | None,
+        typer.Option(help="Folder of unlabelled images to fit the smaller model to, or `generated` for drawn ones."),
+    ] = None,
+    calibration_prompt: Annotated[
+        list[str] | None, typer.Option(help="Phrase to ask on those images; repeat it for each of your classes.")
+    ] = None,
+    num_calibration_images: Annotated[
+        int | None, typer.Option(help="How many to use at most. Default: as many as the sizes need.")
+    ] = None,
+    search_depth: Annotated[
+        bool, typer.Option(help="Try which ViT layers to keep. Takes one fit of the ViT per choice.")
+    ] = True,
     ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights of a training checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Print what became of every tensor.")] = False,
@@ -34,14 +48,23 @@ def convert(
     Writes a lite model, with its processor, from any SAM 3 checkpoint; or the same model in another precision, or
     without what a training checkpoint holds beside its weights.
     """
+    fields = {} if image_size is None else {"image_size": image_size}
+    calibration = None
+    if calibration_images is not None:
+        calibration = {
+            "images": None if calibration_images == "generated" else calibration_images,
+            "prompts": calibration_prompt,
+            "num_images": num_calibration_images,
+            "search_depth": search_depth,
+        }
     try:
-        _convert(source, target, preset, dtype, mapping, image_size, revision, ema, overwrite, report)
+        _convert(source, target, preset, dtype, mapping, fields, revision, ema, overwrite, report, calibration)
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
 
 
-def _convert(source, target, preset, dtype, mapping, image_size, revision, ema, overwrite, report):
+def _convert(source, target, preset, dtype, mapping, fields, revision, ema, overwrite, report, calibration):
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists: choose another folder, or pass --overwrite.")
     if ema and not is_training_checkpoint(source):
@@ -49,10 +72,13 @@ def _convert(source, target, preset, dtype, mapping, image_size, revision, ema, 
             f"{source} is no checkpoint folder of a training run: only those have averaged weights (--ema)."
         )
     variant = "ema" if ema else None
-    fields = {} if image_size is None else {"image_size": image_size}
-    model = Sam3LiteModel.from_pretrained(
-        source, preset=preset, dtype=dtype, mapping=mapping, revision=revision, variant=variant, **fields
-    )
+    if calibration is None:
+        model = Sam3LiteModel.from_pretrained(
+            source, preset=preset, dtype=dtype, mapping=mapping, revision=revision, variant=variant, **fields
+        )
+    else:
+        options = {"preset": preset, "dtype": dtype, "revision": revision, "variant": variant, **fields, **calibration}
+        model = calibrate_mapping(source, device="cuda" if torch.cuda.is_available() else "cpu", **options).cpu()
     before = _before(source, variant, revision)
     # Complete beside its place before the old folder goes.
     partial = target.with_name(f".{target.name}.partial")
