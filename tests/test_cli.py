@@ -239,4 +239,4 @@ def test_calibration_from_the_command_line(tmp_path):
         calibration = json.loads((tmp_path / name / "mapping_report.json").read_text())["calibration"]
         assert (calibration["images"], calibration["images_fitted"]) == (name, 4)
     result = run(tmp_path / "standard", tmp_path / "none", *options, "--calibration-images", tmp_path / "nothing")
-    assert result.exit_code == 1 and result.output.startswith("Error:") and "nothing" in result.output
+    assert result.exit_code == 1 and "Error:" in result.output and "nothing is not a folder" in result.output

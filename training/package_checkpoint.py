@@ -31,8 +31,8 @@ tags: [sam3, image-segmentation]
 
 SAM 3's architecture in miniature: {parameters:.1f}M parameters in {depth} ViT layers of width {width}, 6 + 6 DETR
 layers and a text encoder of its own; input of {size} pixels. It stands in for the real standard checkpoint where tests
-and demos need one that works: it finds and segments shapes in pictures that `sam3_hf.data.generated.write_dataset` draws,
-and nothing else. It knows {concepts}.
+and demos need one that works: it finds and segments shapes in pictures that `sam3_hf.data.generated.write_dataset`
+draws, and nothing else. It knows {concepts}.
 
 - Weights: FP16, trained from random ones with `accelerate launch --cpu training/train.py
   training/configs/tiny_standard.yaml`; nothing of Meta's is in them. Log: `benchmarks/results/tiny_standard`.
