@@ -5,17 +5,27 @@ import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import make_labels, micro_config, shake
 from test_modeling import BLOCK_PACKAGE, FRESH_PROCESS, PREDICTIONS, largest_difference
+from test_train_run import TRAIN, train
 from transformers import AutoModel
 from typer.testing import CliRunner
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.cli import app
 from sam3_hf.conversion_sam3_lite import open_checkpoint
+from sam3_hf.data.generated import write_dataset
+
+sys.path.insert(0, str(TRAIN.parent))
+
+import starting  # noqa: E402
+from export import export_final  # noqa: E402
+from phrases import TokenizedText  # noqa: E402
 
 CLASSES = ["red blood cell", "cat", "a long phrase of many words"]
 
@@ -356,3 +366,88 @@ def test_size_with_twenty_classes(preset, megabytes):
     with torch.device("meta"):
         model = Sam3LiteModel(config).half()
     assert sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6 <= megabytes
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"), num_train=4, num_valid=2, image_size=64, num_concepts=3)
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """One run, exported with its text encoder to `full` and with a vocabulary to `run/final`."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "map.yaml").write_text("blue circle: round thing\n")
+    finished = train(folder, data, category_map="map.yaml", **SHORT)
+    assert finished.returncode == 0, finished.stdout
+    (folder / "run" / "final").rename(folder / "full")
+    finished = train(folder, data, "--freeze_vocabulary", "true", "--resume", "auto", category_map="map.yaml", **SHORT)
+    assert finished.returncode == 0, finished.stdout
+    return folder
+
+
+SHORT = {"epochs": 1, "batch_size": 4, "prediction_images": 1}
+TRAINED = ["red circle", "round thing", "red square"]
+
+
+@torch.no_grad()
+def test_training_exports_a_vocabulary(runs, images):
+    final = Sam3LiteModel.from_pretrained(runs / "run" / "final")
+    assert final.dtype == torch.float16
+    assert sorted(final.config.vocabulary) == sorted(TRAINED)
+    full = Sam3LiteModel.from_pretrained(runs / "full", dtype=torch.float32)
+    rounded = final.vocabulary.features
+    final = final.float()
+    processor = Sam3LiteProcessor.from_pretrained(runs / "run" / "final")
+    inputs = ask(processor, images, text=[TRAINED, ["red square"]])
+    difference = largest_difference(final(**inputs), full(**inputs), ["pred_logits", "pred_boxes", "pred_masks"])
+    assert difference <= 1e-2  # the features were rounded to half precision once, and those of `full` never
+    full.freeze_vocabulary(final.config.vocabulary, processor)
+    assert torch.allclose(full.vocabulary.features, rounded.float(), rtol=2e-3, atol=2e-3)
+    final.restore_text_encoder(runs / "full")
+    assert final.get_text_features(**processor(text="a dog")).pooler_output.isfinite().all()
+
+
+def test_training_goes_on_from_a_vocabulary(runs, data, tmp_path):
+    init = runs / "run" / "final"
+    (tmp_path / "map.yaml").write_text("blue circle: round thing\n")
+    flags = ["--init", str(init), "--category_map", "map.yaml"]
+    settings = {**SHORT, "model_overrides": {}, "box_prompt_probability": 0.9}
+    finished = train(tmp_path, data, *flags, max_steps=1, **settings)
+    assert finished.returncode == 0, finished.stdout
+    finished = train(tmp_path, data, *flags, "--resume", "auto", max_steps=2, **settings)
+    assert finished.returncode == 0 and "step 1" in finished.stdout, finished.stdout
+    before, after = (Sam3LiteModel.from_pretrained(path) for path in (init, tmp_path / "run" / "final"))
+    assert before.config.vocabulary == after.config.vocabulary
+    assert torch.equal(before.vocabulary.features, after.vocabulary.features)
+    moved = before.detr_decoder.box_head.layer1.weight != after.detr_decoder.box_head.layer1.weight
+    assert moved.any()
+
+
+@pytest.mark.parametrize(
+    ("concepts", "train_text_encoder", "message"),
+    [(["cat", "blue circle"], False, "lacks 1 phrases .* 'blue circle'"), (["cat"], True, "no text encoder to train")],
+)
+def test_training_needs_every_phrase_and_something_to_train(
+    frozen, processor, tmp_path, concepts, train_text_encoder, message
+):
+    arguments = SimpleNamespace(
+        model=SimpleNamespace(train_text_encoder=train_text_encoder), output=SimpleNamespace(output_dir=str(tmp_path))
+    )
+    dataset = SimpleNamespace(concepts=concepts, sampling=SimpleNamespace(negative_words=()))
+    with pytest.raises(ValueError, match=message):
+        starting.build_text(Accelerator(cpu=True), arguments, frozen, processor, dataset)
+
+
+@torch.no_grad()
+def test_a_trained_text_encoder_is_what_the_vocabulary_is_made_with(model, processor, images, tmp_path):
+    text, summary = TokenizedText(processor), {"base": "", "data": "", "best": None}
+    for name, vocabulary in (("full", None), ("frozen", CLASSES)):
+        export_final(Accelerator(cpu=True), model, processor, text, tmp_path / name, summary, vocabulary)
+    assert model.config.vocabulary is None and model.dtype == torch.float32
+    full, frozen = (Sam3LiteModel.from_pretrained(tmp_path / name).float() for name in ("full", "frozen"))
+    inputs = ask(processor, images, text=[["cat", CLASSES[2]], [CLASSES[0]]])
+    exact = model(**inputs)
+    for name in PREDICTIONS:
+        rounding = (full(**inputs)[name] - exact[name]).abs().max()
+        assert 0 < (frozen(**inputs)[name] - exact[name]).abs().max() < 2 * rounding, name
