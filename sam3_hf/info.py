@@ -9,7 +9,6 @@ from collections import Counter
 
 import torch
 from huggingface_hub import ModelCard
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import cached_file
 from yaml import YAMLError
@@ -17,7 +16,7 @@ from yaml import YAMLError
 from .configuration_sam3_lite import MAX_TOKENS, PRESETS, Sam3LiteConfig
 from .conversion_sam3_lite import Checkpoint, open_checkpoint
 from .mapping_sam3_lite import REPORT_FILE, parameter_sizes
-from .modeling_sam3_lite import Sam3LiteModel
+from .modeling_sam3_lite import Sam3LiteGeometryEncoder, Sam3LiteModel
 
 # The parts of a model, by the modules they consist of.
 PARTS = {
@@ -88,36 +87,45 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
 def count_flops(config: Sam3LiteConfig) -> dict[str, int]:
     """
     FLOPs of each part that computes, for one image, one phrase of 32 tokens, one prompt with text and, for the
-    geometry encoder, one box. Counted on tensors without memory.
+    geometry encoder, one box. Counted on the meta device, without memory for weights.
     """
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"  # whose matrix products every version of PyTorch counts
     hidden, size = config.detr_encoder_config.hidden_size, config.image_size
     flops = {}
-    with FakeTensorMode(), torch.no_grad():
+    with torch.device("meta"), torch.no_grad():
         model = Sam3LiteModel(config).eval()
-        ids = torch.ones(1, MAX_TOKENS, dtype=torch.long)
-        inputs = {"text_embeds": torch.zeros(1, MAX_TOKENS, hidden), "attention_mask": ids}
         with FlopCounterMode(display=False) as counter:
-            model(pixel_values=torch.zeros(1, 3, size, size), **inputs)
-        for part in ("vision encoder", "DETR encoder", "DETR decoder", "scoring"):
-            flops[part] = _flops_of(model, counter, part)
-        # The rest includes the product of queries and pixels, which is no module's own.
-        flops["mask decoder"] = counter.get_total_flops() - sum(flops.values())
-        vision = model.get_vision_features(torch.zeros(1, 3, size, size))
-        with FlopCounterMode(display=False) as counter:
-            model(vision_embeds=vision, **inputs, input_boxes=torch.full((1, 1, 4), 0.5))
-        flops["geometry encoder"] = _flops_of(model, counter, "geometry encoder")
+            levels = model.get_vision_features(torch.zeros(1, 3, size, size)).fpn_hidden_states
+        flops["vision encoder"] = counter.get_total_flops()
         if model.vocabulary is None:
             with FlopCounterMode(display=False) as counter:
-                model.get_text_features(ids, ids)
+                model.get_text_features(torch.zeros(1, MAX_TOKENS, dtype=torch.long))
             flops["text encoder"] = counter.get_total_flops()
-    return flops
+        text, owner = torch.zeros(1, MAX_TOKENS, hidden), torch.zeros(1, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            found = model.detect(levels, owner, text, None, None, None, one_to_many=False)
+        for part in ("DETR encoder", "DETR decoder", "scoring"):
+            (module,) = PARTS[part]
+            flops[part] = sum(counter.get_flop_counts()[type(getattr(model, module)).__name__].values())
+        with FlopCounterMode(display=False) as counter:
+            pixels, _ = model.mask_decoder(levels, found.encoded, owner, text, None)
+            model.mask_decoder.masks(found.queries, pixels)
+        flops["mask decoder"] = counter.get_total_flops()
+    return flops | {"geometry encoder": _geometry_flops(config)}
 
 
-def _flops_of(model: Sam3LiteModel, counter: FlopCounterMode, part: str) -> int:
-    counts = counter.get_flop_counts()
-    return sum(sum(counts[f"{type(model).__name__}.{module}"].values()) for module in PARTS[part])
+@torch.no_grad()
+def _geometry_flops(config: Sam3LiteConfig) -> int:
+    """Of one box. Run in earnest, as `autocast`, which it enters, knows no meta device; it is small."""
+    part, side = config.geometry_encoder_config, config.vision_config.backbone_feature_sizes[-1][0]
+    part._attn_implementation = "eager"
+    encoder = Sam3LiteGeometryEncoder(part).eval()
+    boxes, labels = torch.full((1, 1, 4), 0.5), torch.ones(1, 1, dtype=torch.long)
+    vision = torch.zeros(1, part.hidden_size, side, side)
+    with FlopCounterMode(display=False) as counter:
+        encoder(boxes, labels, vision, vision.flatten(2).transpose(1, 2), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops()
 
 
 def _measure(checkpoint: Checkpoint, expected: dict[str, torch.Tensor], flops: dict[str, int]) -> dict[str, dict]:
