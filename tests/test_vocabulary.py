@@ -1,17 +1,14 @@
 """A fixed vocabulary in the place of the text encoder: the same outputs, everywhere that a full model goes."""
 
 import copy
-import os
-import subprocess
 import sys
-import textwrap
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import make_labels, micro_config, shake
-from test_modeling import BLOCK_PACKAGE, FRESH_PROCESS, PREDICTIONS, largest_difference
+from test_modeling import PREDICTIONS, largest_difference, run_in_a_fresh_process
 from test_train_run import TRAIN, train
 from transformers import AutoModel
 from typer.testing import CliRunner
@@ -229,15 +226,7 @@ def test_a_saved_folder_loads_in_a_fresh_process(frozen, processor, images, tmp_
     with torch.no_grad():
         outputs = frozen(**inputs)
     torch.save({"inputs": inputs, "outputs": {name: outputs[name] for name in PREDICTIONS}}, tmp_path / "expected.pt")
-    code = textwrap.dedent(FRESH_PROCESS).format(
-        folder=str(tmp_path),
-        block="" if with_package else textwrap.dedent(BLOCK_PACKAGE),
-        package="import sam3_hf" if with_package else "",
-        trust=not with_package,
-    )
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=200)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_in_a_fresh_process(tmp_path, with_package)
 
 
 def test_training_moves_all_but_the_vocabulary(frozen, processor, images):
