@@ -17,6 +17,8 @@ logger = logging.get_logger(__name__)
 MAX_TOKENS = 32
 # Label of a padded box, as `Sam3Processor` writes it.
 BOX_PADDING_LABEL = -10
+# Stands in for the text of a prompt that has only boxes.
+VISUAL_PHRASE = "visual"
 
 # Width of the ViT MLP relative to its hidden size: 4736 / 1024 in `facebook/sam3`.
 MLP_RATIO = 4.625
@@ -176,6 +178,8 @@ class Sam3LiteConfig(Sam3Config):
         vision_config, text_config, geometry_encoder_config, detr_encoder_config, detr_decoder_config,
         mask_decoder_config (`dict` or `PreTrainedConfig`, *optional*): the parts, as in [`Sam3Config`].
         loss_config (`dict` or [`Sam3LiteLossConfig`], *optional*): weights of the training loss.
+        vocabulary (`list[str]`, *optional*): the only phrases that the model knows; it then stores their text features
+            and has no text encoder. Set by [`~Sam3LiteModel.freeze_vocabulary`].
 
     Raises:
         ValueError: a field is misspelt, or sizes do not fit together; the message names the field and a valid value.
@@ -194,6 +198,7 @@ class Sam3LiteConfig(Sam3Config):
     model_type = "sam3_lite"
 
     loss_config: dict | PreTrainedConfig | None = None
+    vocabulary: list[str] | None = None
 
     def __post_init__(self, **kwargs):
         _check_keywords(type(self), kwargs, "", self.transformers_version)
@@ -245,7 +250,8 @@ class Sam3LiteConfig(Sam3Config):
             ValueError: no such field, or the sizes do not fit together.
         """
         fields = self.to_dict()
-        return self._changed({name: fields[name] for name in (*preset_fields("lite"), "initializer_range")}, overrides)
+        kept = (*preset_fields("lite"), "initializer_range", "vocabulary")
+        return self._changed({name: fields[name] for name in kept}, overrides)
 
     @classmethod
     def _changed(cls, fields: dict, overrides: dict) -> Sam3LiteConfig:
@@ -269,6 +275,8 @@ class Sam3LiteConfig(Sam3Config):
             ValueError: sizes that no model can have, naming the field and a valid value.
         """
         self._validate_minimums()
+        if self.vocabulary is not None:
+            check_vocabulary(self.vocabulary)
         vit = self.vision_config.backbone_config
         prefix = "vision_config.backbone_config"
         for field in ("image_size", "patch_size", "pretrain_image_size"):
@@ -322,6 +330,21 @@ class Sam3LiteConfig(Sam3Config):
         for name in ("geometry_encoder_config", "detr_encoder_config", "detr_decoder_config", "mask_decoder_config"):
             heads = getattr(self, name).num_attention_heads
             _check_multiple(f"{name}.hidden_size", width, "num_attention_heads", heads)
+
+
+def check_vocabulary(classes: list[str]):
+    """
+    Raises:
+        ValueError: not a list of at least one phrase, or a phrase is blank or there twice.
+    """
+    valid = isinstance(classes, (list, tuple)) and all(
+        isinstance(phrase, str) and phrase.strip() for phrase in classes
+    )
+    if not classes or not valid:
+        raise ValueError(f"`vocabulary` must be a list of phrases, such as ['cat', 'red car'], got {classes!r}.")
+    twice = sorted({phrase for phrase in classes if classes.count(phrase) > 1})
+    if twice:
+        raise ValueError(f"`vocabulary` has phrases more than once: {', '.join(map(repr, twice))}.")
 
 
 def preset_fields(name: str) -> dict:

@@ -18,6 +18,7 @@ from transformers import Sam3Config, Sam3VideoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .configuration_sam3_lite import Sam3LiteConfig, spread_global_layers
+from .vocabulary_sam3_lite import BUFFERS
 
 logger = logging.get_logger(__name__)
 
@@ -573,7 +574,7 @@ def _identify(files: Iterable[str]) -> tuple[dict[str, Stored], dict[str, str], 
 def _recognise(name: str, bare: str) -> dict[str, Stored]:
     # Some versions of Transformers save the text encoder without the name of its inner module.
     bare = re.sub(r"^text_encoder\.(?=embeddings|encoder|final_layer_norm)", f"{_CLIP}.", bare)
-    if to_native(bare) is not None:
+    if to_native(bare) is not None or bare in BUFFERS:
         return {bare: Stored(name)}
     return {target: Stored(name, stored.form, stored.part) for target, stored in from_native(bare).items()}
 

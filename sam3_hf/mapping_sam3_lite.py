@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .configuration_sam3_lite import Sam3LiteConfig
 from .conversion_sam3_lite import Checkpoint
+from .vocabulary_sam3_lite import INTEGER_BUFFERS
 
 logger = logging.get_logger(__name__)
 
@@ -463,7 +464,10 @@ class Mapper:
         self.vision_signals, self.layers = vision_signals, layers or {}
         self.state: dict[str, Tensor] = {}
         # Allocated before any temporary tensor, lest they end up between and fragment the memory.
-        self._results = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        self._results = {
+            name: torch.empty(shape, dtype=torch.long if name in INTEGER_BUFFERS else dtype)
+            for name, shape in shapes.items()
+        }
         self.report = MappingReport(checkpoint.label, strategy)
         self._used: set[str] = set()
         self.mismatched: list[str] = []  # tensors left to initialisation because their sizes differ
@@ -532,7 +536,7 @@ class Mapper:
                 signals = self._estimate_signals(old, entry)
             self._map_tower(old, new, layers[old.prefix], signals, self._vision_ends)
         old, new = _text_tower(source), _text_tower(target)
-        if (old.width, old.mlp) != (new.width, new.mlp):
+        if source.vocabulary is None and (old.width, old.mlp) != (new.width, new.mlp):
             signals = self._estimate_signals(old, self._tokens())
             self._map_tower(old, new, layers[old.prefix], signals, self._text_ends)
 
@@ -788,6 +792,21 @@ def _check_sizes(source: Sam3LiteConfig, target: Sam3LiteConfig):
         raise ValueError(" ".join(heads))
 
 
+def _check_vocabularies(checkpoint: Checkpoint, target: Sam3LiteConfig):
+    """Raises a ValueError unless both sides have a text encoder, or the same fixed vocabulary."""
+    if checkpoint.config.vocabulary == target.vocabulary:
+        return
+    if checkpoint.config.vocabulary is not None:
+        raise ValueError(
+            f"{checkpoint.label} has the fixed vocabulary {checkpoint.config.vocabulary} and no text encoder: give "
+            "the model the same `vocabulary`, or the source its encoder with `restore_text_encoder`."
+        )
+    raise ValueError(
+        f"{checkpoint.label} has a text encoder, and a model with a `vocabulary` has none: load it without, then call "
+        "`freeze_vocabulary`."
+    )
+
+
 def parameter_sizes(config: Sam3LiteConfig) -> tuple:
     """The fields that decide which parameters a model has and of which shapes."""
     vit, text = config.vision_config.backbone_config, config.text_config
@@ -803,6 +822,7 @@ def parameter_sizes(config: Sam3LiteConfig) -> tuple:
         config.geometry_encoder_config.roi_size,
         config.detr_decoder_config.num_queries,
         config.detr_decoder_config.num_attention_heads,
+        None if config.vocabulary is None else tuple(config.vocabulary),
     )
 
 
@@ -843,6 +863,7 @@ def map_checkpoint(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"There is no mapping {strategy!r}: use one of {', '.join(STRATEGIES)}.")
+    _check_vocabularies(checkpoint, config)
     strategy = "isometry" if strategy == "auto" else strategy
     mapper = Mapper(checkpoint, config, shapes, strategy, dtype, vision_signals, layers)
     mapper.run()

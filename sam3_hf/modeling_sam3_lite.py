@@ -39,7 +39,7 @@ from transformers.models.sam3.modeling_sam3 import (
 )
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .configuration_sam3_lite import BOX_PADDING_LABEL, Sam3LiteConfig
+from .configuration_sam3_lite import BOX_PADDING_LABEL, Sam3LiteConfig, check_vocabulary
 from .conversion_sam3_lite import (
     HUB_ARGUMENTS,
     UNREAD,
@@ -50,6 +50,7 @@ from .conversion_sam3_lite import (
 )
 from .loss_sam3_lite import DetectionOutputs, sam3_lite_loss
 from .mapping_sam3_lite import MappingReport, map_checkpoint, parameter_sizes
+from .vocabulary_sam3_lite import Sam3LiteVocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -59,6 +60,9 @@ _LOADING_KEYWORDS = {"attn_implementation", "dtype", "torch_dtype", "quantizatio
 ANCHOR_LOGIT_SHIFT = (0.0, 0.0, -1.4, -1.4)
 # ...and attention to a position a quarter of the image outside of its box starts e^(0.53 * this) times weaker.
 OUTSIDE_PENALTY = 8.0
+# Largest relative difference of text features that rounding explains, half precision at both ends included. Those of
+# other weights differ by about as much as they are large.
+SAME_FEATURES = 0.05
 
 
 @dataclass
@@ -533,6 +537,9 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
     Parameter names are those of [`Sam3Model`]. Parameters that no output of SAM 3 depends on (the fourth FPN level,
     CLIP's own projection, the third stage of the pixel decoder) do not exist here.
 
+    With a fixed vocabulary (`config.vocabulary`, see [`~Sam3LiteModel.freeze_vocabulary`]) there is no text encoder,
+    but `vocabulary`: prompts are then its phrases or their ids, and all inputs of the full model stay valid.
+
     Example:
 
     ```python
@@ -553,9 +560,13 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         config.validate_architecture()
         super().__init__(config)
         self.vision_encoder = Sam3LiteVisionModel(config.vision_config)
-        self.text_encoder = Sam3LiteTextEncoder(config.text_config)
         hidden_size = config.detr_encoder_config.hidden_size
-        self.text_projection = nn.Linear(config.text_config.hidden_size, hidden_size)
+        self.text_encoder = self.text_projection = self.vocabulary = None
+        if config.vocabulary is None:
+            self.text_encoder = Sam3LiteTextEncoder(config.text_config)
+            self.text_projection = nn.Linear(config.text_config.hidden_size, hidden_size)
+        else:
+            self.vocabulary = Sam3LiteVocabulary(config.vocabulary, hidden_size)
 
         parts = ("geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
         for part in parts:
@@ -614,6 +625,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         >>> print(model.mapping_report)  # doctest: +SKIP
         ```
         """
+        if "vocabulary" in kwargs:
+            raise ValueError("`vocabulary` is no argument of loading: call `freeze_vocabulary` on the loaded model.")
         source = pretrained_model_name_or_path
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if config is not None and preset is not None:
@@ -633,7 +646,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         fields = {key: kwargs.pop(key) for key in cls.config_class.keywords() & set(kwargs) - _LOADING_KEYWORDS}
         preset = preset or ("same" if checkpoint.is_lite else "lite")
         if config is None and preset != "same":
-            config = cls.config_class.from_preset(preset, **fields)
+            config = cls.config_class.from_preset(preset, vocabulary=checkpoint.config.vocabulary, **fields)
         else:
             config = config or checkpoint.config
             config = config.changed(**fields) if fields else config
@@ -684,7 +697,15 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         """
         The same model as a stock [`Sam3Model`], whose saved folder Transformers loads without this package. Outputs
         are equal. The few parameters that only the stock model has, and nothing reads, are freshly initialised.
+
+        Raises:
+            ValueError: the model has a fixed vocabulary, for which the stock class has no place.
         """
+        if self.vocabulary is not None:
+            raise ValueError(
+                "A model with a fixed vocabulary has no text encoder, and `Sam3Model` needs one: give it back with "
+                "`restore_text_encoder` first."
+            )
         stock = Sam3Model(stock_config(self.config)).to(device=self.device, dtype=self.dtype)
         result = stock.load_state_dict(self.state_dict(), strict=False)
         unread = re.compile("|".join(UNREAD))
@@ -694,6 +715,107 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
                 f"This version of Transformers names parameters of `Sam3Model` differently: {lost[:4]}."
             )
         return stock.train(self.training)
+
+    def freeze_vocabulary(self, classes: list[str], processor) -> Sam3LiteModel:
+        """
+        Puts the text features of some phrases into the place of the text encoder, for good: `vocabulary` instead of
+        `text_encoder` and `text_projection`. Outputs for these phrases stay what they are; other phrases are errors.
+        The features of "visual", which box prompts use, are always kept, also where it is none of the classes.
+
+        Args:
+            classes: the phrases, at least one and none twice; their places in the list are the `class_ids` of
+                [`~Sam3LiteModel.forward`]. A model with a vocabulary can be given a part of it, or another order.
+            processor: a [`Sam3LiteProcessor`]; its tokenizer is the one that prompts must be made with later.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: no phrases, a blank or repeated one, or one that a vocabulary in place does not have.
+
+        Example:
+
+        ```python
+        >>> from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
+
+        >>> model = Sam3LiteModel(Sam3LiteConfig.from_preset("tiny")).eval()
+        >>> processor = Sam3LiteProcessor.from_config(model.config)
+        >>> model.freeze_vocabulary(["red blood cell", "platelet"], processor).config.vocabulary
+        ['red blood cell', 'platelet']
+        ```
+        """
+        check_vocabulary(classes)
+        if self.text_encoder is not None:
+            self.text_encoder.eval()
+        self.vocabulary = Sam3LiteVocabulary.encode(classes, processor, self._encode_text)
+        self.text_encoder = self.text_projection = None
+        self.config.vocabulary = list(classes)
+        return self
+
+    def _encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.get_text_features(input_ids.to(self.device), attention_mask.to(self.device)).pooler_output
+
+    def restore_text_encoder(self, source: str | os.PathLike, **hub_arguments) -> Sam3LiteModel:
+        """
+        Gives a model with a fixed vocabulary a text encoder again: the inverse of
+        [`~Sam3LiteModel.freeze_vocabulary`].
+
+        Args:
+            source: a checkpoint with the encoder that the vocabulary was made with, of any kind that
+                [`~Sam3LiteModel.from_pretrained`] takes. Its vision encoder and detector are not read.
+            hub_arguments: `revision`, `token`, `cache_dir`, ... as in `from_pretrained`.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: the model has a text encoder; the source has none, or one with another tokenizer, of another
+                projected width, or that gives other features for the phrases of the vocabulary.
+            OSError: the source or one of its files is missing or truncated.
+        """
+        if self.vocabulary is None:
+            raise ValueError("The model has a text encoder: there is nothing to restore.")
+        checkpoint = open_checkpoint(source, **hub_arguments)
+        if checkpoint is None:
+            raise OSError(f"{source} has neither a config.json nor a native file of SAM 3.")
+        if checkpoint.config.vocabulary is not None:
+            raise ValueError(f"{source} has a fixed vocabulary and no text encoder either: name a complete model.")
+        width, hidden_size = (c.detr_encoder_config.hidden_size for c in (checkpoint.config, self.config))
+        if width != hidden_size:
+            raise ValueError(f"{source} projects its text to {width} channels, this model needs {hidden_size}.")
+        text_config = copy.deepcopy(checkpoint.config.text_config)
+        text_config._attn_implementation = self.config.text_config._attn_implementation
+        if text_config.vocab_size != self.config.text_config.vocab_size:
+            raise ValueError(
+                f"{source} has a tokenizer of {text_config.vocab_size} tokens, this model one of "
+                f"{self.config.text_config.vocab_size}."
+            )
+        with init.no_init_weights():
+            encoder = Sam3LiteTextEncoder(text_config)
+            projection = nn.Linear(text_config.hidden_size, hidden_size)
+        parts = nn.ModuleDict({"text_encoder": encoder, "text_projection": projection})
+        missing = checkpoint.check({name: tensor.shape for name, tensor in parts.state_dict().items()})
+        if missing:
+            raise ValueError(f"{source} has no whole text encoder: it lacks {', '.join(missing[:4])}.")
+        parts.load_state_dict({name: checkpoint.read(name) for name in parts.state_dict()})
+        parts.to(self.device).train(self.training)
+        self._check_restored(source, encoder, projection)
+        parts.to(self.dtype)
+        self.text_encoder, self.text_projection, self.vocabulary = encoder, projection, None
+        self.config.text_config, self.config.vocabulary = text_config, None
+        return self
+
+    @torch.no_grad()
+    def _check_restored(self, source, encoder: Sam3LiteTextEncoder, projection: nn.Linear):
+        stored = self.vocabulary
+        valid = stored.attention_mask.bool()
+        features = projection(encoder(stored.input_ids, stored.attention_mask).last_hidden_state)[valid]
+        difference = (features - stored.features[valid].float()).norm() / features.norm()
+        if not difference <= SAME_FEATURES:
+            raise ValueError(
+                f"The text encoder of {source} is not the one that the vocabulary was made with: its features of the "
+                f"same phrases differ by {difference:.0%} (at most {SAME_FEATURES:.0%} may be rounding)."
+            )
 
     def compile(self, **kwargs):
         """
@@ -717,8 +839,14 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             attention_mask: `(prompts, tokens)`, 1 for tokens, 0 for padding.
 
         Returns:
-            `pooler_output` `(prompts, tokens, hidden)`: what `forward` takes as `text_embeds`.
+            `pooler_output` `(prompts, tokens, hidden)`: what `forward` takes as `text_embeds`. With a fixed vocabulary
+            there is no `last_hidden_state`.
+
+        Raises:
+            ValueError: a prompt is not in the fixed vocabulary of the model.
         """
+        if self.vocabulary is not None:
+            return BaseModelOutputWithPooling(pooler_output=self.vocabulary(input_ids, attention_mask))
         outputs = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask)
         features = self.text_projection(outputs.last_hidden_state)
         return BaseModelOutputWithPooling(last_hidden_state=outputs.last_hidden_state, pooler_output=features)
@@ -753,13 +881,16 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         labels: list[dict[str, Tensor]] | None = None,
         prompt_chunk_size: int | None = None,
         original_sizes: Tensor | None = None,
+        class_ids: Tensor | None = None,
     ) -> Sam3LiteOutput:
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`): normalised images. Exactly
                 one of this and `vision_embeds`.
             vision_embeds: output of [`~Sam3LiteModel.get_vision_features`].
-            input_ids (`torch.LongTensor` of shape `(num_prompts, num_tokens)`): exactly one of this and `text_embeds`.
+            input_ids (`torch.LongTensor` of shape `(num_prompts, num_tokens)`): exactly one of this, `text_embeds` and
+                `class_ids`. Of a model with a fixed vocabulary none of them asks every image for every class: all
+                classes of the first image, then those of the next.
             attention_mask (`torch.LongTensor` of shape `(num_prompts, num_tokens)`, *optional*): 0 for padding.
             text_embeds (`torch.FloatTensor` of shape `(num_prompts, num_tokens, hidden_size)`): `pooler_output` of
                 [`~Sam3LiteModel.get_text_features`], or that output itself; any float dtype.
@@ -776,20 +907,29 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             prompt_chunk_size (`int`, *optional*): how many prompts the detector handles at once. Bounds the memory of
                 inference with many prompts; does not go with `labels`.
             original_sizes: not used; lets the output of the processor be passed whole.
+            class_ids (`torch.LongTensor` of shape `(num_prompts,)`, *optional*): prompts by their places in
+                `config.vocabulary`, for a model that has one.
 
         Raises:
             ValueError: inputs that are missing, exclusive, or of sizes that do not match.
         """
         if (pixel_values is None) == (vision_embeds is None):
             raise ValueError("Pass exactly one of `pixel_values` and `vision_embeds`.")
-        if (input_ids is None) == (text_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `text_embeds`.")
+        given = (input_ids is not None) + (text_embeds is not None) + (class_ids is not None)
+        if given > 1 or (given == 0 and self.vocabulary is None):
+            raise ValueError("Pass exactly one of `input_ids`, `text_embeds` and `class_ids`.")
         if labels is not None and prompt_chunk_size is not None:
             raise ValueError("`prompt_chunk_size` is for inference: pass it without `labels`.")
         if vision_embeds is None:
             vision_embeds = self.get_vision_features(pixel_values)
         levels = tuple(vision_embeds.fpn_hidden_states[:3])
-        if text_embeds is None:
+        if not given:
+            class_ids, image_index = self._every_class(len(levels[0]), image_index, input_boxes)
+        if class_ids is not None:
+            if self.vocabulary is None:
+                raise ValueError("`class_ids` are for a model with a fixed vocabulary: see `freeze_vocabulary`.")
+            text_embeds, attention_mask = self.vocabulary.select(class_ids)
+        elif text_embeds is None:
             text_embeds = self.get_text_features(input_ids, attention_mask)
         text = text_embeds if isinstance(text_embeds, Tensor) else text_embeds.pooler_output
         if not torch.is_autocast_enabled(text.device.type):
@@ -803,6 +943,19 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
                 raise ValueError(f"`labels` has {len(labels)} entries for {len(prompts.image_index)} prompts.")
             return self._forward_with_labels(levels, prompts, labels)
         return self._forward_in_chunks(levels, prompts, prompt_chunk_size)
+
+    def _every_class(
+        self, num_images: int, image_index: Tensor | None, input_boxes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The `class_ids` and `image_index` that ask every image for every class of the vocabulary."""
+        if image_index is not None or input_boxes is not None:
+            raise ValueError(
+                "Without prompts every image is asked for every class: `image_index` and `input_boxes` need "
+                "`input_ids` or `class_ids` (the text of prompts by boxes alone is 'visual')."
+            )
+        classes = torch.arange(len(self.config.vocabulary), device=self.device)
+        images = torch.arange(num_images, device=self.device)
+        return classes.repeat(num_images), images.repeat_interleave(len(classes))
 
     def detect(
         self,

@@ -12,7 +12,7 @@ from torchvision.ops import box_convert
 from transformers import BatchFeature, CLIPTokenizer, Sam3ImageProcessor, Sam3Processor
 from transformers.utils import logging
 
-from .configuration_sam3_lite import BOX_PADDING_LABEL, MAX_TOKENS
+from .configuration_sam3_lite import BOX_PADDING_LABEL, MAX_TOKENS, VISUAL_PHRASE
 
 logger = logging.get_logger(__name__)
 
@@ -151,7 +151,7 @@ class Sam3LiteProcessor(Sam3Processor):
         for index, prompt in enumerate(prompts):
             if prompt is None and (input_boxes is None or input_boxes[index] is None):
                 raise ValueError(f"Prompt {index} has neither text nor boxes.")
-        words = ["visual" if prompt is None else prompt for prompt in prompts]
+        words = [VISUAL_PHRASE if prompt is None else prompt for prompt in prompts]
         tokens = tokenize(self.tokenizer, words)
         full = tokens["attention_mask"].sum(dim=1) == MAX_TOKENS
         for index in full.nonzero().flatten().tolist():

@@ -424,6 +424,20 @@ BLOCK_PACKAGE = """
 """
 
 
+def run_in_a_fresh_process(folder, with_package: bool) -> str:
+    """Loads a folder, with or without this package, and compares with its expected.pt; returns what was printed."""
+    code = textwrap.dedent(FRESH_PROCESS).format(
+        folder=str(folder),
+        block="" if with_package else textwrap.dedent(BLOCK_PACKAGE),
+        package="import sam3_hf" if with_package else "",
+        trust=not with_package,
+    )
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
 @pytest.mark.parametrize("with_package", [True, False])
 def test_a_saved_folder_loads_in_a_fresh_process(model, inputs, tmp_path, with_package):
     from sam3_hf import Sam3LiteProcessor
@@ -434,16 +448,8 @@ def test_a_saved_folder_loads_in_a_fresh_process(model, inputs, tmp_path, with_p
         outputs = model(**inputs)
     expected = {name: outputs[name] for name in PREDICTIONS}
     torch.save({"inputs": inputs, "outputs": expected}, tmp_path / "expected.pt")
-    code = textwrap.dedent(FRESH_PROCESS).format(
-        folder=str(tmp_path),
-        block="" if with_package else textwrap.dedent(BLOCK_PACKAGE),
-        package="import sam3_hf" if with_package else "",
-        trust=not with_package,
-    )
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=200)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.startswith("sam3_hf" if with_package else "transformers_modules")
+    printed = run_in_a_fresh_process(tmp_path, with_package)
+    assert printed.startswith("sam3_hf" if with_package else "transformers_modules")
 
 
 def test_saved_names_are_those_of_the_model(model, tmp_path):

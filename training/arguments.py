@@ -221,6 +221,11 @@ class OutputArguments:
         "dataset has masks, otherwise bbox_AP",
     )
     log_every_steps: int = option(10, "write a line to metrics.jsonl and TensorBoard every so many steps")
+    freeze_vocabulary: bool = option(
+        False,
+        "export final/ with the text features of the dataset's categories in the place of the text encoder: much "
+        "smaller, and it knows these phrases only",
+    )
     prediction_images: int = option(8, "validation images to draw at each evaluation, truth beside prediction")
 
     def __post_init__(self):

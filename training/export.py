@@ -1,5 +1,6 @@
 """The final model as others load it: FP16 weights, processor and a stub of its card."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -10,27 +11,33 @@ from reporting import main_scores
 from sam3_hf import Sam3LiteModel, __version__
 
 
-def export_final(accelerator: Accelerator, model, processor, text, target: Path, summary: dict) -> None:
+def export_final(
+    accelerator: Accelerator,
+    model,
+    processor,
+    text,
+    target: Path,
+    summary: dict,
+    vocabulary: list[str] | None = None,
+) -> None:
     """
     Writes the folder that `Sam3LiteModel.from_pretrained` takes; called by every process.
 
     Args:
         text: holds the weights of a text encoder that was taken out of the model.
         summary: "base", "data" and "best" (the best evaluation, or None) for the card.
+        vocabulary: phrases whose text features take the place of the text encoder.
     """
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        weights = {
-            name: tensor.half() if tensor.is_floating_point() else tensor
-            for name, tensor in {**weights, **text.weights()}.items()
-        }
-        config = accelerator.unwrap_model(model).config
+        weights = {name: tensor.cpu() for name, tensor in {**weights, **text.weights()}.items()}
+        config = copy.deepcopy(accelerator.unwrap_model(model).config)
 
         def write(folder: Path) -> None:
-            with torch.device("meta"):
-                final = Sam3LiteModel(config)
-            final.load_state_dict(weights, assign=True)
-            final.save_pretrained(folder)
+            final = Sam3LiteModel.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+            if vocabulary is not None:
+                final.freeze_vocabulary(vocabulary, processor)
+            final.half().save_pretrained(folder)
             processor.save_pretrained(folder)
             (folder / "README.md").write_text(card(summary), encoding="utf-8")
 

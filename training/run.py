@@ -244,8 +244,17 @@ class Run:
             "data": self.arguments.data.data,
             "best": self.best,
         }
+        vocabulary = self.train_data.concepts if self.arguments.output.freeze_vocabulary else None
         with self.ema.applied() if self.ema is not None else nullcontext():
-            export_final(self.accelerator, self.model, self.processor, self.text, self.folder / "final", summary)
+            export_final(
+                self.accelerator,
+                self.model,
+                self.processor,
+                self.text,
+                self.folder / "final",
+                summary,
+                vocabulary,
+            )
         if self.accelerator.is_main_process:
             self._report()
 

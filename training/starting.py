@@ -192,7 +192,7 @@ def build_model(arguments: Arguments, checkpoint: Path | None) -> Sam3LiteModel:
 
 def load_frozen_text(model: Sam3LiteModel, path: Path) -> None:
     """
-    Loads the text encoder that a run had put aside.
+    Loads the text encoder that a run had put aside, or its fixed vocabulary.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -201,7 +201,8 @@ def load_frozen_text(model: Sam3LiteModel, path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, which holds the frozen text encoder of the checkpoint")
     missing, unexpected = model.load_state_dict(load_file(path), strict=False)
-    missing = [name for name in missing if name.split(".")[0] in TEXT_PARTS]  # all else is in model.safetensors
+    frozen = (*TEXT_PARTS, "vocabulary")  # all else is in model.safetensors
+    missing = [name for name in missing if name.split(".")[0] in frozen]
     if missing or unexpected:
         raise ValueError(
             f"{path} does not hold the text encoder of the checkpoint: {_some('missing', missing)}"
@@ -307,16 +308,44 @@ def read_words(path: str | None) -> tuple[str, ...]:
 
 
 def build_text(accelerator: Accelerator, arguments: Arguments, model, processor, train_data: TrainDataset):
-    """The text side: trained within the model, or frozen and taken out of it."""
-    if arguments.model.train_text_encoder:
-        return TokenizedText(processor)
+    """
+    The text side: trained within the model, or frozen and taken out of it, or the fixed vocabulary of the model.
+
+    Raises:
+        ValueError: the model has a fixed vocabulary, and its text encoder should train, or a phrase is not in it.
+    """
     phrases = [*train_data.concepts, *train_data.sampling.negative_words, VISUAL_PHRASE]
-    text = FrozenText(model, processor, phrases, accelerator.device)
+    if model.vocabulary is not None:
+        if arguments.model.train_text_encoder:
+            raise ValueError("train_text_encoder: the model has a fixed vocabulary and no text encoder to train")
+        check_vocabulary_covers(model.vocabulary, processor, phrases)
+        text, frozen = TokenizedText(processor), model.vocabulary.state_dict(prefix="vocabulary.")
+        logger.info("the model has a fixed vocabulary: %s", model.vocabulary.listed())
+    elif arguments.model.train_text_encoder:
+        return TokenizedText(processor)
+    else:
+        text = FrozenText(model, processor, phrases, accelerator.device)
+        frozen = text.weights()
+        logger.info("the text encoder is frozen: %d phrases encoded, encoder put aside", len(text.row))
     if accelerator.is_main_process:
-        write_frozen(Path(arguments.output.output_dir) / "checkpoints", text.weights())
+        write_frozen(Path(arguments.output.output_dir) / "checkpoints", frozen)
     accelerator.wait_for_everyone()
-    logger.info("the text encoder is frozen: %d phrases encoded, encoder put aside", len(text.row))
     return text
+
+
+def check_vocabulary_covers(vocabulary, processor, phrases: list[str]) -> None:
+    """
+    Raises:
+        ValueError: phrases that the fixed vocabulary of the model lacks.
+    """
+    rows = vocabulary.find(**processor(text=phrases)).tolist()
+    unknown = [phrase for phrase, row in zip(phrases, rows, strict=True) if row < 0]
+    if unknown:
+        raise ValueError(
+            f"the model has a fixed vocabulary, which lacks {len(unknown)} phrases of the dataset, such as "
+            f"{', '.join(map(repr, unknown[:5]))}; it has {vocabulary.listed()}. Rename them with --category_map, or "
+            "start from a model with a text encoder"
+        )
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

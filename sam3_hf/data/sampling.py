@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..configuration_sam3_lite import VISUAL_PHRASE
+
 BOX_NOISE = 0.1  # deviation of each edge, as a share of the box's width or height
 LARGEST_BOX_NOISE = 20 / 1008  # share of the canvas that no edge is moved beyond
-VISUAL_PHRASE = "visual"  # stands in for the text of a prompt that has only a box
 BOX_WITHOUT_TEXT = 0.5  # share of the box prompts whose text is replaced; the others keep it
 
 

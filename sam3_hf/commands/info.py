@@ -1,0 +1,73 @@
+"""`sam3-lite info`: what a model consists of, and what it costs to store and to run."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from ..info import model_info
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, or Meta's .pt file.")],
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = "main",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+):
+    """Shows parts, parameters, bytes, FLOPs per image and per prompt, vocabulary and licence of a model."""
+    try:
+        facts = model_info(model, revision=revision)
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else as_text(facts))
+
+
+def as_text(facts: dict) -> str:
+    """The facts of [`model_info`] as lines, with a table of the parts."""
+    rows = [("part", "parameters", "MB", "GFLOP", "per")]
+    for name, part in facts["parts"].items():
+        flops = (f"{part['flops'] / 1e9:.2f}", part["per"]) if "flops" in part else ("", "")
+        rows.append((name, f"{part['parameters']:,}", f"{part['bytes'] / 1e6:.2f}", *flops))
+    rows.append(("all", f"{facts['parameters']:,}", f"{facts['bytes'] / 1e6:.2f}", "", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        "  ".join(
+            cell.ljust(width) if column in (0, 4) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*_head(facts), "", *table, "", *_costs(facts)])
+
+
+def _head(facts: dict) -> list[str]:
+    sizes, vocabulary = facts["sizes"], facts["vocabulary"]
+    mapping = facts["mapping"]
+    lines = [
+        f"{facts['source']}: {facts['preset'] or 'sizes of its own'}, {facts['dtype']}, licence {facts['licence']}",
+        f"ViT {sizes['vision_width']} x {sizes['vision_layers']} x {sizes['vision_heads']}, "
+        f"DETR {sizes['detr_encoder_layers']} + {sizes['detr_decoder_layers']}, {sizes['queries']} queries, "
+        f"images of {sizes['image_size']} px in patches of {sizes['patch_size']}",
+        "vocabulary: any text" if vocabulary is None else f"vocabulary: {', '.join(vocabulary)}",
+    ]
+    if mapping is not None:
+        totals = ", ".join(
+            f"{total['tensors']} tensors {action} ({total['parameters']:,} parameters)"
+            for action, total in mapping["totals"].items()
+        )
+        lines.append(f"mapped from {mapping['source']} by {mapping['strategy']}: {totals}")
+    return lines
+
+
+def _costs(facts: dict) -> list[str]:
+    first, further = facts["flops_per_image"], facts["flops_per_prompt"]
+    lines = [
+        f"an image with one prompt: {first / 1e9:.2f} GFLOP; each further prompt: {further / 1e9:.2f} GFLOP "
+        f"({further / first:.1%})"
+    ]
+    if facts["vocabulary"] is not None:
+        count = len(facts["vocabulary"])
+        lines.append(f"an image with all {count} classes: {(first + (count - 1) * further) / 1e9:.2f} GFLOP")
+    return lines

@@ -1,0 +1,188 @@
+"""What a checkpoint is and costs, from its headers alone: parts, parameters, bytes, FLOPs, vocabulary, licence."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections import Counter
+
+import torch
+from huggingface_hub import ModelCard
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.utils import cached_file
+from yaml import YAMLError
+
+from .configuration_sam3_lite import MAX_TOKENS, PRESETS, Sam3LiteConfig
+from .conversion_sam3_lite import Checkpoint, open_checkpoint
+from .mapping_sam3_lite import REPORT_FILE, parameter_sizes
+from .modeling_sam3_lite import Sam3LiteGeometryEncoder, Sam3LiteModel
+
+# The parts of a model, by the modules they consist of.
+PARTS = {
+    "vision encoder": ("vision_encoder",),
+    "text encoder": ("text_encoder", "text_projection"),
+    "vocabulary": ("vocabulary",),
+    "geometry encoder": ("geometry_encoder",),
+    "DETR encoder": ("detr_encoder",),
+    "DETR decoder": ("detr_decoder",),
+    "mask decoder": ("mask_decoder",),
+    "scoring": ("dot_product_scoring",),
+}
+# How often each part with FLOPs runs; "phrase": once for each different text, whose features can be kept.
+_PER = {"vision encoder": "image", "text encoder": "phrase", "geometry encoder": "prompt with a box"}
+
+
+def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
+    """
+    Args:
+        source: whatever [`~Sam3LiteModel.from_pretrained`] takes: Hub id, folder, `.pt` or `.safetensors` file.
+        hub_arguments: `revision`, `token`, `cache_dir`, ... as in `from_pretrained`.
+
+    Returns:
+        A dict that `json` can write:
+
+        - `source`, `licence` ("unknown" where no model card says it), `preset` (None where the sizes are no preset's),
+          `dtype`, `vocabulary` (None for a model with a text encoder), `sizes`;
+        - `parts`: for each part `parameters`, `bytes` as stored, and, where it computes, `flops` and what they are
+          `per`: "image", "prompt", "phrase" or "prompt with a box" (one box);
+        - `parameters`, `bytes`: totals of the parts;
+        - `flops_per_image`, `flops_per_prompt`: of the first prompt for an image, and of each further one. Texts are
+          taken as encoded before; a multiplication and an addition are two FLOPs;
+        - `mapping`: `source`, `strategy` and `totals` of its mapping report, or None.
+
+    Raises:
+        ValueError: the source is no SAM 3 checkpoint, or incomplete, or its model card cannot be read.
+        OSError: there is no such source, or a file is truncated.
+    """
+    source = os.fspath(source)
+    checkpoint = open_checkpoint(source, **hub_arguments)
+    if checkpoint is None:
+        raise OSError(f"{source} has neither a config.json nor a native file of SAM 3.")
+    with torch.device("meta"):
+        expected = Sam3LiteModel(copy.deepcopy(checkpoint.config)).state_dict()
+    missing = checkpoint.check({name: tuple(tensor.shape) for name, tensor in expected.items()})
+    if missing:
+        raise ValueError(f"{source} is incomplete: it lacks {len(missing)} tensors, such as `{missing[0]}`.")
+    flops = count_flops(checkpoint.config)
+    parts = _measure(checkpoint, expected, flops)
+    report = _read(source, REPORT_FILE, hub_arguments)
+    per_prompt = sum(part["flops"] for part in parts.values() if part.get("per") == "prompt")
+    return {
+        "source": source,
+        "licence": _licence(source, hub_arguments),
+        "preset": preset_of(checkpoint.config),
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "vocabulary": checkpoint.config.vocabulary,
+        "sizes": _sizes(checkpoint.config),
+        "parts": parts,
+        "parameters": sum(part["parameters"] for part in parts.values()),
+        "bytes": sum(part["bytes"] for part in parts.values()),
+        "flops_per_image": parts["vision encoder"]["flops"] + per_prompt,
+        "flops_per_prompt": per_prompt,
+        "mapping": report and {key: json.loads(report)[key] for key in ("source", "strategy", "totals")},
+    }
+
+
+def count_flops(config: Sam3LiteConfig) -> dict[str, int]:
+    """
+    FLOPs of each part that computes, for one image, one phrase of 32 tokens, one prompt with text and, for the
+    geometry encoder, one box. Counted on the meta device, without memory for weights.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # whose matrix products every version of PyTorch counts
+    hidden, size = config.detr_encoder_config.hidden_size, config.image_size
+    flops = {}
+    with torch.device("meta"), torch.no_grad():
+        model = Sam3LiteModel(config).eval()
+        with FlopCounterMode(display=False) as counter:
+            levels = model.get_vision_features(torch.zeros(1, 3, size, size)).fpn_hidden_states
+        flops["vision encoder"] = counter.get_total_flops()
+        if model.vocabulary is None:
+            with FlopCounterMode(display=False) as counter:
+                model.get_text_features(torch.zeros(1, MAX_TOKENS, dtype=torch.long))
+            flops["text encoder"] = counter.get_total_flops()
+        text, owner = torch.zeros(1, MAX_TOKENS, hidden), torch.zeros(1, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            found = model.detect(levels, owner, text, None, None, None, one_to_many=False)
+        for part in ("DETR encoder", "DETR decoder", "scoring"):
+            (module,) = PARTS[part]
+            flops[part] = sum(counter.get_flop_counts()[type(getattr(model, module)).__name__].values())
+        with FlopCounterMode(display=False) as counter:
+            pixels, _ = model.mask_decoder(levels, found.encoded, owner, text, None)
+            model.mask_decoder.masks(found.queries, pixels)
+        flops["mask decoder"] = counter.get_total_flops()
+    return flops | {"geometry encoder": _geometry_flops(config)}
+
+
+@torch.no_grad()
+def _geometry_flops(config: Sam3LiteConfig) -> int:
+    """Of one box. Run in earnest, as `autocast`, which it enters, knows no meta device; it is small."""
+    part, side = config.geometry_encoder_config, config.vision_config.backbone_feature_sizes[-1][0]
+    part._attn_implementation = "eager"
+    encoder = Sam3LiteGeometryEncoder(part).eval()
+    boxes, labels = torch.full((1, 1, 4), 0.5), torch.ones(1, 1, dtype=torch.long)
+    vision = torch.zeros(1, part.hidden_size, side, side)
+    with FlopCounterMode(display=False) as counter:
+        encoder(boxes, labels, vision, vision.flatten(2).transpose(1, 2), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops()
+
+
+def _measure(checkpoint: Checkpoint, expected: dict[str, torch.Tensor], flops: dict[str, int]) -> dict[str, dict]:
+    parameters, sizes = Counter(), Counter()
+    for name in expected:
+        part = next(part for part, modules in PARTS.items() if name.split(".")[0] in modules)
+        tensor = checkpoint.read(name)  # mapped, so that no weight leaves the disk
+        parameters[part] += tensor.numel()
+        sizes[part] += tensor.nbytes
+    parts = {part: {"parameters": parameters[part], "bytes": sizes[part]} for part in PARTS if part in parameters}
+    for part, count in flops.items():
+        parts[part] |= {"flops": count, "per": _PER.get(part, "prompt")}
+    return parts
+
+
+def preset_of(config: Sam3LiteConfig) -> str | None:
+    """The name of the preset with these sizes, whatever the vocabulary and the image size."""
+    for name in PRESETS:
+        if parameter_sizes(Sam3LiteConfig.from_preset(name, vocabulary=config.vocabulary)) == parameter_sizes(config):
+            return name
+    return None
+
+
+def _sizes(config: Sam3LiteConfig) -> dict:
+    vit = config.vision_config.backbone_config
+    return {
+        "image_size": config.image_size,
+        "patch_size": vit.patch_size,
+        "vision_width": vit.hidden_size,
+        "vision_layers": vit.num_hidden_layers,
+        "vision_heads": vit.num_attention_heads,
+        "detr_encoder_layers": config.detr_encoder_config.num_layers,
+        "detr_decoder_layers": config.detr_decoder_config.num_layers,
+        "queries": config.detr_decoder_config.num_queries,
+    }
+
+
+def _read(source: str, name: str, hub_arguments: dict) -> str | None:
+    """Text of a file of a folder or Hub repository, None if it has none."""
+    if os.path.isfile(source):
+        return None
+    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def _licence(source: str, hub_arguments: dict) -> str:
+    text = _read(source, "README.md", hub_arguments)
+    if text is None:
+        return "unknown"
+    try:
+        fields = ModelCard(text, ignore_metadata_errors=True).data
+    except YAMLError as error:
+        raise ValueError(f"README.md of {source} has no valid YAML at its head: {error}") from error
+    return fields.get("license_name") or fields.license or "unknown"
+
+
+__all__ = ["count_flops", "model_info", "preset_of"]

@@ -1,0 +1,134 @@
+"""A fixed vocabulary: the text features of some phrases, stored in the place of the text encoder."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_sam3_lite import MAX_TOKENS, VISUAL_PHRASE
+
+# Names of its buffers in the model that hold integers, whatever the precision of the model.
+INTEGER_BUFFERS = ("vocabulary.input_ids", "vocabulary.attention_mask")
+BUFFERS = ("vocabulary.features", *INTEGER_BUFFERS)
+PHRASES_AT_ONCE = 64  # bounds the memory of encoding a long vocabulary
+_LISTED = 50  # an error lists so many phrases at most
+
+
+def vocabulary_phrases(classes: list[str]) -> list[str]:
+    """What a vocabulary stores: its classes and, after them, the phrase of prompts by boxes alone."""
+    return list(dict.fromkeys([*classes, VISUAL_PHRASE]))
+
+
+class Sam3LiteVocabulary(nn.Module):
+    """
+    Text features by phrase, and the tokens of each, by which a prompt is recognised.
+
+    Rows are those of [`vocabulary_phrases`], so class `i` is row `i`. Buffers: `features`
+    `(phrases, 32, hidden)` float, zero for padding; `input_ids` `(phrases, 32)` int64; `attention_mask`
+    `(phrases, 32)` int64, 0 for padding.
+
+    Args:
+        classes: as in `config.vocabulary`.
+        hidden_size: width of the features.
+    """
+
+    def __init__(self, classes: list[str], hidden_size: int):
+        super().__init__()
+        self.classes = list(classes)
+        rows = len(vocabulary_phrases(classes))
+        self.register_buffer("features", torch.zeros(rows, MAX_TOKENS, hidden_size))
+        self.register_buffer("input_ids", torch.zeros(rows, MAX_TOKENS, dtype=torch.long))
+        self.register_buffer("attention_mask", torch.zeros(rows, MAX_TOKENS, dtype=torch.long))
+
+    @classmethod
+    @torch.no_grad()
+    def encode(cls, classes: list[str], processor, text_features) -> Sam3LiteVocabulary:
+        """
+        Args:
+            classes: the phrases.
+            processor: turns them into tokens.
+            text_features: from `input_ids` and `attention_mask`, each `(phrases, 32)`, to `(phrases, 32, hidden)`.
+
+        Returns:
+            A vocabulary in the dtype and on the device of the features.
+        """
+        tokens = processor(text=vocabulary_phrases(classes))
+        input_ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        chunks = zip(input_ids.split(PHRASES_AT_ONCE), mask.split(PHRASES_AT_ONCE), strict=True)
+        features = torch.cat([text_features(*chunk) for chunk in chunks])
+        vocabulary = cls(classes, features.shape[-1])
+        vocabulary.features = features * mask.to(features).unsqueeze(-1)
+        vocabulary.input_ids = input_ids.to(features.device)
+        vocabulary.attention_mask = mask.to(features.device)
+        return vocabulary
+
+    def find(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            input_ids: `(prompts, tokens)` int.
+            attention_mask: `(prompts, tokens)`, 0 for padding, of which any amount may be at the end.
+
+        Returns:
+            The row of each prompt, `(prompts,)` int64; -1 where the vocabulary lacks it.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        length = max(input_ids.shape[1], MAX_TOKENS)
+        asked, known = (
+            F.pad(ids.masked_fill(mask == 0, -1), (0, length - ids.shape[1]), value=-1)
+            for ids, mask in ((input_ids, attention_mask), (self.input_ids, self.attention_mask))
+        )
+        same = (asked[:, None] == known).all(dim=-1)  # (prompts, phrases)
+        return torch.where(same.any(dim=-1), same.int().argmax(dim=-1), -1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """
+        Features of prompts, for the arguments of [`find`].
+
+        Returns:
+            `(prompts, tokens, hidden)`, as many tokens as `input_ids` has.
+
+        Raises:
+            ValueError: a prompt is not in the vocabulary; the message lists what is.
+        """
+        rows = self.find(input_ids, attention_mask)
+        unknown = (rows < 0).nonzero().flatten().tolist()
+        if unknown:
+            raise ValueError(
+                f"Prompts {unknown[:_LISTED]} are not in the vocabulary of this model, which is: {self.listed()}. "
+                "For other words give it a text encoder with `restore_text_encoder`; padded `input_ids` need their "
+                "`attention_mask`."
+            )
+        return F.pad(self.features[rows], (0, 0, 0, input_ids.shape[1] - MAX_TOKENS))
+
+    def select(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            class_ids: `(prompts,)` int, from 0 to the number of classes - 1.
+
+        Returns:
+            Features `(prompts, 32, hidden)` and their validity `(prompts, 32)` int64.
+
+        Raises:
+            ValueError: no class has such an id; the message lists all.
+        """
+        class_ids = torch.as_tensor(class_ids, device=self.features.device)
+        if class_ids.ndim != 1 or class_ids.is_floating_point() or class_ids.dtype == torch.bool:
+            raise ValueError(
+                f"`class_ids` must be (num_prompts,) int, got {tuple(class_ids.shape)} {class_ids.dtype}."
+            )
+        count = len(self.classes)
+        if ((class_ids < 0) | (class_ids >= count)).any():
+            raise ValueError(
+                f"`class_ids` must be from 0 to {count - 1}, got {class_ids.tolist()}. Classes: {self.listed()}."
+            )
+        return self.features[class_ids], self.attention_mask[class_ids]
+
+    def listed(self) -> str:
+        """The classes as text, e.g. `'cat', 'dog'`; the end of a long list is left out."""
+        rest = len(self.classes) - _LISTED
+        return ", ".join(map(repr, self.classes[:_LISTED])) + (f" and {rest} more" if rest > 0 else "")
+
+
+__all__ = ["Sam3LiteVocabulary", "vocabulary_phrases"]
