@@ -66,12 +66,14 @@ class MappingReport:
         source: where the weights come from.
         strategy: `isometry`, `select`, `skip`, or `copy` where both sides have the same sizes.
         layers: for each stack of layers, the source layer that each target layer comes from.
+        source_is_lite: whether the source was a lite model, and not one of SAM 3 itself.
     """
 
     source: str
     strategy: str
     layers: dict[str, list[int]] = field(default_factory=dict)
     rows: list[MappingRow] = field(default_factory=list)
+    source_is_lite: bool = False
 
     def add(
         self,
@@ -119,6 +121,7 @@ class MappingReport:
         """The report as JSON text: source, strategy, layers, totals, rows."""
         content = {
             "source": self.source,
+            "source_is_lite": self.source_is_lite,
             "strategy": self.strategy,
             "layers": self.layers,
             "totals": self.totals,
@@ -426,7 +429,7 @@ class Mapper:
         self.state: dict[str, Tensor] = {}
         # Allocated before any temporary tensor, lest they end up between and fragment the memory.
         self._results = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-        self.report = MappingReport(checkpoint.label, strategy)
+        self.report = MappingReport(checkpoint.label, strategy, source_is_lite=checkpoint.is_lite)
         self._used: set[str] = set()
         self.mismatched: list[str] = []  # tensors left to initialisation because their sizes differ
 
