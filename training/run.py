@@ -11,14 +11,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from arguments import Arguments
 from checkpoints import copy_checkpoint, load_checkpoint, read_state, replace_state, save_checkpoint
-from evaluation_loop import evaluate
 from export import export_final, push_final
 from optim import MovingAverage
 from reporting import Metrics, log_scores, main_scores
 from starting import check_compatible, choose_batch_size, start_of_weights
-from stopping import StopSignal, leave_signals_to_the_parent
+from stopping import StopSignal, any_process, leave_signals_to_the_parent
 
 from sam3_hf.data import BatchKeys, EvalDataset, TrainDataset, make_loader, steps_per_epoch
+from sam3_hf.evaluation.loop import evaluate
 from sam3_hf.model_card import versions
 from sam3_hf.visualization import plot_curves
 
@@ -209,9 +209,10 @@ class Run:
                 self.valid_data,
                 output.eval_batch_size,
                 self.arguments.data.num_workers,
-                lambda: stop.received is not None,
+                lambda: any_process(self.accelerator, stop.received is not None),
                 self.folder / "predictions" / f"epoch_{math.ceil(self.epoch)}",
                 output.prediction_images,
+                leave_signals_to_the_parent,
             )
         (scores,) = broadcast_object_list([scores])
         if scores is None:

@@ -13,7 +13,7 @@ from accelerate.utils import parse_flag_from_env, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from arguments import Arguments, ModelArguments
 from checkpoints import FROZEN, STATE, read_state, recover, write_frozen
-from phrases import TEXT_PARTS, FrozenText, TokenizedText, model_inputs
+from phrases import TEXT_PARTS, FrozenText, TokenizedText
 from reporting import set_up_logging
 from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
@@ -32,6 +32,7 @@ from sam3_hf.data import (
 )
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.data.sampling import VISUAL_PHRASE
+from sam3_hf.evaluation.loop import model_inputs
 from sam3_hf.mapping_sam3_lite import REPORT_FILE
 from sam3_hf.model_card import RANDOM_WEIGHTS, Origin, origin_of
 

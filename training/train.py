@@ -15,7 +15,6 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from arguments import parse_arguments
 from optim import Schedule, build_optimizer
-from phrases import model_inputs
 from reporting import Metrics, Speed, log_step, memory_gb, progress_bar
 from run import Run
 from starting import (
@@ -31,6 +30,7 @@ from starting import (
 from stopping import StopSignal, end_with_launcher
 
 from sam3_hf import Sam3LiteProcessor
+from sam3_hf.evaluation.loop import model_inputs
 
 logger = logging.getLogger(__name__)
 
