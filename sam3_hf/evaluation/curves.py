@@ -39,14 +39,14 @@ class Confusion(DetectionMetric):
     """Which concepts are found where which are. Detections with a score of at least 0.5 count.
 
     In each image, the detections of a concept are matched with its objects, best score first, where their IoU is at
-    least 0.5. A detection that is left lies on the object of another concept with the largest IoU of at least 0.5, or
-    on nothing; one on a crowd region of its own concept does not count. An object may be found and be taken for
-    something else as well, as each concept is asked for by itself.
+    least 0.5. Of those left, one on a crowd region of its concept does not count, one on an object that was found
+    already is a double, and any other lies on the object of another concept with the largest IoU of at least 0.5, or
+    on nothing. An object may be found and be taken for something else as well, as each concept is asked for by itself.
 
     `compute()` returns for the last IoU type T, which is that of masks if there are any: T_confusion {"concepts": n
     names, "counts": n + 1 rows of n + 1 numbers}. Row i, column j counts what is i and was found as j; the last column
-    counts objects that were missed, the last row detections on nothing. So a row's diagonal and last entries add up to
-    the concept's objects, and a column adds up to its detections.
+    counts objects that were missed, the last row detections on nothing and doubles. So a row's diagonal and last
+    entries add up to the concept's objects, and a column to its detections, without those on crowd regions.
     """
 
     def figures(self, pairs):
@@ -81,17 +81,17 @@ def add_image(counts: np.ndarray, pairs: list, place: dict[int, int], iou_type: 
         if found and wanted:
             overlaps = np.asarray(mask_api.iou(_together(found, key), _together(wanted, key), crowd.tolist()))
         for row in overlaps:
-            own = np.where((owner == concept) & missed, row, 0)
-            other = np.where((owner != concept) & (crowd == 0), row, 0)
-            if own.max(initial=0) >= OVERLAP:
-                missed[own.argmax()] = False
+            hits = row >= OVERLAP
+            own = owner == concept
+            if (hits & own & missed).any():
+                missed[np.where(own & missed, row, 0).argmax()] = False
                 counts[concept, concept] += 1
-            elif np.where((owner == concept) & (crowd == 1), row, 0).max(initial=0) >= OVERLAP:
+            elif (hits & own & (crowd == 1)).any():
                 continue
-            elif other.max(initial=0) >= OVERLAP:
-                counts[owner[other.argmax()], concept] += 1
-            else:
+            elif (hits & own).any() or not (hits & (crowd == 0)).any():
                 counts[-1, concept] += 1
+            else:
+                counts[owner[np.where(crowd == 0, row, 0).argmax()], concept] += 1
     np.add.at(counts[:, -1], owner[missed], 1)
 
 

@@ -49,7 +49,7 @@ def plot_confusion(confusion: dict, title: str, path: Path) -> None:
     axes.set(xlabel="found as", ylabel="is", title=title)
     if size <= MAX_NAMED + 1:
         axes.set_xticks(range(size), [*confusion["concepts"], "missed"], rotation=45, ha="right")
-        axes.set_yticks(range(size), [*confusion["concepts"], "nothing"])
+        axes.set_yticks(range(size), [*confusion["concepts"], "nothing, double"])
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, counts[row, column], ha="center", va="center", color=colour)
