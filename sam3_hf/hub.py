@@ -58,8 +58,8 @@ def push_folder(
     token: str | None = None,
 ) -> CommitInfo:
     """
-    Pushes a saved model in one commit. The folder is not changed; without a `README.md` in it, the model card is made
-    for the repository alone.
+    Pushes a saved model in one commit. The folder is not changed: if it has no `README.md`, or no copy of the licence
+    that its weights fall under, these are made for the repository alone.
 
     Args:
         folder: as `save_pretrained` or a training run (`final/`) writes it.
@@ -71,7 +71,8 @@ def push_folder(
         token: default: `HF_TOKEN`, or that of `hf auth login`.
 
     Raises:
-        ValueError: the folder is no model that can be pushed, or `repo_id` is no name.
+        ValueError: the folder is no model that can be pushed.
+        OSError: weights are missing in it.
         PushError: the Hub refused, or could not be reached.
     """
     folder = Path(folder)
@@ -79,7 +80,6 @@ def push_folder(
     additions = [CommitOperationAdd(path.name, path) for path in files if path.name != CARD_FILE]
     has_card, has_licence = (folder / name in files for name in (CARD_FILE, LICENSE_FILE))
     card = (folder / CARD_FILE).read_text(encoding="utf-8") if has_card else str(model_card(folder))
-    additions.append(CommitOperationAdd(CARD_FILE, card.replace(PLACEHOLDER, repo_id).encode()))
     if folder_origin(folder).derived and not has_licence:
         additions.append(CommitOperationAdd(LICENSE_FILE, SAM_LICENSE_TEXT))
     api = HfApi(token=token)
@@ -91,6 +91,7 @@ def push_folder(
             api.update_repo_settings(repo_id, gated=gated)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        additions.append(CommitOperationAdd(CARD_FILE, card.replace(PLACEHOLDER, repo_id).encode()))
         kept = {addition.path_in_repo for addition in additions}
         there = api.list_repo_files(repo_id, revision=revision)
         stale = [CommitOperationDelete(name) for name in there if name.endswith(WEIGHTS) and name not in kept]

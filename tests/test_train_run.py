@@ -191,6 +191,7 @@ def test_pushed_at_the_end(data, tmp_path, monkeypatch):
     standard = shake(Sam3LiteModel(micro_config(detr_decoder_layers=3)))
     standard.to_sam3().save_pretrained(tmp_path / "standard")
     flags = ["--push_to_hub", "true", "--hub_model_id", "me/mine", "--hub_private", "true", "--max_steps", "1"]
+    flags += ["--hub_gated", "auto"]
     flags += ["--init", "standard", "--overwrite_output_dir"]
     with HubStandIn() as hub:
         for name, value in {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}.items():
@@ -198,14 +199,14 @@ def test_pushed_at_the_end(data, tmp_path, monkeypatch):
         hub.failures["POST .*/commit/"] = 403
         finished = train(tmp_path, data, *flags)
         assert finished.returncode == 0, finished.stdout
-        assert "sam3-lite push run/final me/mine --private" in finished.stdout
+        assert "sam3-lite push run/final me/mine --private --gated auto" in finished.stdout
         assert len(hub.repositories["me/mine"].branches["main"]) == 1
         assert Sam3LiteModel.from_pretrained(tmp_path / "run" / "final").dtype == torch.float16
         hub.failures.clear()
         finished = train(tmp_path, data, *flags)
         assert finished.returncode == 0, finished.stdout
         repository = hub.repositories["me/mine"]
-    assert repository.private and len(repository.branches["main"]) == 2
+    assert repository.private and repository.gated == "auto" and len(repository.branches["main"]) == 2
     files = repository.branches["main"][-1].files
     assert {name: (tmp_path / "run" / "final" / name).read_bytes() for name in files if name != "README.md"} == {
         name: content for name, content in files.items() if name != "README.md"

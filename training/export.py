@@ -62,7 +62,13 @@ def push_final(final: Path, output: OutputArguments) -> None:
     if not output.push_to_hub:
         return
     try:
-        commit = push_folder(final, output.hub_model_id, private=output.hub_private, revision=output.hub_revision)
+        commit = push_folder(
+            final,
+            output.hub_model_id,
+            private=output.hub_private,
+            gated=output.hub_gated,
+            revision=output.hub_revision,
+        )
     except (PushError, ValueError) as error:
         logger.error("%s", error)
     else:

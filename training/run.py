@@ -257,7 +257,8 @@ class Run:
     def provenance(self) -> dict:
         """How the exported model came about, for its card."""
         data = self.arguments.data.data
-        on_hub = data != "generated" and not Path(data).exists()
+        generated = data == "generated"
+        on_hub = not generated and not Path(data).exists()
         state = self.state()
         return {
             "origin": self.origin,
@@ -267,7 +268,7 @@ class Run:
             "images_per_step": self.images_per_step,
             "dataset": {
                 **state["dataset"],
-                "name": data if on_hub else Path(data).name,
+                "name": "generated shapes" if generated else data if on_hub else Path(data).name,
                 "hub_id": data if on_hub else None,
             },
             "best": self.best,
