@@ -3,7 +3,9 @@
 import typer
 
 from .commands.convert import convert
+from .commands.evaluate import evaluate
 from .commands.info import info
+from .commands.push import push
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -14,4 +16,6 @@ def main():
 
 
 app.command()(convert)
+app.command()(evaluate)
 app.command()(info)
+app.command()(push)

@@ -15,7 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import Sam3Config, Sam3VideoConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 
 from .configuration_sam3_lite import Sam3LiteConfig, spread_global_layers
 from .vocabulary_sam3_lite import BUFFERS
@@ -678,7 +685,9 @@ def stock_config(config: Sam3LiteConfig) -> Sam3Config:
     return Sam3Config(**parts, initializer_range=config.initializer_range)
 
 
-def open_checkpoint(source: str | os.PathLike, variant: str | None = None, **hub_arguments) -> Checkpoint | None:
+def open_checkpoint(
+    source: str | os.PathLike, variant: str | None = None, use_safetensors: bool | None = None, **hub_arguments
+) -> Checkpoint | None:
     """
     Opens a checkpoint without reading its tensors.
 
@@ -687,6 +696,8 @@ def open_checkpoint(source: str | os.PathLike, variant: str | None = None, **hub
             or a `.pt`, `.pth`, `.bin` or `.safetensors` file. Also a checkpoint folder of `training/train.py`, of
             which `variant="ema"` gives the averaged weights.
         variant, hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, ... as in `from_pretrained`.
+        use_safetensors: `False` reads `pytorch_model.bin` of a folder or repository, which is refused otherwise;
+            nothing in it is executed.
 
     Returns:
         The checkpoint, or `None` if there is neither a `config.json` nor a native file.
@@ -706,6 +717,8 @@ def open_checkpoint(source: str | os.PathLike, variant: str | None = None, **hub
         return native and Checkpoint(native, _open_file(native))
     if is_training_checkpoint(source):
         files = SafetensorsFiles(_training_files(source, variant))
+    elif use_safetensors is False:
+        files = PickledTensors(cached_file(source, WEIGHTS_NAME, **hub_arguments))
     else:
         files = SafetensorsFiles(_weight_files(source, variant, hub_arguments))
     is_lite = isinstance(config, Sam3LiteConfig)
@@ -785,19 +798,38 @@ def _native_file(source: str, hub_arguments: dict) -> str | None:
 
 
 def _weight_files(source: str, variant: str | None, hub_arguments: dict) -> list[str]:
+    path = safe_weights(source, variant, **hub_arguments)
+    if path.endswith(".safetensors"):
+        return [path]
+    with open(path, encoding="utf-8") as file:
+        shards = sorted(set(json.load(file)["weight_map"].values()))
+    return [cached_file(source, shard, **hub_arguments) for shard in shards]
+
+
+def safe_weights(source: str | os.PathLike, variant: str | None = None, **hub_arguments) -> str:
+    """
+    The safetensors file of a folder or Hub repository, or the index of its shards.
+
+    Raises:
+        OSError: there is none. Where there is a pickle instead, the message says how to insist on it.
+    """
+
+    def find(name: str) -> str | None:
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+
     names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
     if variant is not None:
         names = [f"{stem}.{variant}.{end}" for stem, end in (name.rsplit(".", 1) for name in names)]
-    whole, index = (
-        cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments) for name in names
-    )
-    if whole is not None:
-        return [whole]
-    if index is None:
-        raise OSError(f"{source} has neither {names[0]} nor {names[1]}.")
-    with open(index, encoding="utf-8") as file:
-        shards = sorted(set(json.load(file)["weight_map"].values()))
-    return [cached_file(source, shard, **hub_arguments) for shard in shards]
+    path = find(names[0]) or find(names[1])
+    if path is not None:
+        return path
+    pickled = next((name for name in (WEIGHTS_INDEX_NAME, WEIGHTS_NAME) if find(name) is not None), None)
+    if pickled is not None:
+        raise OSError(
+            f"{source} has no {names[0]}, only {pickled}: such files can carry code and are refused. Ask its author "
+            "for safetensors, or insist with `use_safetensors=False`, which reads the tensors and nothing else."
+        )
+    raise OSError(f"{source} has neither {names[0]} nor {names[1]}.")
 
 
 __all__ = [
@@ -811,6 +843,7 @@ __all__ = [
     "lite_config",
     "native_state_dict",
     "open_checkpoint",
+    "safe_weights",
     "source_config",
     "stock_config",
 ]

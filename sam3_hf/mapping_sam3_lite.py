@@ -70,6 +70,7 @@ class MappingReport:
         strategy: `isometry`, `select`, `skip`, `calibrated`, or `copy` where both sides have the same sizes.
         layers: for each stack of layers, the source layer that each target layer comes from.
         calibration: what a calibrated mapping measured.
+        source_is_lite: whether the source was a lite model, and not one of SAM 3 itself.
     """
 
     source: str
@@ -77,6 +78,7 @@ class MappingReport:
     layers: dict[str, list[int]] = field(default_factory=dict)
     rows: list[MappingRow] = field(default_factory=list)
     calibration: dict = field(default_factory=dict)
+    source_is_lite: bool = False
 
     def add(
         self,
@@ -131,6 +133,7 @@ class MappingReport:
         """The report as JSON text: source, strategy, layers, totals, rows."""
         content = {
             "source": self.source,
+            "source_is_lite": self.source_is_lite,
             "strategy": self.strategy,
             "layers": self.layers,
             "calibration": self.calibration,
@@ -468,7 +471,7 @@ class Mapper:
             name: torch.empty(shape, dtype=torch.long if name in INTEGER_BUFFERS else dtype)
             for name, shape in shapes.items()
         }
-        self.report = MappingReport(checkpoint.label, strategy)
+        self.report = MappingReport(checkpoint.label, strategy, source_is_lite=checkpoint.is_lite)
         self._used: set[str] = set()
         self.mismatched: list[str] = []  # tensors left to initialisation because their sizes differ
 

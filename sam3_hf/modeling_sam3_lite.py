@@ -45,6 +45,7 @@ from .conversion_sam3_lite import (
     UNREAD,
     is_training_checkpoint,
     open_checkpoint,
+    safe_weights,
     source_config,
     stock_config,
 )
@@ -606,7 +607,9 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             config (`Sam3LiteConfig` or path, *optional*): sizes of the model, instead of `preset`.
             kwargs: those of [`~PreTrainedModel.from_pretrained`] (`dtype`, `device_map`, `revision`, `token`, ...),
                 and fields of the config such as `image_size`. With `ignore_mismatched_sizes=True`, tensors of sizes
-                that no mapping changes are initialised at random instead of raising an error.
+                that no mapping changes are initialised at random instead of raising an error. Weights are read from
+                safetensors files; pickled ones, but for Meta's `.pt`, only with `use_safetensors=False`. Nothing in
+                them is executed.
 
         Returns:
             The model in evaluation mode. Unless it was loaded as it was saved, `mapping_report` accounts for every
@@ -633,13 +636,19 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             raise ValueError("`preset` and `config` both say the sizes of the model: pass one of them.")
         if isinstance(config, (str, os.PathLike)):
             config = cls.config_class.from_pretrained(config)
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True  # else Transformers falls back to pickles
         is_file = source is not None and os.path.isfile(source)
         saved = None if source is None or is_file else source_config(source, **hub_arguments)
         as_saved = isinstance(saved, Sam3LiteConfig) and not is_training_checkpoint(source)
         if as_saved and preset in (None, "same"):
             if config is None or parameter_sizes(config) == parameter_sizes(saved):
+                if kwargs["use_safetensors"]:
+                    safe_weights(source, kwargs.get("variant"), **hub_arguments)
                 return super().from_pretrained(source, *model_args, config=config, **kwargs)
-        checkpoint = None if source is None else open_checkpoint(source, kwargs.get("variant"), **hub_arguments)
+        checkpoint = None
+        if source is not None:
+            checkpoint = open_checkpoint(source, kwargs.get("variant"), kwargs["use_safetensors"], **hub_arguments)
         if checkpoint is None:
             return super().from_pretrained(source, *model_args, config=config, **kwargs)
 
@@ -662,7 +671,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         )
         log = logger.info if report.strategy == "copy" else logger.warning
         log(report.summary())
-        for key in (*hub_arguments, "variant"):
+        for key in (*hub_arguments, "variant", "use_safetensors"):
             kwargs.pop(key, None)
         loaded = super().from_pretrained(
             None, *model_args, config=config, state_dict=state_dict, dtype=dtype, **kwargs
@@ -692,6 +701,28 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         if self.mapping_report is not None:
             self.mapping_report.save(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """
+        Pushes the model in one commit with its processor, mapping report and model card.
+
+        Args:
+            repo_id: `owner/name`; created if there is none.
+            kwargs: those of [`~sam3_hf.hub.push_model`]: `processor`, `private`, `gated`, `revision`,
+                `commit_message`, `token`, `max_shard_size`.
+
+        Returns:
+            The commit.
+
+        Raises:
+            PushError: the Hub refused, or could not be reached; the message says why.
+            ImportError: the model was loaded by `trust_remote_code` where sam3-hf is not installed.
+        """
+        try:
+            from sam3_hf.hub import push_model
+        except ImportError as error:
+            raise ImportError("push_to_hub needs the package sam3-hf, whose model card it writes.") from error
+        return push_model(self, repo_id, **kwargs)
 
     def to_sam3(self) -> Sam3Model:
         """

@@ -21,7 +21,6 @@ sys.path.insert(0, str(TRAINING))
 import checkpoints  # noqa: E402
 import starting  # noqa: E402
 from arguments import OptimizationArguments, parse_arguments  # noqa: E402
-from evaluation_loop import outputs_by_chunk, prediction_rows, prompt_chunks  # noqa: E402
 from optim import MovingAverage, Schedule, build_optimizer, vit_scale  # noqa: E402
 from phrases import FrozenText, TokenizedText  # noqa: E402
 from reporting import Metrics, truncate_metrics  # noqa: E402
@@ -33,6 +32,7 @@ from train import MAX_OVERFLOWS, check_finite, count_overflow  # noqa: E402
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor  # noqa: E402
 from sam3_hf.data import BatchKeys, epoch_order  # noqa: E402
 from sam3_hf.evaluation import prediction_row  # noqa: E402
+from sam3_hf.evaluation.loop import outputs_by_chunk, prediction_rows, prompt_chunks  # noqa: E402
 from sam3_hf.modeling_sam3_lite import Sam3LiteOutput  # noqa: E402
 
 
@@ -239,7 +239,7 @@ def test_processes_and_accumulation_split_the_same_steps():
 
 
 def test_many_prompts_are_asked_in_chunks_about_their_images(monkeypatch):
-    monkeypatch.setattr("evaluation_loop.PROMPTS_AT_ONCE", 4)
+    monkeypatch.setattr("sam3_hf.evaluation.loop.PROMPTS_AT_ONCE", 4)
     batch = {
         "image_index": torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2]),
         "phrases": [str(i) for i in range(9)],
@@ -258,7 +258,7 @@ def test_many_prompts_are_asked_in_chunks_about_their_images(monkeypatch):
 
 @torch.no_grad()
 def test_chunks_give_the_outputs_of_the_whole_and_encode_images_once(model, inputs, monkeypatch):
-    monkeypatch.setattr("evaluation_loop.PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr("sam3_hf.evaluation.loop.PROMPTS_AT_ONCE", 2)
     encoded = []
     model.vision_encoder.register_forward_hook(lambda module, pixels, _: encoded.append(len(pixels[0])))
     owners = torch.tensor([0, 0, 1, 2, 2])

@@ -13,12 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import micro_config
+from conftest import micro_config, shake
+from hub_stand_in import TOKEN, HubStandIn
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf.cli import app
 from sam3_hf.data.generated import write_dataset
 
 TRAIN = Path(__file__).parents[1] / "training" / "train.py"
@@ -161,6 +165,55 @@ def test_final_model_is_half_precision_and_holds_the_average(whole_run):
     with torch.no_grad():
         outputs = model.float().eval()(**inputs)
     assert outputs.pred_masks.shape[:2] == (1, MICRO["detr_decoder_config"]["num_queries"])
+
+
+def test_the_final_model_scores_as_in_training(whole_run, data, tmp_path):
+    """Up to the rounding of its weights to FP16; the card has the scores, and no licence of Meta's."""
+    options = ["--model", whole_run / "run" / "final", "--data", data, "--output", tmp_path]
+    result = CliRunner().invoke(app, ["evaluate", *map(str, options), "--num-workers", "0", "--batch-size", "2"])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    provenance = json.loads((whole_run / "run" / "final" / "provenance.json").read_text())
+    expected = provenance["best"]["scores"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=0.02)
+    for name in ("segm_AP", "bbox_AP50", "segm_cgF1", "IL_MCC"):
+        assert found[name] == pytest.approx(expected[name], abs=0.02)
+    assert provenance["arguments"]["epochs"] == 2 and provenance["dataset"]["training images"] == 12
+    card = ModelCard.load(whole_run / "run" / "final" / "README.md")
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values["segm_AP"] == round(expected["segm_AP"], 4) and card.data.license is None
+    assert Image.open(whole_run / "run" / "final" / "example.png").size[0] > 512
+    assert (whole_run / "run" / "final" / "metrics.jsonl").is_file()
+
+
+def test_pushed_at_the_end(data, tmp_path, monkeypatch):
+    """A standard model is mapped, trained and pushed; while the Hub fails, the run's results stay and it says how."""
+    standard = shake(Sam3LiteModel(micro_config(detr_decoder_layers=3)))
+    standard.to_sam3().save_pretrained(tmp_path / "standard")
+    flags = ["--push_to_hub", "true", "--hub_model_id", "me/mine", "--hub_private", "true", "--max_steps", "1"]
+    flags += ["--hub_gated", "auto"]
+    flags += ["--init", "standard", "--overwrite_output_dir"]
+    with HubStandIn() as hub:
+        for name, value in {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}.items():
+            monkeypatch.setenv(name, value)
+        hub.failures["POST .*/commit/"] = 403
+        finished = train(tmp_path, data, *flags)
+        assert finished.returncode == 0, finished.stdout
+        assert "sam3-lite push run/final me/mine --private --gated auto" in finished.stdout
+        assert len(hub.repositories["me/mine"].branches["main"]) == 1
+        assert Sam3LiteModel.from_pretrained(tmp_path / "run" / "final").dtype == torch.float16
+        hub.failures.clear()
+        finished = train(tmp_path, data, *flags)
+        assert finished.returncode == 0, finished.stdout
+        repository = hub.repositories["me/mine"]
+    assert repository.private and repository.gated == "auto" and len(repository.branches["main"]) == 2
+    files = repository.branches["main"][-1].files
+    assert {name: (tmp_path / "run" / "final" / name).read_bytes() for name in files if name != "README.md"} == {
+        name: content for name, content in files.items() if name != "README.md"
+    }
+    assert {"mapping_report.json", "provenance.json", "metrics.jsonl", "example.png", "LICENSE"} <= files.keys()
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license_name == "sam-license" and "started from `standard`" in card.text
 
 
 def test_killed_twice_and_resumed_is_as_if_nothing_had_happened(whole_run, data, tmp_path):

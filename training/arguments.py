@@ -227,8 +227,23 @@ class OutputArguments:
         "smaller, and it knows these phrases only",
     )
     prediction_images: int = option(8, "validation images to draw at each evaluation, truth beside prediction")
+    push_to_hub: bool = option(
+        False,
+        "push the final model to the Hub, with its card, a picture of the validation split, curves and settings; the "
+        "token is that of 'hf auth login' or HF_TOKEN",
+    )
+    hub_model_id: str | None = option(None, "repository to push to, 'owner/name'; created if there is none")
+    hub_private: bool = option(False, "create it as a private one")
+    hub_gated: str | None = option(
+        None, "who wants the weights has to ask for them; requests are approved 'auto' or 'manual'"
+    )
+    hub_revision: str | None = option(None, "branch to push to, created if there is none; 'main' if not given")
 
     def __post_init__(self):
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub needs hub_model_id, the repository to push to: 'owner/name'")
+        if self.hub_gated not in (None, "auto", "manual"):
+            raise ValueError(f"hub_gated must be auto or manual, got {self.hub_gated!r}")
         for name in ("eval_batch_size", "eval_every_epochs", "log_every_steps"):
             check_range(self, name, 1)
         for name in ("save_every_epochs", "save_every_steps", "prediction_images"):

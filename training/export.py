@@ -1,14 +1,22 @@
-"""The final model as others load it: FP16 weights, processor and a stub of its card."""
+"""The final model as others load it: FP16 weights, processor, curves and card."""
 
 import copy
+import logging
+import math
+import shutil
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from arguments import OutputArguments
 from checkpoints import write_folder
-from reporting import main_scores
 
-from sam3_hf import Sam3LiteModel, __version__
+from sam3_hf import Sam3LiteModel
+from sam3_hf.hub import PushError, push_folder
+from sam3_hf.mapping_sam3_lite import REPORT_FILE
+from sam3_hf.model_card import write_card
+
+logger = logging.getLogger(__name__)
 
 
 def export_final(
@@ -16,16 +24,17 @@ def export_final(
     model,
     processor,
     text,
-    target: Path,
-    summary: dict,
+    run: Path,
+    provenance: dict,
     vocabulary: list[str] | None = None,
 ) -> None:
     """
-    Writes the folder that `Sam3LiteModel.from_pretrained` takes; called by every process.
+    Writes final/, the folder that `Sam3LiteModel.from_pretrained` takes; called by every process.
 
     Args:
         text: holds the weights of a text encoder that was taken out of the model.
-        summary: "base", "data" and "best" (the best evaluation, or None) for the card.
+        run: folder of the run; its metrics.jsonl, mapping_report.json and a picture go with the model.
+        provenance: for `write_card`.
         vocabulary: phrases whose text features take the place of the text encoder.
     """
     weights = accelerator.get_state_dict(model)
@@ -39,36 +48,35 @@ def export_final(
                 final.freeze_vocabulary(vocabulary, processor)
             final.half().save_pretrained(folder)
             processor.save_pretrained(folder)
-            (folder / "README.md").write_text(card(summary), encoding="utf-8")
+            for name in ("metrics.jsonl", REPORT_FILE):
+                if (run / name).is_file():
+                    shutil.copyfile(run / name, folder / name)
+            write_card(folder, provenance, example_picture(run, provenance["best"]))
 
-        write_folder(target, write)
+        write_folder(run / "final", write)
     accelerator.wait_for_everyone()
 
 
-def card(summary: dict) -> str:
-    """Model card with what the run knows; the rest is for its author to fill in."""
-    best = summary["best"]
-    table = ""
-    if best is not None:
-        rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in main_scores(best["scores"]).items())
-        where = f"Validation split, step {best['step']} (epoch {best['epoch']:.1f})"
-        table = f"{where}:\n\n| score | value |\n|---|---|\n{rows}\n"
-    return f"""---
-library_name: transformers
-pipeline_tag: mask-generation
-tags: [sam3, sam3_lite, image-segmentation]
----
+def example_picture(run: Path, best: dict | None) -> Path | None:
+    """A picture of the evaluation that chose the weights, or None if it drew none."""
+    if best is None:
+        return None
+    return min((run / "predictions" / f"epoch_{math.ceil(best['epoch'])}").glob("*.png"), default=None)
 
-# Lite SAM 3, fine-tuned
 
-Started from {summary["base"]}, trained on {summary["data"]} with sam3_hf {__version__}. Weights are FP16.
-
-{table}```python
-from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
-
-model = Sam3LiteModel.from_pretrained("path/to/this/folder").eval()
-processor = Sam3LiteProcessor.from_pretrained("path/to/this/folder")
-```
-
-Weights derived from SAM 3 fall under the SAM License of Meta.
-"""
+def push_final(final: Path, output: OutputArguments) -> None:
+    """Pushes final/ if that was asked for. A push that fails is reported and harms nothing: the run is done."""
+    if not output.push_to_hub:
+        return
+    try:
+        commit = push_folder(
+            final,
+            output.hub_model_id,
+            private=output.hub_private,
+            gated=output.hub_gated,
+            revision=output.hub_revision,
+        )
+    except (PushError, ValueError) as error:
+        logger.error("%s", error)
+    else:
+        logger.info("pushed: %s", commit.commit_url)

@@ -4,20 +4,22 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from arguments import Arguments
 from checkpoints import copy_checkpoint, load_checkpoint, read_state, replace_state, save_checkpoint
-from evaluation_loop import evaluate
-from export import export_final
+from export import export_final, push_final
 from optim import MovingAverage
 from reporting import Metrics, log_scores, main_scores
-from starting import check_compatible, choose_batch_size
-from stopping import StopSignal, leave_signals_to_the_parent
+from starting import check_compatible, choose_batch_size, start_of_weights
+from stopping import StopSignal, any_process, leave_signals_to_the_parent
 
 from sam3_hf.data import BatchKeys, EvalDataset, TrainDataset, make_loader, steps_per_epoch
+from sam3_hf.evaluation.loop import evaluate
+from sam3_hf.model_card import versions
 from sam3_hf.visualization import plot_curves
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ class Run:
         overflows_in_a_row: of those, how many the last steps were.
         evaluated: the step of the last evaluation, 0 before the first.
         best: {"step", "metric", "value", "scores"} of the best evaluation, or None.
+        origin: where the weights started from, as a dict.
         ema: moving average of the weights, or None.
         batch_size: images per process and forward pass.
         images_per_step: images over all processes and forward passes of a step.
@@ -71,6 +74,10 @@ class Run:
         self.ema = MovingAverage(accelerator.unwrap_model(model), decay) if decay else None
 
         saved = None if checkpoint is None else read_state(checkpoint)
+        if saved is not None and "origin" in saved:
+            self.origin = saved["origin"]
+        else:
+            self.origin = asdict(start_of_weights(arguments.model))
         if settings.batch_size != "auto":
             self.batch_size = settings.batch_size
         elif saved is not None:
@@ -142,6 +149,7 @@ class Run:
             "overflows": self.overflows,
             "evaluated": self.evaluated,
             "best": self.best,
+            "origin": self.origin,
             "batch_size": self.batch_size,
             "images_per_step": self.images_per_step,
             "dataset": {
@@ -201,9 +209,10 @@ class Run:
                 self.valid_data,
                 output.eval_batch_size,
                 self.arguments.data.num_workers,
-                lambda: stop.received is not None,
+                lambda: any_process(self.accelerator, stop.received is not None),
                 self.folder / "predictions" / f"epoch_{math.ceil(self.epoch)}",
                 output.prediction_images,
+                leave_signals_to_the_parent,
             )
         (scores,) = broadcast_object_list([scores])
         if scores is None:
@@ -239,24 +248,34 @@ class Run:
         if self.best is not None and self.best["step"] != self.step:
             best = self.folder / "checkpoints" / "best"
             load_checkpoint(self.accelerator, best, self.model, self.optimizer, self.ema)
-        summary = {
-            "base": self.arguments.model.init or f"random weights (preset {self.arguments.model.preset})",
-            "data": self.arguments.data.data,
-            "best": self.best,
-        }
         vocabulary = self.train_data.concepts if self.arguments.output.freeze_vocabulary else None
+        parts = (self.accelerator, self.model, self.processor, self.text)
         with self.ema.applied() if self.ema is not None else nullcontext():
-            export_final(
-                self.accelerator,
-                self.model,
-                self.processor,
-                self.text,
-                self.folder / "final",
-                summary,
-                vocabulary,
-            )
+            export_final(*parts, self.folder, self.provenance(), vocabulary)
         if self.accelerator.is_main_process:
             self._report()
+            push_final(self.folder / "final", self.arguments.output)
+
+    def provenance(self) -> dict:
+        """How the exported model came about, for its card."""
+        data = self.arguments.data.data
+        generated = data == "generated"
+        on_hub = not generated and not Path(data).exists()
+        state = self.state()
+        return {
+            "origin": self.origin,
+            "versions": versions(),
+            "steps": self.step,
+            "epochs": self.epoch,
+            "images_per_step": self.images_per_step,
+            "dataset": {
+                **state["dataset"],
+                "name": "generated shapes" if generated else data if on_hub else Path(data).name,
+                "hub_id": data if on_hub else None,
+            },
+            "best": self.best,
+            "arguments": state["arguments"],
+        }
 
     def _report(self) -> None:
         """Draws the curves; logs the scores of the exported model, and where everything is."""

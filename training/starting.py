@@ -13,10 +13,11 @@ from accelerate.utils import parse_flag_from_env, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from arguments import Arguments, ModelArguments
 from checkpoints import FROZEN, STATE, read_state, recover, write_frozen
-from phrases import TEXT_PARTS, FrozenText, TokenizedText, model_inputs
+from phrases import TEXT_PARTS, FrozenText, TokenizedText
 from reporting import set_up_logging
 from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
+from transformers.utils import cached_file
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
 from sam3_hf.conversion_sam3_lite import source_config
@@ -31,11 +32,14 @@ from sam3_hf.data import (
 )
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.data.sampling import VISUAL_PHRASE
+from sam3_hf.evaluation.loop import model_inputs
+from sam3_hf.mapping_sam3_lite import REPORT_FILE
+from sam3_hf.model_card import RANDOM_WEIGHTS, Origin, origin_of
 
 logger = logging.getLogger(__name__)
 
 # What a run leaves in its folder, but for the log; --overwrite_output_dir deletes these and nothing else.
-WRITTEN = ("checkpoints", "final", "metrics.jsonl", "predictions", "tensorboard", "curves.png")
+WRITTEN = ("checkpoints", "final", "metrics.jsonl", "predictions", "tensorboard", "curves.png", REPORT_FILE)
 # Settings without which a checkpoint's weights or its place in the data mean something else.
 FIXED = (
     "preset",
@@ -228,6 +232,23 @@ def load_initial(arguments: ModelArguments) -> Sam3LiteModel:
             "are without the frozen text encoder"
         )
     return model
+
+
+def start_of_weights(arguments: ModelArguments) -> Origin:
+    """Where the weights of a fresh run come from."""
+    return RANDOM_WEIGHTS if arguments.init is None else origin_of(arguments.init)
+
+
+def write_mapping_report(model: Sam3LiteModel, arguments: Arguments) -> None:
+    """Keeps in the output folder how the initial weights were mapped, or those of the checkpoint they come from."""
+    target, init = Path(arguments.output.output_dir) / REPORT_FILE, arguments.model.init
+    target.unlink(missing_ok=True)
+    if model.mapping_report is not None:
+        model.mapping_report.save(target.parent)
+    elif init is not None and not os.path.isfile(init):
+        report = cached_file(init, REPORT_FILE, _raise_exceptions_for_missing_entries=False)
+        if report is not None:
+            shutil.copyfile(report, target)
 
 
 def _some(kind: str, names: list[str]) -> str:

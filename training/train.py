@@ -15,13 +15,22 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from arguments import parse_arguments
 from optim import Schedule, build_optimizer
-from phrases import model_inputs
 from reporting import Metrics, Speed, log_step, memory_gb, progress_bar
 from run import Run
-from starting import build_model, build_text, load_data, open_output_dir, prepare, start_accelerator, step_seed
+from starting import (
+    build_model,
+    build_text,
+    load_data,
+    open_output_dir,
+    prepare,
+    start_accelerator,
+    step_seed,
+    write_mapping_report,
+)
 from stopping import StopSignal, end_with_launcher
 
 from sam3_hf import Sam3LiteProcessor
+from sam3_hf.evaluation.loop import model_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = start_accelerator(arguments)
     checkpoint = open_output_dir(accelerator, arguments)
     model = build_model(arguments, checkpoint)
+    if accelerator.is_main_process and checkpoint is None:
+        write_mapping_report(model, arguments)
     processor = Sam3LiteProcessor.from_config(model.config)
     train_data, valid_data = load_data(accelerator, arguments, model.config.image_size)
     text = build_text(accelerator, arguments, model, processor, train_data)

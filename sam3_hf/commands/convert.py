@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 
 from ..calibration import calibrate_mapping
 from ..conversion_sam3_lite import is_training_checkpoint, open_checkpoint
+from ..model_card import origin_of, versions, write_card
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
 
@@ -85,6 +87,7 @@ def _convert(source, target, preset, dtype, mapping, fields, revision, ema, over
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     Sam3LiteProcessor.from_config(model.config).save_pretrained(partial)
+    write_card(partial, {"origin": asdict(origin_of(source, revision=revision)), "versions": versions()})
     _verify(model, partial)
     if target.is_dir():
         shutil.rmtree(target)

@@ -25,13 +25,14 @@ class CocoAP(DetectionMetric):
     def figures(self, pairs):
         results = {}
         for iou_type in self.iou_types:
-            evaluation = _evaluate(pairs, iou_type, self.name_of)
+            evaluation = evaluate_coco(pairs, iou_type, self.name_of)
             results |= {f"{iou_type}_{key}": value for key, value in _summary(evaluation).items()}
             results[f"{iou_type}_per_class"] = _per_class(evaluation, pairs, self.name_of)
         return results
 
 
-def _evaluate(pairs: list, iou_type: str, name_of) -> COCOeval_faster:
+def evaluate_coco(pairs: list, iou_type: str, name_of) -> COCOeval_faster:
+    """COCO's evaluation, accumulated, of the rows of `DetectionMetric.figures`."""
     objects, detections = [], []
     for prediction, reference in pairs:
         ids = {"image_id": reference["image_id"], "category_id": reference["category"]}

@@ -1,24 +1,24 @@
-"""Scores, validation loss and pictures of a model on the validation split."""
+"""Scores, loss and pictures of a model on a split of a dataset."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import convert_to_fp32
-from phrases import model_inputs
-from stopping import any_process, leave_signals_to_the_parent
+from accelerate.utils import convert_to_fp32, send_to_device
 
-from sam3_hf.data import EvalDataset, eval_batches, make_loader
-from sam3_hf.data.images import load_image
-from sam3_hf.data.masks import rle_to_mask
-from sam3_hf.evaluation import CGF1, CocoAP, prediction_row
-from sam3_hf.evaluation.rows import CONFIDENT, MAX_DETECTIONS, encode_masks
-from sam3_hf.modeling_sam3_lite import Sam3LiteOutput
-from sam3_hf.visualization import concept_colours, side_by_side
+from ..data import EvalDataset, eval_batches, make_loader
+from ..data.images import load_image
+from ..data.masks import rle_to_mask
+from ..modeling_sam3_lite import Sam3LiteOutput
+from ..visualization import concept_colours, side_by_side
+from .cgf1 import CGF1
+from .coco_ap import CocoAP
+from .metric import DetectionMetric
+from .rows import CONFIDENT, MAX_DETECTIONS, encode_masks, prediction_row
 
 PROMPTS_AT_ONCE = 16  # bounds memory: 200 queries at 1008 px have 66 MB of mask logits for each prompt in float32
 LOWEST_SCORE = 0.01  # detections below are too many to encode: COCO AP goes without the far end of its curves
@@ -34,9 +34,11 @@ def evaluate(
     dataset: EvalDataset,
     batch_size: int,
     num_workers: int,
-    stop: Callable[[], bool],
+    stop: Callable[[], bool] | None = None,
     picture_folder: Path | None = None,
     pictures: int = 0,
+    worker_init_fn: Callable[[int], None] | None = None,
+    more: Sequence[type[DetectionMetric]] = (),
 ) -> dict | None:
     """
     Asks every image for every concept; called by all processes, each of which does its share of the images.
@@ -45,15 +47,17 @@ def evaluate(
         model: as returned by `accelerator.prepare`; left in evaluation mode.
         text: turns phrases into the model's text inputs.
         batch_size: images per forward pass.
-        stop: asked before each batch whether this process was told to stop; if any was, all give up.
+        stop: asked before each batch whether to give up; all processes must get the same answer.
         picture_folder: where the first `pictures` images are drawn, prediction beside truth.
+        worker_init_fn: of the data loader's workers.
+        more: metrics whose figures are wanted beside those of `CocoAP` and `CGF1`.
 
     Returns:
-        "loss" and the figures of `CocoAP` and `CGF1` in the main process, None in the others and after a stop.
+        "loss" and the figures of the metrics in the main process, None in the others and after a stop.
     """
     model.eval()
     batches = eval_batches(len(dataset), batch_size, accelerator.process_index, accelerator.num_processes)
-    loader = make_loader(dataset, batches, num_workers=num_workers, worker_init_fn=leave_signals_to_the_parent)
+    loader = make_loader(dataset, batches, num_workers=num_workers, worker_init_fn=worker_init_fn)
     with tempfile.TemporaryDirectory() as cache:
         options = {
             "iou_types": ("bbox", "segm") if dataset.has_masks else ("bbox",),
@@ -62,10 +66,10 @@ def evaluate(
             "process_id": accelerator.process_index,
             "cache_dir": cache,
         }
-        metrics = CocoAP(**options), CGF1(**options)
+        metrics = [metric(**options) for metric in (CocoAP, CGF1, *more)]
         total, prompts, left = torch.zeros((), device=accelerator.device), 0, chain(*batches)
         for batch in loader:
-            if any_process(accelerator, stop()):
+            if stop is not None and stop():
                 return None
             rows = []
             for chunk, outputs in outputs_by_chunk(accelerator, model, text, batch):
@@ -84,7 +88,9 @@ def evaluate(
                     picture.save(picture_folder / f"{index:04d}.png")
         loss = accelerator.reduce(total / prompts, "mean").item()
         figures = [metric.compute() for metric in metrics]
-    return {"loss": loss, **merge_figures(*figures)} if accelerator.is_main_process else None
+    if not accelerator.is_main_process:
+        return None
+    return {"loss": loss, **merge_figures(*figures[:2]), **dict(chain.from_iterable(map(dict.items, figures[2:])))}
 
 
 def outputs_by_chunk(accelerator: Accelerator, model, text, batch: dict) -> Iterator[tuple[dict, Sam3LiteOutput]]:
@@ -96,6 +102,13 @@ def outputs_by_chunk(accelerator: Accelerator, model, text, batch: dict) -> Iter
         with accelerator.autocast():
             outputs = model(vision_embeds=vision, **model_inputs(chunk, text, device))
         yield chunk, convert_to_fp32(outputs)  # Accelerate does that itself, but not under FSDP
+
+
+def model_inputs(batch: dict, text: Callable[[list[str]], dict], device: torch.device) -> dict:
+    """What the model's forward takes of a collated batch, on its device."""
+    taken = ("pixel_values", "image_index", "input_boxes", "input_boxes_labels", "labels")
+    inputs = {key: batch[key] for key in taken if key in batch} | text(batch["phrases"])
+    return send_to_device(inputs, device, non_blocking=True)
 
 
 def merge_figures(coco: dict, concept: dict) -> dict:

@@ -1,0 +1,113 @@
+"""`sam3-lite evaluate`: the scores of training, for any model and split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ..modeling_sam3_lite import Sam3LiteModel
+from ..processing_sam3_lite import Sam3LiteProcessor
+
+COLUMNS = ("AP", "AP50", "AP75", "AR100", "cgF1", "positive_micro_F1", "IL_MCC", "objects")
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="Hub id or folder.")],
+    data: Annotated[str, typer.Option(help="Dataset as in training: Roboflow folder, COCO file, Hub repository.")],
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for metrics.json, precision_recall.png and confusion.png.")
+    ] = None,
+    image_folder: Annotated[Path | None, typer.Option(help="Where the file names of a COCO file start.")] = None,
+    category_map: Annotated[Path | None, typer.Option(help="YAML file that renames categories into phrases.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 4,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none beside.")] = 2,
+):
+    """Scores a model on a split: COCO AP, cgF1 and presence, for each concept and together. FP16 on a GPU."""
+    try:
+        scores = _scores(model, data, split, image_folder, category_map, batch_size, num_workers)
+    except ModuleNotFoundError as error:
+        typer.echo(f"Error: {error.name} is not installed; evaluating needs sam3-hf[train].", err=True)
+        raise typer.Exit(1) from error
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(table(scores))
+    if output is not None:
+        _write(scores, output)
+
+
+def _scores(source, data, split, image_folder, category_map, batch_size, num_workers) -> dict:
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    from ..data import EvalDataset, load_dataset_splits
+    from ..evaluation.curves import Confusion, PrecisionRecall
+    from ..evaluation.loop import evaluate as score
+    from ..evaluation.text import PhraseFeatures
+
+    splits = load_dataset_splits(data, image_folder, category_map)
+    if split not in splits:
+        raise ValueError(f"{data} has no split {split}: --split takes {', '.join(splits)}.")
+    accelerator = Accelerator(mixed_precision="fp16" if torch.cuda.is_available() else "no")
+    model = Sam3LiteModel.from_pretrained(source, preset="same", dtype="float32").to(accelerator.device).eval()
+    processor = Sam3LiteProcessor.from_config(model.config)
+    dataset = EvalDataset(splits[split], model.config.image_size)
+    text = PhraseFeatures(model, processor, dataset.concepts, accelerator.device)
+    set_seed(0)  # the mask losses sample points; training evaluates with its --seed, 0 if not given
+    figures = score(
+        accelerator,
+        model,
+        processor,
+        text,
+        dataset,
+        batch_size,
+        num_workers,
+        more=(PrecisionRecall, Confusion),
+    )
+    precision = accelerator.mixed_precision.replace("no", "fp32")
+    about = {"model": source, "data": data, "split": split, "images": len(dataset), "precision": precision}
+    return about | figures
+
+
+def table(scores: dict) -> str:
+    """The scores for each concept and together, of masks and of boxes, as text."""
+    parts = [f"{scores['model']} on {scores['data']}, {scores['split']}: {scores['images']} images"]
+    for kind in ("segm", "bbox"):
+        classes = scores.get(f"{kind}_per_class")
+        if classes is None:
+            continue
+        width = max(len(name) for name in [*classes, "all"])
+        together = {key: scores.get(f"{kind}_{key}", scores.get(key)) for key in COLUMNS}
+        together["objects"] = sum(row["objects"] for row in classes.values())
+        heading = "\n" + {"segm": "masks", "bbox": "boxes"}[kind].ljust(width)
+        parts.append(heading + "".join(f"  {_title(key):>7}" for key in COLUMNS))
+        for name, row in [*classes.items(), ("all", together)]:
+            parts.append(name.ljust(width) + "".join(f"  {_cell(row[key]):>7}" for key in COLUMNS))
+    return "\n".join(parts)
+
+
+def _title(key: str) -> str:
+    return {"positive_micro_F1": "pos. F1", "IL_MCC": "MCC"}.get(key, key)
+
+
+def _cell(value: float | int) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return "-" if value == -1 else f"{value:.3f}"  # COCO writes -1 where there is nothing to find
+
+
+def _write(scores: dict, output: Path) -> None:
+    from ..evaluation.plots import plot_confusion, plot_precision_recall
+
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "metrics.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    kind = "segm" if "segm_AP" in scores else "bbox"
+    name = f"{Path(scores['model']).name}, {scores['split']}, {'masks' if kind == 'segm' else 'boxes'}, IoU 0.5"
+    plot_precision_recall(scores[f"{kind}_precision_recall"], name, output / "precision_recall.png")
+    plot_confusion(scores[f"{kind}_confusion"], f"{name}, score 0.5", output / "confusion.png")
+    typer.echo(f"\nWritten: {output}/metrics.json, precision_recall.png, confusion.png")

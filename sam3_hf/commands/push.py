@@ -1,0 +1,36 @@
+"""`sam3-lite push`: a saved model to the Hub, in one commit."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..hub import push_folder
+
+
+class Approval(str, Enum):
+    """How requests for a gated repository are answered."""
+
+    auto = "auto"
+    manual = "manual"
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of the model, such as final/ of a training run.")],
+    repo: Annotated[str, typer.Argument(help="owner/name of the repository; created if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private one.")] = False,
+    gated: Annotated[Approval | None, typer.Option(help="Who wants the weights has to ask for them.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, created if there is none. Default: main.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+):
+    """Pushes weights, processor, configuration, reports, metrics and model card to the Hub in one commit."""
+    approval = None if gated is None else gated.value
+    try:
+        commit = push_folder(folder, repo, private=private, gated=approval, revision=revision, commit_message=message)
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(commit.commit_url)

@@ -1,0 +1,40 @@
+"""Text features of a list of phrases, computed once."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..processing_sam3_lite import tokenize
+
+CHUNK = 64  # phrases encoded at once
+
+
+class PhraseFeatures:
+    """What the text encoder of a model says of each phrase."""
+
+    def __init__(self, model, processor, phrases: Iterable[str], device: torch.device):
+        """
+        Args:
+            model: its text encoder must be on `device`, in evaluation mode.
+            phrases: all that will be asked for; encoded here, once.
+        """
+        phrases = sorted(set(phrases))
+        tokens = tokenize(processor.tokenizer, phrases)
+        tokens = {key: value[:, : tokens["attention_mask"].sum(1).max()] for key, value in tokens.items()}
+        with torch.no_grad():
+            chunks = zip(tokens["input_ids"].split(CHUNK), tokens["attention_mask"].split(CHUNK), strict=True)
+            features = [model.get_text_features(ids.to(device), mask.to(device)).pooler_output for ids, mask in chunks]
+        self.features = torch.cat(features).float().cpu()  # (phrases, tokens, hidden)
+        self.attention_mask = tokens["attention_mask"]  # (phrases, tokens)
+        self.row = {phrase: row for row, phrase in enumerate(phrases)}
+
+    def __call__(self, phrases: list[str]) -> dict[str, Tensor]:
+        """
+        {"text_embeds" (phrases, tokens, hidden) float32, "attention_mask" (phrases, tokens) int64}, on the CPU.
+
+        Raises:
+            KeyError: a phrase that was not encoded at the start.
+        """
+        rows = torch.tensor([self.row[phrase] for phrase in phrases])
+        return {"text_embeds": self.features[rows], "attention_mask": self.attention_mask[rows]}

@@ -1,0 +1,196 @@
+"""Pushing a model to the Hub: one commit with all that it needs, and nothing that it does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
+
+from .model_card import (
+    CARD_FILE,
+    LICENSE_FILE,
+    PLACEHOLDER,
+    SAM_LICENSE_TEXT,
+    UNKNOWN,
+    Origin,
+    folder_origin,
+    model_card,
+    origin_of,
+    versions,
+    weight_files,
+    write_card,
+)
+from .modeling_sam3_lite import Sam3LiteModel
+from .processing_sam3_lite import Sam3LiteProcessor
+
+logger = logging.get_logger(__name__)
+
+# Beside the weights, files of these kinds are pushed: configuration, reports, code, card and pictures. All else stays,
+# as the state of an optimizer, checkpoints and weights in other formats do.
+PUSHED = ("*.json", "*.jsonl", "*.py", "*.md", "*.txt", "*.png", "*.jpg", "*.jpeg", "LICENSE", "NOTICE")
+# Weights of an earlier push; those that the folder does not have any more are deleted in the same commit.
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt")
+
+
+class PushError(OSError):
+    """A push that did not come to its commit; the message says why, and how to go on."""
+
+
+class PushRefused(Exception):
+    """What the Hub would do is not what was asked for."""
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = False,
+    gated: Literal["auto", "manual"] | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    """
+    Pushes a saved model in one commit. The folder is not changed: if it has no `README.md`, or no copy of the licence
+    that its weights fall under, these are made for the repository alone.
+
+    Args:
+        folder: as `save_pretrained` or a training run (`final/`) writes it.
+        repo_id: `owner/name`; created if there is none.
+        private: create the repository as a private one.
+        gated: who wants the weights has to ask for them, with automatic or manual approval.
+        revision: branch to commit to, created if there is none. Default: `main`.
+        commit_message: of the commit.
+        token: default: `HF_TOKEN`, or that of `hf auth login`.
+
+    Raises:
+        ValueError: the folder is no model that can be pushed.
+        OSError: weights are missing in it.
+        PushError: the Hub refused, or could not be reached.
+    """
+    folder = Path(folder)
+    files = files_to_push(folder)
+    additions = [CommitOperationAdd(path.name, path) for path in files if path.name != CARD_FILE]
+    has_card, has_licence = (folder / name in files for name in (CARD_FILE, LICENSE_FILE))
+    card = (folder / CARD_FILE).read_text(encoding="utf-8") if has_card else str(model_card(folder))
+    if folder_origin(folder).derived and not has_licence:
+        additions.append(CommitOperationAdd(LICENSE_FILE, SAM_LICENSE_TEXT))
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id).private:
+            raise PushRefused(f"{repo_id} exists and is public: make it private in its settings, or push elsewhere")
+        if gated is not None:
+            api.update_repo_settings(repo_id, gated=gated)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        additions.append(CommitOperationAdd(CARD_FILE, card.replace(PLACEHOLDER, repo_id).encode()))
+        kept = {addition.path_in_repo for addition in additions}
+        there = api.list_repo_files(repo_id, revision=revision)
+        stale = [CommitOperationDelete(name) for name in there if name.endswith(WEIGHTS) and name not in kept]
+        return api.create_commit(
+            repo_id,
+            [*additions, *stale],
+            commit_message=commit_message or "Upload model with sam3-hf",
+            revision=revision,
+        )
+    except Exception as error:  # of several libraries, by version; all of them mean that there is no commit
+        raise PushError(_failure(error, folder, repo_id, private, gated, revision)) from error
+
+
+def files_to_push(folder: Path) -> list[Path]:
+    """
+    The files of a model folder that belong on the Hub.
+
+    Raises:
+        ValueError: it is no model folder; the message says what to push instead.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    if any((folder / name).exists() for name in CHECKPOINT_FILES):
+        raise ValueError(f"{folder} is a checkpoint to resume from, not a model: push the folder final/ of its run.")
+    if not (folder / "config.json").is_file():
+        if (folder / "final" / "config.json").is_file():
+            raise ValueError(f"{folder} is the folder of a run: push {folder / 'final'}.")
+        raise ValueError(f"{folder} is no model: it has no config.json.")
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type != "sam3_lite":
+        raise ValueError(f"{folder} holds a model of type {model_type!r}: `sam3-lite convert` makes a lite one of it.")
+    weights = weight_files(folder)
+    rest = {path for pattern in PUSHED for path in folder.glob(pattern) if path.is_file()}
+    if len(weights) == 1:
+        rest.discard(folder / SAFE_WEIGHTS_INDEX_NAME)
+    return sorted({*weights, *(path for path in rest if not path.name.startswith("."))})
+
+
+def push_model(
+    model: Sam3LiteModel,
+    repo_id: str,
+    *,
+    processor: Sam3LiteProcessor | None = None,
+    max_shard_size: int | str = "50GB",
+    **kwargs,
+) -> CommitInfo:
+    """
+    Pushes a model from memory, with its processor, mapping report and card, in one commit.
+
+    Args:
+        processor: default: that of the model's configuration.
+        max_shard_size: of the weight files, as in `save_pretrained`.
+        kwargs: those of [`push_folder`].
+
+    Raises:
+        PushError: the Hub refused, or could not be reached.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        (processor or Sam3LiteProcessor.from_config(model.config)).save_pretrained(folder)
+        write_card(folder, {"origin": asdict(model_origin(model)), "versions": versions()})
+        try:
+            return push_folder(folder, repo_id, **kwargs)
+        except PushError as error:
+            reason = str(error).split("\n")[0]
+            raise PushError(f"{reason}\nThe model is unchanged in memory: call push_to_hub again.") from error
+
+
+def model_origin(model: Sam3LiteModel) -> Origin:
+    """Where the weights of a model in memory come from, as far as it and the folder that it was loaded from tell."""
+    report = model.mapping_report
+    if report is not None and not report.source_is_lite:
+        return Origin(report.source, True, on_hub=not os.path.exists(report.source))
+    if not model.name_or_path:
+        return UNKNOWN
+    try:
+        return origin_of(model.name_or_path)
+    except (OSError, ValueError) as error:
+        logger.warning(f"It is not known where the weights come from, as {model.name_or_path} cannot be read: {error}")
+        return UNKNOWN
+
+
+def _failure(error: Exception, folder: Path, repo_id: str, private: bool, gated: str | None, revision: str | None):
+    """What went wrong, in a line, and the command to go on with, in another."""
+    cause = error
+    while cause.__cause__ is not None and getattr(cause, "response", None) is None:
+        cause = cause.__cause__
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    text = " ".join(str(cause).split())
+    reason = text if isinstance(cause, PushRefused) else f"{type(cause).__name__}: {text}"
+    if status == 401:
+        reason = "no valid token: log in with `hf auth login`, or set HF_TOKEN"
+    elif status == 403:
+        reason = f"the token may not write to {repo_id}: use one with write access, or another repository"
+    elif status is not None:
+        reason = f"the Hub answered {status}: {text}"
+    flags = f"{' --private' * private}{f' --gated {gated}' * bool(gated)}{f' --revision {revision}' * bool(revision)}"
+    return (
+        f"{folder} was not pushed to {repo_id}: {reason}\n"
+        "The folder is as it was; files that the Hub has already are not sent again. To go on: "
+        f"sam3-lite push {folder} {repo_id}{flags}"
+    )

@@ -1,0 +1,396 @@
+"""The model card of a saved folder: what its files say about the model, put into assets/model_card.md."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .configuration_sam3_lite import MAX_TOKENS, PRESETS, Sam3LiteConfig
+from .conversion_sam3_lite import source_config
+from .mapping_sam3_lite import REPORT_FILE, parameter_sizes
+from .modeling_sam3_lite import Sam3LiteModel
+from .version import __version__
+
+ASSETS = Path(__file__).parent / "assets"
+PROVENANCE_FILE = "provenance.json"
+EXAMPLE_FILE = "example.png"
+LICENSE_FILE = "LICENSE"
+CARD_FILE = "README.md"
+SAM_LICENSE_TEXT = ASSETS / "SAM_LICENSE.txt"
+# Stands for the folder in the card's snippet, and for the repository once it is pushed.
+PLACEHOLDER = "path/to/this/folder"
+SAM_LICENSE = "sam-license"
+SAM_LICENSE_LINK = "https://github.com/facebookresearch/sam3/blob/main/LICENSE"
+# Scores of an evaluation that the card shows, with the task of the Hub that each belongs to.
+SCORES = {
+    "segm_AP": "image-segmentation",
+    "segm_AP50": "image-segmentation",
+    "segm_cgF1": "image-segmentation",
+    "bbox_AP": "object-detection",
+    "bbox_AP50": "object-detection",
+    "bbox_cgF1": "object-detection",
+    "IL_MCC": "image-classification",
+}
+# Settings of a run that the card shows.
+SETTINGS = (
+    "epochs",
+    "learning_rate",
+    "vision_learning_rate",
+    "text_learning_rate",
+    "weight_decay",
+    "ema_decay",
+    "mixed_precision",
+    "train_text_encoder",
+    "prompts_per_image",
+    "negative_ratio",
+    "box_prompt_probability",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """
+    Where the weights of a model started from.
+
+    Args:
+        base: Hub id, folder or file of another model; `None` for random weights, or if that is not known.
+        derived: whether the weights derive from those of SAM 3; `None` if that is not known.
+        on_hub: whether `base` is a Hub id.
+    """
+
+    base: str | None
+    derived: bool | None
+    on_hub: bool = False
+
+
+RANDOM_WEIGHTS = Origin(None, False)
+UNKNOWN = Origin(None, None)
+
+
+def origin_of(source: str | os.PathLike, **hub_arguments) -> Origin:
+    """
+    The origin of weights that start from a checkpoint.
+
+    Args:
+        source: what [`~Sam3LiteModel.from_pretrained`] takes.
+        hub_arguments: `revision`, `token`, `cache_dir`, ... as there.
+
+    Raises:
+        OSError: there is no such folder or repository.
+        ValueError: it is a model of another kind.
+    """
+    source = os.fspath(source)
+    if os.path.isfile(source):
+        folder = os.path.dirname(source)
+        beside = os.path.isfile(os.path.join(folder, "config.json"))
+        return Origin(source, origin_of(folder).derived if beside else True)
+    on_hub = not os.path.isdir(source)
+    if not isinstance(source_config(source, **hub_arguments), Sam3LiteConfig):
+        return Origin(source, True, on_hub)
+
+    def read(name: str) -> dict | None:
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+    return Origin(source, _recorded(read(PROVENANCE_FILE), read(REPORT_FILE)).derived, on_hub)
+
+
+def folder_origin(folder: Path) -> Origin:
+    """Where the weights in a model folder come from, by its files."""
+    return _recorded(_read(folder / PROVENANCE_FILE), _read(folder / REPORT_FILE))
+
+
+def _recorded(provenance: dict | None, report: dict | None) -> Origin:
+    """The origin that a lite model's own files tell of."""
+    if provenance is not None:
+        return Origin(**provenance["origin"])
+    if report is None:
+        return UNKNOWN
+    on_hub = not os.path.exists(report["source"])
+    return Origin(report["source"], None if report.get("source_is_lite") else True, on_hub)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a model's behaviour depends on."""
+    return {"sam3-hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
+
+
+def write_card(folder: str | os.PathLike, provenance: dict, example: str | os.PathLike | None = None) -> None:
+    """
+    Writes what a model folder needs to be passed on: `provenance.json`, the card `README.md`, a copy of the SAM
+    License if the weights derive from SAM 3, and an example picture.
+
+    Args:
+        folder: holds config and safetensors weights, and `mapping_report.json` if they were mapped.
+        provenance: `origin` (the fields of an [`Origin`]) and `versions`; of a training run also `arguments` (flat),
+            `steps`, `epochs`, `images_per_step`, `dataset` (`name`, `hub_id`, `training images`, `concepts`) and
+            `best` (`step`, `epoch`, `scores`) or None.
+        example: PNG file to show.
+    """
+    folder = Path(folder)
+    (folder / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    if example is not None:
+        shutil.copyfile(example, folder / EXAMPLE_FILE)
+    if provenance["origin"]["derived"]:
+        shutil.copyfile(SAM_LICENSE_TEXT, folder / LICENSE_FILE)
+    model_card(folder).save(folder / CARD_FILE)
+
+
+def model_card(folder: str | os.PathLike) -> ModelCard:
+    """
+    The card of a model folder, from its files.
+
+    Raises:
+        OSError: the folder has no configuration or no weights.
+    """
+    folder = Path(folder)
+    config = Sam3LiteConfig.from_pretrained(folder)
+    provenance, report = _read(folder / PROVENANCE_FILE), _read(folder / REPORT_FILE)
+    provenance = provenance or {"origin": asdict(folder_origin(folder)), "versions": versions()}
+    shapes, dtypes, size = _weights(folder)
+    return _render(
+        sizes=_sizes(config, shapes, f"{size / 1e6:.0f} MB of safetensors, {' and '.join(dtypes)}"),
+        provenance=provenance,
+        report=report,
+        example=(folder / EXAMPLE_FILE).is_file(),
+    )
+
+
+def preset_card(preset: str) -> ModelCard:
+    """The card of a preset before anybody trained it: its sizes, and how its weights are made."""
+    config = Sam3LiteConfig.from_preset(preset)
+    with torch.device("meta"):
+        model = Sam3LiteModel(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    megabytes = 2 * sum(map(math.prod, shapes.values())) / 1e6
+    miniature = preset.startswith("tiny")
+    origin = RANDOM_WEIGHTS if miniature else Origin("facebook/sam3", True, on_hub=True)
+    return _render(
+        sizes=_sizes(config, shapes, f"{megabytes:.0f} MB in FP16"),
+        provenance={"origin": asdict(origin), "versions": {"sam3-hf": __version__}},
+        report=None,
+        example=False,
+        preset=preset,
+    )
+
+
+def _render(sizes: dict, provenance: dict, report: dict | None, example: bool, preset: str | None = None) -> ModelCard:
+    origin, trained = Origin(**provenance["origin"]), "arguments" in provenance
+    best = provenance.get("best")
+    name = f"Lite SAM 3, preset {preset}" if preset else "Lite SAM 3, fine-tuned" if trained else "Lite SAM 3"
+    scores = {key: best["scores"][key] for key in SCORES if key in best["scores"]} if best else {}
+    concepts = provenance["dataset"]["concepts"] if trained else []
+    return ModelCard.from_template(
+        _metadata(name, origin, provenance.get("dataset"), scores),
+        template_path=str(ASSETS / "model_card.md"),
+        title=name,
+        summary=_summary(trained),
+        example=example,
+        sizes=sizes,
+        placeholder=PLACEHOLDER,
+        phrases=json.dumps(concepts[:3] or ["red blood cell"], ensure_ascii=False),
+        origin=_origin_text(origin, trained, preset, report),
+        mapping=_mapping_rows(report),
+        dataset=_dataset_text(provenance["dataset"]) if trained else "",
+        training=_settings(provenance) if trained else [],
+        scores=[(key, f"{value:.4f}") for key, value in scores.items()],
+        where=f"On the validation split, with the weights of step {best['step']} (epoch {best['epoch']:.1f}), which "
+        "were chosen by them. AP is COCO's, cgF1 and IL_MCC are SAM 3's; all in parts of 1."
+        if best
+        else "",
+        limits=_limits(sizes, origin, trained, _mapped(preset, report)),
+        licence=_licence_text(origin),
+        versions=", ".join(f"{key} {value}" for key, value in provenance["versions"].items()),
+    )
+
+
+def _metadata(name: str, origin: Origin, dataset: dict | None, scores: dict[str, float]) -> ModelCardData:
+    licence = {"license": "other", "license_name": SAM_LICENSE, "license_link": SAM_LICENSE_LINK}
+    hub_id = dataset["hub_id"] if dataset else None
+    results = [
+        EvalResult(
+            task_type=SCORES[key],
+            dataset_type=hub_id or "custom",
+            dataset_name=dataset["name"],
+            dataset_split="validation",
+            metric_type=key,
+            metric_name=key.replace("_", " "),
+            metric_value=round(value, 4),
+        )
+        for key, value in scores.items()
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="mask-generation",
+        tags=["sam3", "sam3_lite", "image-segmentation", "instance-segmentation"],
+        base_model=origin.base if origin.on_hub else None,
+        datasets=[hub_id] if hub_id else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+        **(licence if origin.derived else {}),
+    )
+
+
+def _summary(trained: bool) -> str:
+    return (
+        "Finds and segments every instance of a concept that is named by a phrase or shown by a box, with the "
+        "architecture of SAM 3 at the sizes below"
+        + (", fine-tuned on the data below." if trained else ".")
+        + " Made with sam3-hf."
+    )
+
+
+def _sizes(config: Sam3LiteConfig, shapes: dict[str, tuple[int, ...]], weights: str) -> dict:
+    vit = config.vision_config.backbone_config
+    preset = next(
+        (n for n in PRESETS if parameter_sizes(Sam3LiteConfig.from_preset(n)) == parameter_sizes(config)), ""
+    )
+    counts = {name: math.prod(shape) for name, shape in shapes.items()}
+    text = sum(count for name, count in counts.items() if name.startswith("text_encoder."))
+    return {
+        "preset": f"`{preset}`" if preset else "none, own sizes",
+        "vit": f"{vit.hidden_size} × {vit.num_hidden_layers} × {vit.num_attention_heads}",
+        "detr": f"{config.detr_encoder_config.num_layers} + {config.detr_decoder_config.num_layers}",
+        "pixels": config.image_size,
+        "parameters": f"{sum(counts.values()) / 1e6:.1f}M",
+        "without_text": f"{(sum(counts.values()) - text) / 1e6:.1f}M",
+        "weights": weights,
+        "queries": config.detr_decoder_config.num_queries,
+        "tokens": MAX_TOKENS,
+    }
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """
+    The safetensors files of a model folder, one or the shards of an index.
+
+    Raises:
+        OSError: there are none, or a shard is missing.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = [SAFE_WEIGHTS_NAME]
+    if not (folder / SAFE_WEIGHTS_NAME).is_file() and index.is_file():
+        names = sorted(set(_read(index)["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise OSError(f"{folder} is no whole model: {', '.join(missing)} is missing; write it with save_pretrained.")
+    return [folder / name for name in names]
+
+
+def _weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], list[str], int]:
+    """Shapes by name, dtypes and bytes of a folder's weights, from their headers."""
+    shapes, dtypes, size = {}, set(), 0
+    for path in weight_files(folder):
+        size += path.stat().st_size
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                tensor = file.get_slice(name)
+                shapes[name] = tuple(tensor.get_shape())
+                dtypes.add(tensor.get_dtype())
+    return shapes, sorted(dtypes), size
+
+
+def _read(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _shown(origin: Origin) -> str:
+    """The base as a link; of a path only the last part, as the rest is the author's business."""
+    return f"[{origin.base}](https://huggingface.co/{origin.base})" if origin.on_hub else f"`{Path(origin.base).name}`"
+
+
+def _origin_text(origin: Origin, trained: bool, preset: str | None, report: dict | None) -> str:
+    if preset and origin.derived:
+        command = f"`sam3-lite convert {origin.base} OUTPUT --preset {preset}`"
+        if preset == "standard":
+            return f"Weights of this size are those of {_shown(origin)}, copied by {command}."
+        return (
+            f"Weights of this size are made from {_shown(origin)}, without data, by {command}: a starting point for "
+            "training, not a finished model."
+        )
+    if origin == RANDOM_WEIGHTS:
+        return "Random weights" + (", trained as below." if trained else ", for tests and demonstrations.")
+    if origin.base is None:
+        return "It is not recorded where the weights come from."
+    text = f"They started from {_shown(origin)}."
+    if report is not None:
+        text += f" To fit these sizes they were mapped with the strategy `{report['strategy']}`, without data:"
+    return text
+
+
+def _mapped(preset: str | None, report: dict | None) -> bool:
+    """Whether the weights were fitted to sizes that are not those of their source."""
+    return preset != "standard" if preset else report is not None and report["strategy"] != "copy"
+
+
+def _mapping_rows(report: dict | None) -> list[tuple[str, int, str]]:
+    if report is None:
+        return []
+    return [
+        (action, total["tensors"], f"{total['parameters'] / 1e6:.2f}M") for action, total in report["totals"].items()
+    ]
+
+
+def _dataset_text(dataset: dict) -> str:
+    hub_id = dataset["hub_id"]
+    name = f"[{hub_id}](https://huggingface.co/datasets/{hub_id})" if hub_id else f"`{dataset['name']}`"
+    concepts = ", ".join(dataset["concepts"][:20])
+    more = f" and {len(dataset['concepts']) - 20} more" if len(dataset["concepts"]) > 20 else ""
+    objects = "with masks" if dataset["has masks"] else "with boxes"
+    return f"On {name}: {dataset['training images']} training images, {objects}. Concepts: {concepts}{more}."
+
+
+def _settings(provenance: dict) -> list[tuple[str, str]]:
+    arguments = provenance["arguments"]
+    rows = [("steps", provenance["steps"]), ("images per step", provenance["images_per_step"])]
+    rows += [(name.replace("_", " "), arguments[name]) for name in SETTINGS if arguments.get(name) is not None]
+    return [(name, str(value)) for name, value in rows]
+
+
+def _limits(sizes: dict, origin: Origin, trained: bool, mapped: bool) -> list[str]:
+    limits = []
+    if trained:
+        limits.append("It was trained on the concepts above; other phrases may find nothing, or the wrong things.")
+        if origin == RANDOM_WEIGHTS:
+            limits.append("It started from random weights: it knows no word that was not in its training data.")
+    elif origin == RANDOM_WEIGHTS:
+        limits.append("Untrained, it finds nothing.")
+    elif mapped:
+        limits.append("It was not trained since its weights were mapped to these sizes: fine-tune it before use.")
+    pixels = sizes["pixels"]
+    return [
+        *limits,
+        f"Pictures are resized to {pixels} × {pixels} px: what is only a few pixels wide there is not found.",
+        f"It returns at most {sizes['queries']} instances per prompt.",
+        "A score says how sure the model is of itself. How often it is right on your pictures, measure on your "
+        "pictures. It was not evaluated for decisions about people's health, safety or rights.",
+    ]
+
+
+def _licence_text(origin: Origin) -> str:
+    link = f"[SAM License]({SAM_LICENSE_LINK})"
+    if origin.derived:
+        return (
+            f"The weights derive from SAM 3 by Meta and fall under Meta's {link}; `{LICENSE_FILE}` beside them is a "
+            "copy. Who passes them on, changed or not, does so under the same agreement and adds a copy of it; who "
+            "publishes results obtained with them acknowledges the use of the SAM Materials. The agreement excludes, "
+            "among other uses, military and nuclear ones, espionage, weapons, and what trade controls forbid. Read it "
+            "for the exact terms."
+        )
+    if origin.derived is None:
+        return (
+            f"Not stated. If the weights derive from SAM 3, they fall under Meta's {link}, which wants a copy of "
+            "itself beside them."
+        )
+    return "No weights of SAM 3 are in this model. Its author has not chosen a licence for the weights yet."

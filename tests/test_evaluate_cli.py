@@ -1,0 +1,184 @@
+"""`sam3-lite evaluate`, and the curves and counts that it draws."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from conftest import micro_config, shake
+from evaluation_cases import CASES, random_pairs
+from PIL import Image
+from typer.testing import CliRunner
+
+from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf.cli import app
+from sam3_hf.data import EvalDataset, load_dataset_splits
+from sam3_hf.data.generated import write_dataset
+from sam3_hf.evaluation import CocoAP, prediction_row, reference_row
+from sam3_hf.evaluation.curves import Confusion, PrecisionRecall
+from sam3_hf.evaluation.loop import evaluate
+from sam3_hf.evaluation.plots import plot_confusion, plot_precision_recall
+from sam3_hf.processing_sam3_lite import tokenize
+
+NAMES = {0: "cat", 1: "dog"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"), num_train=2, num_valid=5, image_size=64, num_concepts=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    shake(Sam3LiteModel(micro_config())).save_pretrained(path)
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def square(left: int, top: int) -> list[int]:
+    return [left, top, left + 10, top + 10]
+
+
+def test_confusion_counted_by_hand(tmp_path):
+    """Image 1: a cat found twice, a cat taken for a dog, a dog missed. Image 2: a crowd of cats, and a stray dog."""
+    metric = Confusion(("bbox",), NAMES, cache_dir=tmp_path)
+    cats, dogs = [square(0, 0), square(20, 0)], [square(0, 40)]
+    metric.add_batch(
+        predictions=[
+            prediction_row(1, 0, [square(0, 0), square(1, 0), square(40, 40)], [0.9, 0.8, 0.4]),
+            prediction_row(1, 1, [square(20, 1), square(3, 40), square(6, 40)], [0.9, 0.3, 0.9]),
+            prediction_row(2, 0, [square(10, 10)], [0.9]),
+            prediction_row(2, 1, [square(10, 10)], [0.5]),
+        ],
+        references=[
+            reference_row(1, 0, cats),
+            reference_row(1, 1, dogs),
+            reference_row(2, 0, [[0, 0, 40, 40]], iscrowd=[1]),
+            reference_row(2, 1, []),
+        ],
+    )
+    result = metric.compute()["bbox_confusion"]
+    assert result == {
+        "concepts": ["cat", "dog"],
+        "counts": [
+            [1, 1, 1],  # one cat found, one found as a dog and missed as a cat
+            [0, 0, 1],  # the dog missed: the detections on it are too weak or too far off
+            [1, 2, 0],  # a cat found twice; dogs beside the dog and in the crowd of cats
+        ],
+    }
+
+
+def test_precision_over_recall_by_hand(tmp_path):
+    """Best first: a hit, a miss, a hit of two objects."""
+    metric = PrecisionRecall(("bbox",), NAMES, cache_dir=tmp_path)
+    boxes = [square(0, 0), square(0, 40), square(20, 0)]
+    metric.add(
+        prediction=prediction_row(1, 0, boxes, [0.9, 0.8, 0.7]),
+        reference=reference_row(1, 0, [square(0, 0), square(20, 0)]),
+    )
+    metric.add(prediction=prediction_row(1, 1, [], []), reference=reference_row(1, 1, []))
+    curves = metric.compute()["bbox_precision_recall"]
+    assert set(curves["precision"]) == {"cat"}  # there is no dog to find
+    assert np.allclose(curves["recall"], np.linspace(0, 1, 101))
+    assert np.allclose(curves["precision"]["cat"], [1.0] * 51 + [2 / 3] * 50)
+
+
+@pytest.mark.parametrize("case", ["mixed", "crowded", "tied", "perfect", "nothing_confident"])
+def test_curves_and_counts_agree_with_the_scores(case, tmp_path):
+    metrics = [kind(cache_dir=tmp_path) for kind in (CocoAP, PrecisionRecall, Confusion)]
+    rows = []
+    for pair in random_pairs(**CASES[case]):
+        ids = pair["image_id"], pair["category"]
+        columns = [list(column) for column in zip(*pair["objects"], strict=True)] or [[], [], []]
+        masks = np.stack(columns[1]) if columns[1] else np.zeros((0, 40, 56))
+        reference = reference_row(*ids, columns[0], masks, columns[2])
+        columns = [list(column) for column in zip(*pair["detections"], strict=True)] or [[], [], []]
+        masks = np.stack(columns[1]) if columns[1] else np.zeros((0, 40, 56))
+        rows.append((prediction_row(*ids, columns[0], columns[2], masks), reference))
+    for metric in metrics:
+        metric.add_batch(predictions=[row for row, _ in rows], references=[row for _, row in rows])
+    coco, curves, confusion = (metric.compute() for metric in metrics)
+    for kind in ("bbox", "segm"):
+        for name, values in curves[f"{kind}_precision_recall"]["precision"].items():
+            assert np.mean(values) == pytest.approx(coco[f"{kind}_per_class"][name]["AP50"])
+    counts = np.array(confusion["segm_confusion"]["counts"])
+    for place, name in enumerate(confusion["segm_confusion"]["concepts"]):
+        assert counts[place, [place, -1]].sum() == coco["segm_per_class"][name]["objects"]
+        own = [pair for pair in rows if str(pair[0]["category"]) == name]
+        detections = sum(score >= 0.5 for row, _ in own for score in row["scores"])
+        if any(1 in row["iscrowd"] for _, row in own):  # some detections may lie there
+            assert counts[:, place].sum() <= detections
+        else:
+            assert counts[:, place].sum() == detections
+
+
+def test_the_command_gives_the_scores_of_training(folder, data, tmp_path):
+    result = run("--model", folder, "--data", data, "--output", tmp_path / "out", "--num-workers", 0)
+    assert result.exit_code == 0, result.output
+    model = Sam3LiteModel.from_pretrained(folder)
+    processor = Sam3LiteProcessor.from_config(model.config)
+    dataset = EvalDataset(load_dataset_splits(data)["validation"], 64)
+    set_seed(0)
+    expected = evaluate(
+        Accelerator(), model, processor, lambda phrases: tokenize(processor.tokenizer, phrases), dataset, 4, 0
+    )
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (found["split"], found["images"], found["precision"]) == ("validation", 5, "fp32")
+    assert expected.keys() <= found.keys()
+    for name, value in expected.items():
+        if isinstance(value, float):
+            assert found[name] == pytest.approx(value, rel=1e-4), name
+    assert found["segm_per_class"].keys() == {"red circle", "blue circle", "red square"}
+    table = result.output.splitlines()
+    for name in ("red circle", "blue circle", "red square", "all"):
+        assert sum(line.startswith(name) for line in table) == 2  # masks, boxes
+    objects = sum(row["objects"] for row in found["segm_per_class"].values())
+    assert [line.split()[-1] for line in table if line.startswith("all")] == [str(objects)] * 2
+    for name in ("precision_recall.png", "confusion.png"):
+        pixels = np.asarray(Image.open(tmp_path / "out" / name).convert("L"))
+        assert min(pixels.shape) > 300 and pixels.std() > 5  # something is drawn
+
+
+def test_another_split_and_boxes_alone(folder, data, tmp_path):
+    coco = json.loads((data / "train" / "_annotations.coco.json").read_text())
+    for annotation in coco["annotations"]:
+        annotation["segmentation"] = []
+    (tmp_path / "boxes.json").write_text(json.dumps(coco))
+    (tmp_path / "map.yaml").write_text("red circle: crimson disc\n")
+    options = ["--image-folder", data / "train", "--category-map", tmp_path / "map.yaml", "--num-workers", 0]
+    result = run(
+        "--model", folder, "--data", tmp_path / "boxes.json", "--split", "train", "--output", tmp_path, *options
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert "segm_AP" not in found and found["images"] == 2 and "crimson disc" in found["bbox_per_class"]
+    assert (tmp_path / "confusion.png").exists() and "masks" not in result.output
+
+
+def test_errors_are_one_line(folder, data, tmp_path):
+    for arguments, message in (
+        (["--model", folder, "--data", data, "--split", "test"], "no split test: --split takes train, validation"),
+        (["--model", folder, "--data", tmp_path / "nowhere"], "nowhere"),
+        (["--model", tmp_path, "--data", data], str(tmp_path)),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert message in result.output and "Traceback" not in result.output
+        assert result.output.strip().splitlines()[-1].startswith("Error: ")
+
+
+def test_pictures_of_many_concepts(tmp_path):
+    names = [f"concept {number}" for number in range(60)]
+    counts = np.eye(61, dtype=int) * 5
+    plot_confusion({"concepts": names, "counts": counts.tolist()}, "many", tmp_path / "confusion.png")
+    curves = {"recall": [0, 0.5, 1], "precision": {name: [1, 0.5, 0] for name in names}}
+    plot_precision_recall(curves, "many", tmp_path / "curves.png")
+    plot_precision_recall({"recall": [0, 1], "precision": {}}, "none", tmp_path / "none.png")
+    assert all(max(Image.open(path).size) <= 2000 for path in tmp_path.glob("*.png"))
