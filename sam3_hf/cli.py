@@ -3,6 +3,7 @@
 import typer
 
 from .commands.convert import convert
+from .commands.predict import predict
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -13,3 +14,4 @@ def main():
 
 
 app.command()(convert)
+app.command()(predict)
