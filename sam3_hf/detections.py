@@ -116,11 +116,17 @@ def encode_mask(mask: Tensor, top: int, left: int, size: tuple[int, int]) -> dic
     Returns:
         COCO's compressed encoding at the size of the image, with text counts.
     """
-    rows, columns = mask.shape
-    # COCO counts down the columns, so the height is the fastest in memory.
-    turned = torch.zeros(size[::-1], dtype=torch.uint8)
-    turned[left : left + columns, top : top + rows] = mask.t()
-    return _text_counts(mask_api.encode(turned.numpy().T[:, :, None])[0])
+    height, width = size
+    # COCO counts down the columns. Edges of runs in the rectangle, as places in the image: no frame of its size.
+    columns = np.pad(mask.t().cpu().numpy().astype(np.int8), ((0, 0), (1, 1)))
+    column, row = np.nonzero(np.diff(columns, axis=1))
+    edges = (left + column) * height + top + row
+    goes_on = np.flatnonzero(edges[1:] == edges[:-1])  # at the top of the next column
+    edges = np.delete(edges, np.concatenate([goes_on, goes_on + 1]))
+    counts = np.diff(np.concatenate([[0], edges, [height * width]])).tolist()
+    if len(counts) > 1 and counts[-1] == 0:
+        counts.pop()
+    return _text_counts(mask_api.frPyObjects({"size": [height, width], "counts": counts}, height, width))
 
 
 def decode_mask(rle: dict) -> np.ndarray:

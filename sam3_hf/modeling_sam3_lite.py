@@ -871,7 +871,9 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
     ) -> Tensor:
         """Mask logits `(matches, h, w)` of single queries; `prompt` and `query` `(matches,)`, sorted by prompt."""
         masks = [levels[0].new_zeros((0, *levels[0].shape[-2:]))]
-        for rows in prompt.unique().split(PROMPTS_SEGMENTED_AT_ONCE):
+        segmented = prompt.unique()
+        for start in range(0, len(segmented), PROMPTS_SEGMENTED_AT_ONCE):
+            rows = segmented[start : start + PROMPTS_SEGMENTED_AT_ONCE]
             pixels, _ = self._mask_features(levels, image_index[rows], found.of_prompts(rows))
             own = torch.isin(prompt, rows)
             row = torch.searchsorted(rows, prompt[own])

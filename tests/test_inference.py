@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import micro_config, shake
 from faster_coco_eval import COCO
+from faster_coco_eval.core import mask as mask_api
 from PIL import Image
 from scipy import ndimage
 
@@ -198,11 +199,17 @@ def rectangle(left, top, right, bottom, size=(40, 60)) -> dict:
     return encode_mask(torch.ones(bottom - top, right - left, dtype=torch.bool), top, left, size)
 
 
-def test_encoded_masks_are_where_they_were():
-    mask = torch.rand(7, 5) > 0.5
-    expected = np.zeros((20, 30), bool)
-    expected[3:10, 11:16] = mask
-    assert (decode_mask(encode_mask(mask, 3, 11, (20, 30))) == expected).all()
+@pytest.mark.parametrize(
+    ("top", "left", "rows", "columns"), [(3, 11, 7, 5), (0, 4, 20, 6), (0, 0, 20, 30), (5, 5, 0, 0)]
+)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_masks_are_encoded_as_by_coco_tools(top, left, rows, columns, share):
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0)) < share
+    expected = np.zeros((20, 30), np.uint8)
+    expected[top : top + rows, left : left + columns] = mask
+    rle = encode_mask(mask, top, left, (20, 30))
+    assert rle["counts"].encode() == mask_api.encode(np.asfortranarray(expected))["counts"]
+    assert (decode_mask(rle) == expected).all()
 
 
 def test_suppression_is_by_masks_within_a_label():
@@ -386,7 +393,8 @@ def test_loaded_from_a_folder_in_either_precision(pipe, images, tmp_path):
     loaded = Sam3LitePipeline.from_pretrained(tmp_path, device="cpu")
     assert loaded.model.dtype == torch.float32
     expected, found = (one(images[0], "cat", threshold=0) for one in (pipe, loaded))
-    assert torch.equal(found.scores, expected.scores) and found.rle == expected.rle
+    assert torch.allclose(found.scores, expected.scores, atol=1e-6)
+    assert (found.masks != expected.masks).float().mean() < 1e-4
     half = Sam3LitePipeline.from_pretrained(tmp_path, device="cpu", dtype=torch.float16)
     prompt = Prompt("cat", boxes=[[5, 5, 30, 30]])
     expected, found = (one(images[0], prompt, threshold=0) for one in (pipe, half))
@@ -440,7 +448,7 @@ def large_batch() -> float:
     return peak_megabytes() - before
 
 
-@pytest.mark.parametrize(("case", "bound"), [("large_image", 500), ("large_batch", 500)])
+@pytest.mark.parametrize(("case", "bound"), [("large_image", 500), ("large_batch", 300)])
 def test_memory_goes_with_what_is_found(case, bound):
     """All masks at once would take 2400 MB as booleans in the one case, 2100 MB as logits in the other."""
     code = f"import torch; torch.set_num_threads(1); import test_inference; print(test_inference.{case}())"

@@ -39,16 +39,13 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def command(saved, tmp_path):
-    """Runs the command with two prompts, a threshold that finds something, and no worker processes."""
-    threshold = 0.2
+    """Runs the command with two prompts, keeping all detections, without worker processes."""
 
-    def predict(*arguments, prompts=("cat", "red car"), threshold=threshold, output=tmp_path / "out"):
+    def predict(*arguments, prompts=("cat", "red car"), threshold=0.0, output=tmp_path / "out"):
         words = [word for prompt in prompts for word in ("--prompt", prompt)]
         options = ["--model", saved, "--output", output, "--threshold", threshold, "--workers", 0]
         return run(*arguments, *options, *words)
 
-    scores = Sam3LitePipeline.from_pretrained(saved, device="cpu")(torch.zeros(3, 9, 9), ["cat", "red car"]).scores
-    threshold = scores.quantile(0.7).item() if len(scores) else 0.0
     return predict
 
 
@@ -57,7 +54,7 @@ def record_of(folder, name) -> dict:
 
 
 def test_writes_what_the_pipeline_finds(command, pictures, saved, tmp_path):
-    result = command(pictures, "--overlays", "--masks", "--batch-size", 2, "--max-detections", 6, threshold=0.0)
+    result = command(pictures, "--overlays", "--masks", "--batch-size", 2, "--max-detections", 6)
     assert result.exit_code == 0, result.output
     assert "3 pictures were new" in result.output
     out = tmp_path / "out"
@@ -121,12 +118,12 @@ def test_goes_on_where_it_stopped(command, pictures, tmp_path):
 
 def test_outputs_that_are_missing_are_made(command, pictures, tmp_path):
     out = tmp_path / "out"
-    assert "3 pictures were new" in command(pictures, threshold=0.0).output
-    assert "3 pictures were new" in command(pictures, "--overlays", "--masks", threshold=0.0).output
-    assert "0 pictures were new" in command(pictures, "--overlays", "--masks", threshold=0.0).output
+    assert "3 pictures were new" in command(pictures).output
+    assert "3 pictures were new" in command(pictures, "--overlays", "--masks").output
+    assert "0 pictures were new" in command(pictures, "--overlays", "--masks").output
     (out / "overlays" / "b.jpg.png").unlink()
     next((out / "masks" / "a.png").iterdir()).unlink()
-    assert "2 pictures were new" in command(pictures, "--overlays", "--masks", threshold=0.0).output
+    assert "2 pictures were new" in command(pictures, "--overlays", "--masks").output
     assert (out / "overlays" / "b.jpg.png").exists()
 
 
@@ -185,7 +182,7 @@ def test_errors_are_one_line(command, pictures, saved, tmp_path):
         (command(tmp_path / "missing"), "missing"),
         (command(pictures, threshold=2), "threshold"),
         (command(pictures, prompts=[""]), "text"),
-        (run(pictures, "--model", tmp_path, "--prompt", "cat", "--output", tmp_path / "out"), "config"),
+        (run(pictures, "--model", tmp_path, "--prompt", "cat", "--output", tmp_path / "out"), "model.safetensors"),
     ]:
         assert result.exit_code == 1 and word in result.output and result.output.startswith("Error: ")
         assert len(result.output.splitlines()) == 1
