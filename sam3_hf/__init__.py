@@ -3,6 +3,8 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .configuration_sam3_lite import Sam3LiteConfig, Sam3LiteLossConfig
+from .detections import Detections
+from .inference import Prompt, Sam3LitePipeline
 from .modeling_sam3_lite import Sam3LiteModel, Sam3LiteOutput
 from .processing_sam3_lite import Sam3LiteProcessor
 from .version import __version__
@@ -16,10 +18,13 @@ Sam3LiteModel.register_for_auto_class("AutoModel")
 Sam3LiteProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = [
+    "Detections",
+    "Prompt",
     "Sam3LiteConfig",
     "Sam3LiteLossConfig",
     "Sam3LiteModel",
     "Sam3LiteOutput",
+    "Sam3LitePipeline",
     "Sam3LiteProcessor",
     "__version__",
 ]

@@ -64,6 +64,8 @@ OUTSIDE_PENALTY = 8.0
 # Largest relative difference of text features that rounding explains, half precision at both ends included. Those of
 # other weights differ by about as much as they are large.
 SAME_FEATURES = 0.05
+# `find` runs the mask head for so many prompts at once: each has an 85 MB map at 1008 px in float32.
+PROMPTS_SEGMENTED_AT_ONCE = 4
 
 
 @dataclass
@@ -96,6 +98,25 @@ class Sam3LiteOutput(ModelOutput):
 
 
 @dataclass
+class Sam3LiteFindings(ModelOutput):
+    r"""
+    Output of [`~Sam3LiteModel.find`]: the kept detections of all prompts, by prompt and query.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(num_found,)`): in [0, 1].
+        boxes (`torch.FloatTensor` of shape `(num_found, 4)`): xyxy, relative to the image, not clamped.
+        prompt_index (`torch.LongTensor` of shape `(num_found,)`): the prompt that each belongs to.
+        mask_logits (`torch.FloatTensor` of shape `(num_found, height, width)`): at 4 / patch size of the input
+            resolution.
+    """
+
+    scores: torch.FloatTensor | None = None
+    boxes: torch.FloatTensor | None = None
+    prompt_index: torch.LongTensor | None = None
+    mask_logits: torch.FloatTensor | None = None
+
+
+@dataclass
 class DetectorOutput(ModelOutput):
     """What the detector computes for a chunk of prompts, before losses and post-processing; one row per prompt."""
 
@@ -108,6 +129,14 @@ class DetectorOutput(ModelOutput):
     encoded: Tensor | None = None  # (prompts, height * width, hidden)
     prompt_features: Tensor | None = None  # (prompts, tokens, hidden)
     prompt_mask: Tensor | None = None  # (prompts, tokens) bool
+
+    def of_prompts(self, index: Tensor) -> DetectorOutput:
+        """What the mask head reads, for some prompts."""
+        return DetectorOutput(
+            encoded=self.encoded[index],
+            prompt_features=self.prompt_features[index],
+            prompt_mask=None if self.prompt_mask is None else self.prompt_mask[index],
+        )
 
 
 class Prompts(NamedTuple):
@@ -988,6 +1017,68 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         images = torch.arange(num_images, device=self.device)
         return classes.repeat(num_images), images.repeat_interleave(len(classes))
 
+    @torch.no_grad()
+    def find(
+        self,
+        vision_embeds: Sam3VisionEncoderOutput,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+        image_index: Tensor,
+        input_boxes: Tensor | None = None,
+        input_boxes_labels: Tensor | None = None,
+        threshold: float = 0.3,
+        max_detections: int | None = None,
+    ) -> Sam3LiteFindings:
+        r"""
+        What `forward` finds, with masks of the kept detections only: the mask head runs for prompts that have any.
+        For inference; see `forward` for the other arguments.
+
+        Args:
+            threshold (`float`, *optional*, defaults to 0.3): detections have a higher score than this.
+            max_detections (`int`, *optional*): of each image, the best so many over its prompts.
+        """
+        levels = tuple(vision_embeds.fpn_hidden_states[:3])
+        if input_boxes is not None:
+            input_boxes_labels = self._check_boxes(input_boxes, input_boxes_labels)
+        prompts = self._assign_images(
+            len(levels[0]),
+            image_index,
+            text_embeds.to(levels[-1].dtype),
+            attention_mask.bool(),
+            input_boxes,
+            input_boxes_labels,
+        )
+        found = self._run_detector(levels, prompts)
+        output = self._predictions(found, masks=None, semantic=None)
+        scores = output.pred_logits.sigmoid() * output.presence_logits.sigmoid()  # (prompts, queries)
+        prompt, query = (scores > threshold).nonzero(as_tuple=True)
+        if max_detections is not None:
+            best_first = scores[prompt, query].argsort(descending=True, stable=True)
+            owners = prompts.image_index[prompt[best_first]]
+            kept = torch.cat([best_first[owners == image][:max_detections] for image in owners.unique()] or [owners])
+            kept = kept.sort().values
+            prompt, query = prompt[kept], query[kept]
+        return Sam3LiteFindings(
+            scores=scores[prompt, query],
+            boxes=output.pred_boxes[prompt, query],
+            prompt_index=prompt,
+            mask_logits=self._masks_of(levels, prompts.image_index, found, prompt, query),
+        )
+
+    def _masks_of(
+        self, levels: tuple[Tensor, ...], image_index: Tensor, found: DetectorOutput, prompt: Tensor, query: Tensor
+    ) -> Tensor:
+        """Mask logits `(matches, h, w)` of single queries; `prompt` and `query` `(matches,)`, sorted by prompt."""
+        masks = [levels[0].new_zeros((0, *levels[0].shape[-2:]))]
+        segmented = prompt.unique()
+        for start in range(0, len(segmented), PROMPTS_SEGMENTED_AT_ONCE):
+            rows = segmented[start : start + PROMPTS_SEGMENTED_AT_ONCE]
+            pixels, _ = self._mask_features(levels, image_index[rows], found.of_prompts(rows))
+            own = torch.isin(prompt, rows)
+            row = torch.searchsorted(rows, prompt[own])
+            masks.append(self.mask_decoder.matched_masks(found.queries[rows], pixels, row, query[own]))
+        return torch.cat(masks)
+
     def detect(
         self,
         levels: tuple[Tensor, ...],
@@ -1112,12 +1203,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         one_to_many = self.training and self.config.loss_config.one_to_many_weight > 0
         found = self._run_detector(levels, prompts, one_to_many)
         index = self._prompts_to_segment(labels, prompts.image_index)
-        part = DetectorOutput(
-            encoded=found.encoded[index],
-            prompt_features=found.prompt_features[index],
-            prompt_mask=None if found.prompt_mask is None else found.prompt_mask[index],
-        )
-        pixels, semantic = self._mask_features(levels, prompts.image_index[index], part)
+        pixels, semantic = self._mask_features(levels, prompts.image_index[index], found.of_prompts(index))
         semantic = semantic.new_zeros(len(labels), *semantic.shape[1:]).index_copy(0, index, semantic)
         row_of_prompt = torch.zeros_like(prompts.image_index).index_copy(
             0, index, torch.arange(len(index), device=index.device)
@@ -1172,4 +1258,4 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         return self.geometry_encoder(boxes, labels, coarse[:1], self._position_encoding(coarse), index)[0]
 
 
-__all__ = ["Sam3LiteModel", "Sam3LiteOutput", "Sam3LitePreTrainedModel"]
+__all__ = ["Sam3LiteFindings", "Sam3LiteModel", "Sam3LiteOutput", "Sam3LitePreTrainedModel"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_convert
 from transformers import BatchFeature, CLIPTokenizer, Sam3ImageProcessor, Sam3Processor
@@ -18,8 +18,8 @@ logger = logging.get_logger(__name__)
 
 # Merges of CLIP's byte-pair encoding, most frequent first, one a line.
 _MERGES_FILE = Path(__file__).parent / "assets" / "clip_merges.txt.gz"
-# Masks are enlarged this many at a time, so that memory does not grow with the number of detections.
-_MASKS_AT_ONCE = 4
+# Masks are enlarged in bands of so many pixels: only their booleans are ever as large as the image.
+_PIXELS_AT_ONCE = 2**20
 
 
 def clip_tokenizer(vocab_size: int = 49408) -> CLIPTokenizer:
@@ -215,7 +215,7 @@ class Sam3LiteProcessor(Sam3Processor):
             else:
                 height, width = (int(side) for side in target_sizes[index])
                 boxes = boxes * boxes.new_tensor([width, height, width, height])
-                masks = _enlarge_masks(masks, (height, width), mask_threshold)
+                masks = _full_masks(masks, (height, width), mask_threshold)
             results.append({"scores": scores[index][keep], "boxes": boxes, "masks": masks})
         return results
 
@@ -270,14 +270,62 @@ def _label(annotation: dict, size: tuple[int, int]) -> dict[str, Tensor]:
     return label
 
 
-def _enlarge_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """`(n, h, w)` logits to `(n, height, width)` booleans; probabilities are interpolated, as in `Sam3Processor`."""
-    masks = torch.empty((len(logits), *size), dtype=torch.bool, device=logits.device)
-    for start in range(0, len(logits), _MASKS_AT_ONCE):
-        part = logits[start : start + _MASKS_AT_ONCE, None].float().sigmoid()
-        enlarged = F.interpolate(part, size=size, mode="bilinear", align_corners=False)
-        masks[start : start + _MASKS_AT_ONCE] = enlarged[:, 0] > threshold
+def enlarge_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> Iterator[tuple[Tensor, int, int]]:
+    """
+    Masks at the size of the image, one at a time, each as the rectangle outside of which it is empty: time and memory
+    go with the area of the object. Probabilities are interpolated, as in `Sam3Processor`.
+
+    Args:
+        logits: `(n, h, w)` float.
+        size: height and width of the image.
+        threshold: lowest mask probability, in [0, 1].
+
+    Yields:
+        Mask `(rows, columns)` bool on the device of `logits`, and the row and column of its first pixel.
+    """
+    if not len(logits):
+        return
+    low_y, high_y, weight_y = _interpolation(size[0], logits.shape[1], logits.device)
+    low_x, high_x, weight_x = _interpolation(size[1], logits.shape[2], logits.device)
+    probabilities = logits.float().sigmoid()
+    inside = probabilities > threshold
+    # What lies between cells that are all below the threshold is below it.
+    top, bottom = _reach(inside.any(2), low_y, high_y)
+    left, right = _reach(inside.any(1), low_x, high_x)
+    limits = torch.stack([top, bottom, left, right], dim=1).tolist()
+    for cells, (y1, y2, x1, x2) in zip(probabilities, limits, strict=True):
+        columns = torch.lerp(cells[:, low_x[x1:x2]], cells[:, high_x[x1:x2]], weight_x[x1:x2])  # (h, columns)
+        mask = torch.empty((y2 - y1, x2 - x1), dtype=torch.bool, device=logits.device)
+        step = max(1, _PIXELS_AT_ONCE // max(x2 - x1, 1))
+        for y in range(y1, y2, step):
+            rows = slice(y, min(y + step, y2))
+            pixels = torch.lerp(columns[low_y[rows]], columns[high_y[rows]], weight_y[rows, None])
+            mask[rows.start - y1 : rows.stop - y1] = pixels > threshold
+        yield mask, y1, x1
+
+
+def _interpolation(pixels: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For each pixel of a side the cells before and behind it, and the weight of the latter, as `F.interpolate`."""
+    position = (torch.arange(pixels, device=device) + 0.5) * (cells / pixels) - 0.5
+    position = position.clamp(min=0)
+    low = position.long().clamp(max=cells - 1)
+    return low, (low + 1).clamp(max=cells - 1), position - low
+
+
+def _reach(inside: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """First pixel and end `(n,)` of those that any cell `inside` `(n, cells)` has a share in; equal if none is."""
+    first = inside.int().argmax(1)
+    last = inside.shape[1] - 1 - inside.flip(1).int().argmax(1)
+    start, end = torch.searchsorted(high, first), torch.searchsorted(low, last, right=True)
+    return start, torch.where(inside.any(1), end, start)
+
+
+def _full_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+    """`(n, h, w)` logits to `(n, height, width)` booleans."""
+    masks = torch.zeros((len(logits), *size), dtype=torch.bool, device=logits.device)
+    for mask, (part, top, left) in zip(masks, enlarge_masks(logits, size, threshold), strict=True):
+        mask[top : top + part.shape[0], left : left + part.shape[1]] = part
     return masks
 
 
-__all__ = ["Sam3LiteProcessor", "clip_tokenizer"]
+__all__ = ["Sam3LiteProcessor", "clip_tokenizer", "enlarge_masks"]

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ..reading import to_rgb
+
 ORIENTATION_TAG = 0x0112  # EXIF
 SWAPS_SIDES = (5, 6, 7, 8)  # orientations that turn by a quarter
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
@@ -99,13 +101,7 @@ def load_image(source: dict, width: int, height: int, at_least: tuple[float, flo
                 factor = 1 if drafted is None else round(stored_width / drafted[1][2])
             if turned:
                 image = ImageOps.exif_transpose(image)
-            pixels = np.array(_to_rgb(image))  # (height, width, 3)
+            pixels = np.array(to_rgb(image))  # (height, width, 3)
     except (OSError, SyntaxError, ValueError) as error:
         raise OSError(f"cannot decode image {source['path'] or '(embedded)'}: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1), factor
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,0 +1,148 @@
+"""`sam3-lite predict`: finds what prompts name in files, folders and globs of pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..inference import PredictionSettings, PreparedImage, Sam3LitePipeline, prompts_of_images
+from ..input_files import InputFile, find_pictures
+from ..prediction_folder import PredictionFolder
+from ..reading import read_image
+from ..visualization import LONGEST_SIDE
+
+
+def predict(
+    inputs: Annotated[list[str], typer.Argument(help="Pictures: files, folders (to any depth), globs.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a model with its processor.")],
+    prompt: Annotated[list[str], typer.Option(help="What to look for; several times for several things.")],
+    output: Annotated[Path, typer.Option(help="Folder to write, or to complete.")],
+    overlays: Annotated[bool, typer.Option("--overlays", help="Draw the detections over the pictures.")] = False,
+    masks: Annotated[bool, typer.Option("--masks", help="Write a PNG for each mask.")] = False,
+    threshold: Annotated[float, typer.Option(help="Lowest score.")] = 0.3,
+    mask_threshold: Annotated[float, typer.Option(help="Lowest probability of a pixel of a mask.")] = 0.5,
+    max_detections: Annotated[int | None, typer.Option(help="The best so many per picture. Default: all.")] = None,
+    nms_iou: Annotated[
+        float | None, typer.Option(help="Masks of one prompt that overlap by more are one. Default: all stay.")
+    ] = None,
+    tile_size: Annotated[
+        int | None, typer.Option(help="Look at large pictures in tiles of this side in pixels.")
+    ] = None,
+    tile_overlap: Annotated[int | None, typer.Option(help="Pixels that tiles share. Default: a quarter.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 4,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures ahead.")] = 2,
+    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = "main",
+):
+    """
+    Finds what the prompts name, and writes a JSON file per picture and COCO results. The same command goes on where an
+    earlier one stopped. Computes in FP16 on a GPU, in float32 on a CPU.
+    """
+    try:
+        settings = PredictionSettings(threshold, mask_threshold, max_detections, nms_iou, tile_size, tile_overlap)
+        prompts = list(dict.fromkeys(prompt))
+        prompts_of_images(prompts, 1)  # an empty prompt is an error before anything is written
+        pictures = find_pictures(inputs, exclude=output)
+        pipe = Sam3LitePipeline.from_pretrained(model, device=device, revision=revision)
+        record = {
+            "model": model,
+            "weights": fingerprint(pipe.model),
+            "dtype": str(pipe.model.dtype),
+            "prompts": prompts,
+            **asdict(settings),
+        }
+        folder = PredictionFolder(output, record, overlays, masks)
+        left = [picture for picture in pictures if not folder.is_complete(picture)]
+        unreadable = predict_files(pipe, left, prompts, settings, folder, batch_size, workers)
+        images, detections = folder.write_coco()
+    except torch.OutOfMemoryError as error:
+        typer.echo("Error: the memory of the GPU does not suffice: pass a smaller --batch-size.", err=True)
+        raise typer.Exit(1) from error
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(
+        f"{output}: {detections} detections in {images} pictures; {len(left) - len(unreadable)} pictures were new, "
+        f"{len(pictures) - len(left)} done before."
+    )
+    if unreadable:
+        typer.echo(f"{len(unreadable)} could not be read:", err=True)
+        for message in unreadable:
+            typer.echo(f"  {message}", err=True)
+        raise typer.Exit(1)
+
+
+def predict_files(
+    pipe: Sam3LitePipeline,
+    pictures: list[InputFile],
+    prompts: list[str],
+    settings: PredictionSettings,
+    folder: PredictionFolder,
+    batch_size: int,
+    workers: int,
+) -> list[str]:
+    """Predicts pictures, which workers decode ahead, into a folder; returns what is wrong with those that are not."""
+    dataset = PictureDataset(pictures, settings, pipe.processor.image_processor, with_small=folder.overlays)
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=list, num_workers=workers)
+    text = pipe.text_features(prompts)
+    unreadable = []
+    with tqdm(total=len(pictures), unit="picture") as bar:
+        for batch in loader:
+            readable = [sample for sample in batch if not isinstance(sample, str)]
+            unreadable += [sample for sample in batch if isinstance(sample, str)]
+            prepared = [image for _, image, _ in readable]
+            results = pipe.detect(prepared, prompts_of_images(prompts, len(prepared)), text, settings, batch_size)
+            for (index, _, small), found in zip(readable, results, strict=True):
+                folder.write(pictures[index], found, small)
+            bar.update(len(batch))
+    return unreadable
+
+
+class PictureDataset(Dataset):
+    """
+    (index, `PreparedImage`, small picture for an overlay or None) of each picture, or what is wrong with it.
+
+    Args:
+        with_small: the picture as well, reduced to the size of drawings.
+    """
+
+    def __init__(self, pictures: list[InputFile], settings: PredictionSettings, image_processor, with_small: bool):
+        self.pictures, self.settings, self.image_processor = pictures, settings, image_processor
+        self.with_small = with_small
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[int, PreparedImage, torch.Tensor | None] | str:
+        try:
+            pixels = read_image(self.pictures[index].path)
+        except OSError as error:
+            return str(error)
+        small = _reduced(pixels) if self.with_small else None
+        return index, self.settings.prepare(pixels, self.image_processor), small
+
+
+def _reduced(pixels: torch.Tensor) -> torch.Tensor:
+    """`(3, h, w)` uint8 with sides of at most 1280 pixels."""
+    scale = LONGEST_SIDE[1] / max(pixels.shape[1:])
+    if scale >= 1:
+        return pixels
+    size = [max(1, round(side * scale)) for side in pixels.shape[1:]]
+    return F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 of the weights in the precision they are in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

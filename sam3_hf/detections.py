@@ -1,0 +1,178 @@
+"""What was found in an image, its masks run-length encoded, and its forms for other tools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from faster_coco_eval.core import mask as mask_api
+from torch import Tensor
+
+
+@dataclass
+class Detections:
+    """
+    The detections of one image, best first. Masks are kept run-length encoded, a few hundred bytes each.
+
+    Args:
+        boxes: `(n, 4)` float32 xyxy, in pixels of the image and clamped to it.
+        scores: `(n,)` float32 in [0, 1].
+        labels: n prompts.
+        rle: n masks in COCO's compressed encoding, `{"size": [height, width], "counts": str}`.
+        size: height and width of the image.
+        prompts: all labels that were asked for, in their order.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: list[str]
+    rle: list[dict]
+    size: tuple[int, int]
+    prompts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def masks(self) -> Tensor:
+        """`(n, height, width)` bool, decoded at each access: n bytes per pixel of the image."""
+        masks = torch.zeros((len(self), *self.size), dtype=torch.bool)
+        for mask, rle in zip(masks, self.rle, strict=True):
+            mask.copy_(torch.from_numpy(decode_mask(rle)))
+        return masks
+
+    def select(self, index: Sequence[int]) -> Detections:
+        """The detections at these places, in this order."""
+        rows = torch.as_tensor(index, dtype=torch.long)
+        return Detections(
+            boxes=self.boxes[rows],
+            scores=self.scores[rows],
+            labels=[self.labels[row] for row in index],
+            rle=[self.rle[row] for row in index],
+            size=self.size,
+            prompts=self.prompts,
+        )
+
+    def to_coco(self, image_id: int | str, category_ids: Mapping[str, int]) -> list[dict]:
+        """
+        Entries of a COCO results file, as JSON takes them.
+
+        Args:
+            image_id: id of this image.
+            category_ids: {label: category id}.
+
+        Returns:
+            n dicts: `image_id`, `category_id`, `bbox` (x, y, width, height in pixels), `score`, `segmentation`.
+
+        Raises:
+            ValueError: a label has no id.
+        """
+        unknown = sorted(set(self.labels) - set(category_ids))
+        if unknown:
+            raise ValueError(f"`category_ids` has no id for {unknown}.")
+        return [
+            {
+                "image_id": image_id,
+                "category_id": category_ids[label],
+                "bbox": [left, top, right - left, bottom - top],
+                "score": score,
+                "segmentation": rle,
+            }
+            for (left, top, right, bottom), score, label, rle in zip(
+                self.boxes.tolist(), self.scores.tolist(), self.labels, self.rle, strict=True
+            )
+        ]
+
+    def to_supervision(self):
+        """
+        `supervision.Detections` with masks; `class_id` is the place of the label in `prompts`, and the label itself
+        is in `data["class_name"]`.
+
+        Raises:
+            ImportError: `supervision` is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise ImportError("`to_supervision` needs the library: pip install supervision") from error
+        return supervision.Detections(
+            xyxy=self.boxes.numpy(),
+            mask=self.masks.numpy(),
+            confidence=self.scores.numpy(),
+            class_id=np.array([self.prompts.index(label) for label in self.labels], dtype=int),
+            data={"class_name": np.array(self.labels, dtype=str)},
+        )
+
+
+def encode_mask(mask: Tensor, top: int, left: int, size: tuple[int, int]) -> dict:
+    """
+    Args:
+        mask: `(rows, columns)` bool on any device.
+        top, left: place of its first pixel.
+        size: height and width of the image.
+
+    Returns:
+        COCO's compressed encoding at the size of the image, with text counts.
+    """
+    height, width = size
+    # COCO counts down the columns. Edges of runs in the rectangle, as places in the image: no frame of its size.
+    columns = np.pad(mask.t().cpu().numpy().astype(np.int8), ((0, 0), (1, 1)))
+    column, row = np.nonzero(np.diff(columns, axis=1))
+    edges = (left + column) * height + top + row
+    goes_on = np.flatnonzero(edges[1:] == edges[:-1])  # at the top of the next column
+    edges = np.delete(edges, np.concatenate([goes_on, goes_on + 1]))
+    counts = np.diff(np.concatenate([[0], edges, [height * width]])).tolist()
+    if len(counts) > 1 and counts[-1] == 0:
+        counts.pop()
+    return _text_counts(mask_api.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+
+
+def decode_mask(rle: dict) -> np.ndarray:
+    """`(height, width)` bool."""
+    return mask_api.decode(rle).astype(bool)
+
+
+def unite_masks(rles: list[dict]) -> dict:
+    """The union of masks of one size."""
+    return _text_counts(mask_api.merge(rles))
+
+
+def cut_mask(rle: dict, rectangle: tuple[int, int, int, int]) -> dict:
+    """What a mask has inside of (left, top, right, bottom), at the same size."""
+    left, top, right, bottom = rectangle
+    frame = mask_api.frPyObjects([[left, top, right - left, bottom - top]], *rle["size"])
+    return _text_counts(mask_api.merge([rle, *frame], intersect=True))
+
+
+def mask_ious(first: list[dict], second: list[dict]) -> np.ndarray:
+    """`(first, second)` intersection over union, 0 for two empty masks."""
+    return np.nan_to_num(np.asarray(mask_api.iou(first, second, [0] * len(second))).reshape(len(first), len(second)))
+
+
+def suppress(labels: list[str], rle: list[dict], max_iou: float) -> list[int]:
+    """
+    Non-maximum suppression by masks, within each label.
+
+    Args:
+        labels, rle: of detections, best first.
+        max_iou: a detection goes if its mask overlaps that of a better one of its label by more.
+
+    Returns:
+        Places of those that stay, in order.
+    """
+    kept = []
+    for label in dict.fromkeys(labels):
+        own = [place for place, other in enumerate(labels) if other == label]
+        ious = mask_ious([rle[place] for place in own], [rle[place] for place in own])
+        stay = []
+        for row in range(len(own)):
+            if all(ious[row, better] <= max_iou for better in stay):
+                stay.append(row)
+        kept += [own[row] for row in stay]
+    return sorted(kept)
+
+
+def _text_counts(rle: dict) -> dict:
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}

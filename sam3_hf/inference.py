@@ -1,0 +1,352 @@
+"""Prediction: pictures and prompts in, detections out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .configuration_sam3_lite import BOX_PADDING_LABEL
+from .conversion_sam3_lite import HUB_ARGUMENTS
+from .detections import Detections, encode_mask, suppress
+from .modeling_sam3_lite import Sam3LiteModel
+from .processing_sam3_lite import Sam3LiteProcessor, enlarge_masks
+from .reading import ImageInput, read_image
+from .tiling import Part, Tile, cut_tiles, join_parts
+
+BOX_PROMPT = "visual"  # the text that SAM 3 was trained with for prompts by boxes alone
+PROMPTS_AT_ONCE = 16  # that the detector handles: bounds the memory of many prompts
+PHRASES_AT_ONCE = 64  # that the text encoder handles
+
+
+@dataclass
+class Prompt:
+    """
+    What to look for in an image; a prompt by words alone may as well be a `str`.
+
+    Args:
+        text: a noun phrase.
+        boxes: examples of it, xyxy in pixels of the (upright) image.
+        negative_boxes: things that it is not.
+        label: its name in the detections. Default: the text, or "visual".
+
+    Raises:
+        ValueError: neither text nor an example, or a box that is none.
+    """
+
+    text: str | None = None
+    boxes: Sequence[Sequence[float]] = field(default_factory=list)
+    negative_boxes: Sequence[Sequence[float]] = field(default_factory=list)
+    label: str | None = None
+
+    def __post_init__(self):
+        if not (self.text or len(self.boxes)):
+            raise ValueError("A prompt needs `text` or at least one of `boxes`.")
+        for box in self.all_boxes:
+            if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
+                raise ValueError(f"The box {list(box)} of a prompt is not left < right, top < bottom in pixels.")
+        self.label = self.label or self.phrase
+
+    @property
+    def phrase(self) -> str:
+        """What the text encoder reads."""
+        return self.text or BOX_PROMPT
+
+    @property
+    def all_boxes(self) -> list[Sequence[float]]:
+        return [*self.boxes, *self.negative_boxes]
+
+
+@dataclass
+class PreparedImage:
+    """An image on its way to the model: its tiles, and their pixels or that from which to cut them."""
+
+    size: tuple[int, int]  # height, width
+    tiles: list[Tile]
+    pixel_values: Tensor | None  # (1, 3, side, side) if the image is one tile
+    image: Tensor | None  # (3, height, width) uint8 if there are more
+
+    def pixels_of(self, tile: Tile, image_processor) -> Tensor:
+        """`(1, 3, side, side)` at the resolution of the model."""
+        if self.pixel_values is not None:
+            return self.pixel_values
+        part = self.image[:, tile.top : tile.bottom, tile.left : tile.right]
+        return image_processor(part, return_tensors="pt")["pixel_values"]
+
+
+@dataclass
+class PredictionSettings:
+    """
+    What decides on the detections, beside model and prompts.
+
+    Args:
+        threshold: detections have a higher score than this, in [0, 1].
+        mask_threshold: pixels of a mask have a higher probability than this, in [0, 1].
+        max_detections: of each image, the best so many; default: all.
+        nms_iou: of two detections of one label whose masks overlap by more than this, in [0, 1], only the better one
+            stays; default: all stay, as SAM 3 does it.
+        tile_size: side in pixels of the tiles in which larger images are looked at; default: an image at once.
+        tile_overlap: pixels that neighbouring tiles share; default: a quarter of their side.
+
+    Raises:
+        ValueError: a value outside of its range; the message names it.
+    """
+
+    threshold: float = 0.3
+    mask_threshold: float = 0.5
+    max_detections: int | None = None
+    nms_iou: float | None = None
+    tile_size: int | None = None
+    tile_overlap: int | None = None
+
+    def __post_init__(self):
+        for name in ("threshold", "mask_threshold", "nms_iou"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"`{name}`={value} is outside of 0..1.")
+        if self.max_detections is not None and self.max_detections < 1:
+            raise ValueError(f"`max_detections`={self.max_detections} must be 1 or more, or None for all.")
+        if self.tile_size is None:
+            if self.tile_overlap is not None:
+                raise ValueError("`tile_overlap` needs `tile_size`.")
+            return
+        if self.tile_size < 2:
+            raise ValueError(f"`tile_size`={self.tile_size} must be 2 pixels or more.")
+        if self.tile_overlap is None:
+            self.tile_overlap = self.tile_size // 4
+        if not 0 <= self.tile_overlap < self.tile_size:
+            raise ValueError(f"`tile_overlap`={self.tile_overlap} must be 0 or more and less than `tile_size`.")
+
+    def prepare(self, image: ImageInput, image_processor) -> PreparedImage:
+        """Decodes and resizes an image; errors as [`read_image`]. Needs no model, so workers can do it ahead."""
+        pixels = read_image(image)
+        height, width = pixels.shape[1:]
+        tiles = cut_tiles(height, width, self.tile_size, self.tile_overlap or 0)
+        whole = len(tiles) == 1
+        values = image_processor(pixels, return_tensors="pt")["pixel_values"] if whole else None
+        return PreparedImage((height, width), tiles, values, None if whole else pixels)
+
+
+class Sam3LitePipeline:
+    """
+    A model and its processor as one callable: from pictures and prompts to [`Detections`].
+
+    The vision encoder runs once per image, the text encoder once per distinct phrase, and masks are computed and
+    enlarged for kept detections only.
+
+    Example:
+
+    ```python
+    >>> from sam3_hf import Prompt, Sam3LitePipeline
+
+    >>> pipe = Sam3LitePipeline.from_pretrained("outputs/demo/final")  # doctest: +SKIP
+    >>> found = pipe("photo.jpg", ["red circle", Prompt(boxes=[[10, 10, 50, 60]])])  # doctest: +SKIP
+    >>> found.boxes, found.scores, found.labels, found.masks  # doctest: +SKIP
+    ```
+    """
+
+    def __init__(self, model: Sam3LiteModel, processor: Sam3LiteProcessor):
+        """
+        Args:
+            model: on the device and in the precision to compute in; set to evaluation mode.
+        """
+        self.model, self.processor = model.eval(), processor
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        **kwargs,
+    ) -> Sam3LitePipeline:
+        """
+        Args:
+            pretrained_model_name_or_path: folder or Hub id of a saved model and processor.
+            device: default: the GPU if there is one.
+            dtype: default: float16 on a GPU, float32 on a CPU, which is slow in float16.
+            kwargs: those of [`Sam3LiteModel.from_pretrained`]. Sizes are those of the checkpoint unless told.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+        kwargs.setdefault("preset", None if kwargs.get("config") is not None else "same")
+        model = Sam3LiteModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs).to(device)
+        hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        return cls(model, Sam3LiteProcessor.from_pretrained(pretrained_model_name_or_path, **hub_arguments))
+
+    def __call__(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        prompts: str | Prompt | Sequence[str | Prompt] | Sequence[Sequence[str | Prompt]],
+        batch_size: int = 4,
+        **settings,
+    ) -> Detections | list[Detections]:
+        """
+        Args:
+            images: one or a list of what [`read_image`] takes; an array or tensor with four axes is a list.
+            prompts: words or [`Prompt`]s: one, or a list for every image, or a list of lists, one per image.
+            batch_size: images (or tiles) that the vision encoder handles at once.
+            settings: fields of [`PredictionSettings`]: `threshold`, `mask_threshold`, `max_detections`, `nms_iou`,
+                `tile_size`, `tile_overlap`.
+
+        Returns:
+            One [`Detections`] per image; not in a list if `images` is a single image.
+
+        Raises:
+            ValueError: prompts, boxes or settings that cannot be; images that are none.
+            OSError: an image is missing or cannot be decoded.
+        """
+        settings = PredictionSettings(**settings)
+        single = not isinstance(images, (list, tuple)) and getattr(images, "ndim", 3) < 4
+        images = [images] if single else list(images)
+        prompts = prompts_of_images(prompts, len(images))
+        if batch_size < 1:
+            raise ValueError(f"`batch_size`={batch_size} must be 1 or more.")
+        text = self.text_features([prompt.phrase for own in prompts for prompt in own])
+        results = []
+        for start in range(0, len(images), batch_size):
+            batch = slice(start, start + batch_size)
+            prepared = [settings.prepare(image, self.processor.image_processor) for image in images[batch]]
+            results += self.detect(prepared, prompts[batch], text, settings, batch_size)
+        return results[0] if single else results
+
+    @torch.no_grad()
+    def text_features(self, phrases: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """
+        The one place where words become features.
+
+        Returns:
+            {phrase: (features `(tokens, hidden)`, attention mask `(tokens,)`)}, each distinct phrase encoded once.
+        """
+        phrases = list(dict.fromkeys(phrases))
+        features = {}
+        for start in range(0, len(phrases), PHRASES_AT_ONCE):
+            chunk = phrases[start : start + PHRASES_AT_ONCE]
+            tokens = self.processor(text=chunk).to(self.model.device)
+            encoded = self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
+            features |= zip(chunk, zip(encoded, tokens["attention_mask"], strict=True), strict=True)
+        return features
+
+    @torch.no_grad()
+    def detect(
+        self,
+        prepared: Sequence[PreparedImage],
+        prompts: Sequence[Sequence[Prompt]],
+        text: dict[str, tuple[Tensor, Tensor]],
+        settings: PredictionSettings,
+        batch_size: int,
+    ) -> list[Detections]:
+        """
+        [`Sam3LitePipeline.__call__`] from prepared images and encoded phrases on, for a loop with its own loader.
+
+        Args:
+            prepared: from [`PredictionSettings.prepare`].
+            prompts: one list per image.
+            text: from [`~Sam3LitePipeline.text_features`], of all phrases in `prompts`.
+            batch_size: tiles that the vision encoder handles at once.
+        """
+        if settings.tile_size is not None and any(prompt.all_boxes for own in prompts for prompt in own):
+            raise ValueError("`tile_size` goes with prompts by words: a box would be in some tiles and not in others.")
+        parts: list[list[Part]] = [[] for _ in prepared]
+        views = [(index, tile) for index, image in enumerate(prepared) for tile in image.tiles]
+        for start in range(0, len(views), batch_size):
+            group = views[start : start + batch_size]
+            image_processor = self.processor.image_processor
+            pixel_values = torch.cat([prepared[index].pixels_of(tile, image_processor) for index, tile in group])
+            vision = self.model.get_vision_features(pixel_values.to(self.model.device, self.model.dtype))
+            asked = [(place, prompt) for place, (index, _) in enumerate(group) for prompt in prompts[index]]
+            for first in range(0, len(asked), PROMPTS_AT_ONCE):
+                for place, part in self._parts(
+                    vision, asked[first : first + PROMPTS_AT_ONCE], group, prepared, text, settings
+                ):
+                    parts[group[place][0]].append(part)
+        return [
+            _finish(own, image, [prompt.label for prompt in asked], settings)
+            for own, image, asked in zip(parts, prepared, prompts, strict=True)
+        ]
+
+    def _parts(self, vision, asked, group, prepared, text, settings):
+        """Yields (place in the group, `Part`) of what is found for prompts `asked` as (place, prompt)."""
+        inputs = self._inputs(asked, [prepared[index].size for index, _ in group], text)
+        # What suppression and joining leave is not known before there are masks.
+        limit = settings.max_detections if settings.nms_iou is None and settings.tile_size is None else None
+        found = self.model.find(vision, **inputs, threshold=settings.threshold, max_detections=limit)
+        owners, scores, boxes = found.prompt_index.tolist(), found.scores.tolist(), found.boxes.float().cpu()
+        for row, owner in enumerate(owners):
+            place, prompt = asked[owner]
+            index, tile = group[place]
+            height, width = tile.bottom - tile.top, tile.right - tile.left
+            box = boxes[row].clamp(0, 1) * boxes.new_tensor([width, height, width, height])
+            box = box + boxes.new_tensor([tile.left, tile.top, tile.left, tile.top])
+            logits = found.mask_logits[row : row + 1]
+            ((mask, top, left),) = enlarge_masks(logits, (height, width), settings.mask_threshold)
+            rle = encode_mask(mask, tile.top + top, tile.left + left, prepared[index].size)
+            yield place, Part(prompt.label, scores[row], box, rle, tile)
+
+    def _inputs(self, asked, sizes: list[tuple[int, int]], text) -> dict[str, Tensor]:
+        """What the model takes for prompts `asked` as (place, prompt), of images of these sizes."""
+        features, masks = zip(*(text[prompt.phrase] for _, prompt in asked), strict=True)
+        inputs = {
+            "image_index": torch.tensor([place for place, _ in asked]),
+            "text_embeds": torch.stack(features),
+            "attention_mask": torch.stack(masks),
+        }
+        longest = max(len(prompt.all_boxes) for _, prompt in asked)
+        if longest:
+            boxes = torch.zeros(len(asked), longest, 4)
+            labels = torch.full((len(asked), longest), BOX_PADDING_LABEL)
+            for row, (place, prompt) in enumerate(asked):
+                height, width = sizes[place]
+                for column, box in enumerate(prompt.all_boxes):
+                    left, top, right, bottom = box
+                    boxes[row, column] = torch.tensor(
+                        [
+                            (left + right) / 2 / width,
+                            (top + bottom) / 2 / height,
+                            (right - left) / width,
+                            (bottom - top) / height,
+                        ]
+                    )
+                    labels[row, column] = 1 if column < len(prompt.boxes) else 0
+            inputs |= {"input_boxes": boxes, "input_boxes_labels": labels}
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+
+
+def prompts_of_images(prompts, num_images: int) -> list[list[Prompt]]:
+    """
+    Prompts as [`Sam3LitePipeline`] takes them, as one list per image.
+
+    Raises:
+        ValueError: there are none for an image, or lists for another number of images.
+    """
+    prompts = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
+    nested = [not isinstance(prompt, (str, Prompt)) for prompt in prompts]
+    if any(nested) and not all(nested):
+        raise ValueError("`prompts` mixes prompts with lists: pass one list for all images, or one for each.")
+    lists = prompts if any(nested) else [prompts] * num_images
+    if len(lists) != num_images:
+        raise ValueError(f"`prompts` has lists for {len(lists)} images, there are {num_images}.")
+    if not all(len(own) for own in lists):
+        raise ValueError("There are no prompts for an image: `prompts` or one of its lists is empty.")
+    return [[Prompt(one) if isinstance(one, str) else one for one in own] for own in lists]
+
+
+def _finish(parts: list[Part], image: PreparedImage, labels: list[str], settings: PredictionSettings) -> Detections:
+    if len(image.tiles) > 1:
+        parts = join_parts(parts)
+    parts = sorted(parts, key=lambda part: -part.score)
+    if settings.nms_iou is not None:
+        kept = suppress([part.label for part in parts], [part.rle for part in parts], settings.nms_iou)
+        parts = [parts[place] for place in kept]
+    parts = parts[: settings.max_detections]
+    return Detections(
+        boxes=torch.stack([part.box for part in parts]) if parts else torch.zeros(0, 4),
+        scores=torch.tensor([part.score for part in parts]),
+        labels=[part.label for part in parts],
+        rle=[part.rle for part in parts],
+        size=image.size,
+        prompts=list(dict.fromkeys(labels)),
+    )
