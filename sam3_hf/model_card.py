@@ -96,14 +96,16 @@ def origin_of(source: str | os.PathLike, **hub_arguments) -> Origin:
         beside = os.path.isfile(os.path.join(folder, "config.json"))
         return Origin(source, origin_of(folder).derived if beside else True)
     on_hub = not os.path.isdir(source)
-    if not isinstance(source_config(source, **hub_arguments), Sam3LiteConfig):
-        return Origin(source, True, on_hub)
+    config = source_config(source, **hub_arguments)
 
     def read(name: str) -> dict | None:
         path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
         return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
-    return Origin(source, _recorded(read(PROVENANCE_FILE), read(REPORT_FILE)).derived, on_hub)
+    provenance = read(PROVENANCE_FILE)
+    if provenance is None and not isinstance(config, Sam3LiteConfig):
+        return Origin(source, True, on_hub)
+    return Origin(source, _recorded(provenance, read(REPORT_FILE)).derived, on_hub)
 
 
 def folder_origin(folder: Path) -> Origin:

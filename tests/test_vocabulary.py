@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.cli import app
 from sam3_hf.conversion_sam3_lite import open_checkpoint
 from sam3_hf.data.generated import write_dataset
+from sam3_hf.model_card import RANDOM_WEIGHTS
 
 sys.path.insert(0, str(TRAIN.parent))
 
@@ -430,11 +432,11 @@ def test_training_needs_every_phrase_and_something_to_train(
 
 @torch.no_grad()
 def test_a_trained_text_encoder_is_what_the_vocabulary_is_made_with(model, processor, images, tmp_path):
-    text, summary = TokenizedText(processor), {"base": "", "data": "", "best": None}
+    text, provenance = TokenizedText(processor), {"origin": asdict(RANDOM_WEIGHTS), "versions": {}, "best": None}
     for name, vocabulary in (("full", None), ("frozen", CLASSES)):
-        export_final(Accelerator(cpu=True), model, processor, text, tmp_path / name, summary, vocabulary)
+        export_final(Accelerator(cpu=True), model, processor, text, tmp_path / name, provenance, vocabulary)
     assert model.config.vocabulary is None and model.dtype == torch.float32
-    full, frozen = (Sam3LiteModel.from_pretrained(tmp_path / name).float() for name in ("full", "frozen"))
+    full, frozen = (Sam3LiteModel.from_pretrained(tmp_path / name / "final").float() for name in ("full", "frozen"))
     inputs = ask(processor, images, text=[["cat", CLASSES[2]], [CLASSES[0]]])
     exact = model(**inputs)
     for name in PREDICTIONS:

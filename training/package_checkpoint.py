@@ -1,5 +1,5 @@
 """
-Writes the final model of a run as a small standard checkpoint: FP16 weights in the layout of `Sam3Model`, with its
+Writes the final model of a run from random weights as a small standard checkpoint: FP16 weights in the layout of `Sam3Model`, with its
 processor and a card.
 
     python training/package_checkpoint.py outputs/tiny_standard sam3_hf/assets/tiny-standard
@@ -10,6 +10,7 @@ So the checkpoint that the package carries was made from a run of training/confi
 import argparse
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from transformers import Sam3Processor
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.evaluation.rows import CONFIDENT
+from sam3_hf.model_card import PROVENANCE_FILE, RANDOM_WEIGHTS, versions
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     model.to_sam3().save_pretrained(arguments.target)
     processor = Sam3LiteProcessor.from_config(model.config)
     Sam3Processor(processor.image_processor, processor.tokenizer).save_pretrained(arguments.target)
+    provenance = {"origin": asdict(RANDOM_WEIGHTS), "versions": versions()}
+    (arguments.target / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     (arguments.target / "README.md").write_text(card(model, arguments.run), encoding="utf-8")
     size = (arguments.target / "model.safetensors").stat().st_size
     logger.info("%s: %.2f MB of weights", arguments.target, size / 1e6)
