@@ -1,6 +1,6 @@
 """
-Writes the final model of a run from random weights as a small standard checkpoint: FP16 weights in the layout of `Sam3Model`, with its
-processor and a card.
+Writes the final model of a run from random weights as a small standard checkpoint: FP16 weights in the layout of
+`Sam3Model`, with its processor and a card.
 
     python training/package_checkpoint.py outputs/tiny_standard sam3_hf/assets/tiny-standard
 
