@@ -242,6 +242,20 @@ class Sam3LiteConfig(Sam3Config):
         """
         return cls._changed(preset_fields(name), overrides)
 
+    def at_preset(self, name: str, **overrides) -> Sam3LiteConfig:
+        """
+        The sizes of a preset for what this configuration is used for: its input resolution (if patches are equal),
+        number of queries and vocabulary stay. `overrides` as in [`~Sam3LiteConfig.from_preset`].
+
+        Raises:
+            ValueError: no such preset or field, or the sizes do not fit together.
+        """
+        kept = {"num_queries": self.detr_decoder_config.num_queries, "vocabulary": self.vocabulary}
+        patches = (config.vision_config.backbone_config.patch_size for config in (self, self.from_preset(name)))
+        if len(set(patches)) == 1:
+            kept["image_size"] = self.image_size
+        return self.from_preset(name, **{**kept, **overrides})
+
     def changed(self, **overrides) -> Sam3LiteConfig:
         """
         A copy with other sizes; `overrides` as in [`~Sam3LiteConfig.from_preset`].

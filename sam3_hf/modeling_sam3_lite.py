@@ -629,7 +629,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             pretrained_model_name_or_path: Hub id or folder of a model of type `sam3_lite`, `sam3` or `sam3_video`, or
                 a native `.pt` file of Meta's (also as written by its trainer). Also a checkpoint folder of
                 `training/train.py`, whose averaged weights are those of `variant="ema"`.
-            preset (`str`, *optional*): sizes of the model, see [`~Sam3LiteConfig.from_preset`], or `"same"` for those
+            preset (`str`, *optional*): sizes of the model, see [`~Sam3LiteConfig.at_preset`], or `"same"` for those
                 of the source. Default: `"lite"` for a standard source, `"same"` for a lite one.
             mapping (`str`, *optional*, defaults to `"auto"`): how weights are carried to smaller sizes: `"isometry"`,
                 `"select"` or `"skip"`, see [`map_checkpoint`]; `"auto"` is the best of them. Equal sizes are copied.
@@ -684,7 +684,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         fields = {key: kwargs.pop(key) for key in cls.config_class.keywords() & set(kwargs) - _LOADING_KEYWORDS}
         preset = preset or ("same" if checkpoint.is_lite else "lite")
         if config is None and preset != "same":
-            config = cls.config_class.from_preset(preset, vocabulary=checkpoint.config.vocabulary, **fields)
+            config = checkpoint.config.at_preset(preset, **fields)
         else:
             config = config or checkpoint.config
             config = config.changed(**fields) if fields else config

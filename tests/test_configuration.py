@@ -148,3 +148,14 @@ def test_fields_of_another_transformers_version_only_warn(tmp_path):
     fields["transformers_version"] = "5.99.0"
     path.write_text(json.dumps(fields))
     assert Sam3LiteConfig.from_pretrained(tmp_path).image_size == 128
+
+
+def test_the_sizes_of_a_preset_for_the_same_use():
+    config = Sam3LiteConfig.from_preset("standard", image_size=672, num_queries=50, vocabulary=["cat", "dog"])
+    smaller = config.at_preset("lite")
+    assert smaller.vision_config.backbone_config.hidden_size == 768
+    assert (smaller.image_size, smaller.detr_decoder_config.num_queries) == (672, 50)
+    assert smaller.vocabulary == ["cat", "dog"]
+    assert config.at_preset("lite", image_size=336).image_size == 336
+    with pytest.raises(ValueError, match="nonsense"):
+        config.at_preset("lite", nonsense=1)

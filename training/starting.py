@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_m
 from transformers.utils import cached_file
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.conversion_sam3_lite import source_config
+from sam3_hf.conversion_sam3_lite import open_checkpoint
 from sam3_hf.data import (
     Augmentation,
     DatasetError,
@@ -257,12 +257,17 @@ def _some(kind: str, names: list[str]) -> str:
 
 def initial_config(arguments: ModelArguments) -> Sam3LiteConfig:
     """The configuration of a fresh run: that of a lite checkpoint, otherwise of --preset with its overrides."""
-    is_file = arguments.init is None or os.path.isfile(arguments.init)
-    config = None if is_file else source_config(arguments.init)
-    if not isinstance(config, Sam3LiteConfig):
+    if arguments.init is None:
         config = Sam3LiteConfig.from_preset(arguments.preset, **arguments.model_overrides)
-    elif arguments.model_overrides:
-        raise ValueError("model_overrides changes a preset; with --init the sizes are those of the lite checkpoint")
+    else:
+        checkpoint = open_checkpoint(arguments.init)
+        if checkpoint is None:
+            raise FileNotFoundError(f"--init {arguments.init} has neither a config.json nor a .pt file of Meta's")
+        config = checkpoint.config
+        if not checkpoint.is_lite:
+            config = config.at_preset(arguments.preset, **arguments.model_overrides)
+        elif arguments.model_overrides:
+            raise ValueError("model_overrides changes a preset; with --init the sizes are those of the checkpoint")
     return config if arguments.image_size is None else config.changed(image_size=arguments.image_size)
 
 

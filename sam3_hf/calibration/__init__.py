@@ -109,7 +109,7 @@ def calibrate_mapping(
     if not isinstance(source, Sam3LiteModel):
         teacher = Sam3LiteModel.from_pretrained(source, preset="same", **where)
     if config is None:
-        config = Sam3LiteConfig.from_preset(preset or "lite", **kwargs)
+        config = teacher.config.at_preset(preset or "lite", **kwargs)
     elif kwargs:
         config = config.changed(**kwargs)
     dtype = resolve_dtype(dtype, None, teacher.dtype)
