@@ -2,9 +2,10 @@
 Writes the final model of a run from random weights as a small standard checkpoint: FP16 weights in the layout of
 `Sam3Model`, with its processor and a card.
 
-    python training/package_checkpoint.py outputs/tiny_standard sam3_hf/assets/tiny-standard
+    python training/package_checkpoint.py outputs/tiny_standard sam3_hf/assets/tiny-standard --scores metrics.json
 
-So the checkpoint that the package carries was made from a run of training/configs/tiny_standard.yaml.
+So the checkpoint that the package carries was made from a run of training/configs/tiny_standard.yaml; `metrics.json`
+is what `sam3-lite evaluate` wrote of its final/ on pictures of another seed.
 """
 
 import argparse
@@ -40,8 +41,7 @@ draws, and nothing else. It knows {concepts}.
   training/configs/tiny_standard.yaml`; nothing of Meta's is in them. Log: `benchmarks/results/tiny_standard`.
 - Layout: that of `transformers.Sam3Model`. `Sam3LiteModel.from_pretrained(FOLDER, preset="tiny")` maps it into the
   lite model; `preset="same"` keeps its sizes. Stock Transformers load it as well.
-- Scores on the {images} validation pictures of the run, which the training did not see, by which the best of its
-  epochs was chosen (epoch {epoch:g}):
+- Scores on {images} pictures that were drawn with another seed than those of the run:
 
 | score | value |
 |---|---|
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output folder of a finished run on generated data")
     parser.add_argument("target", type=Path, help="folder to write")
+    parser.add_argument("--scores", type=Path, required=True, help="metrics.json of `sam3-lite evaluate`")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
@@ -63,15 +64,14 @@ def main(argv: list[str] | None = None) -> None:
     Sam3Processor(processor.image_processor, processor.tokenizer).save_pretrained(arguments.target)
     provenance = {"origin": asdict(RANDOM_WEIGHTS), "versions": versions()}
     (arguments.target / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
-    (arguments.target / "README.md").write_text(card(model, arguments.run), encoding="utf-8")
+    (arguments.target / "README.md").write_text(card(model, arguments.run, arguments.scores), encoding="utf-8")
     size = (arguments.target / "model.safetensors").stat().st_size
     logger.info("%s: %.2f MB of weights", arguments.target, size / 1e6)
 
 
-def card(model: Sam3LiteModel, run: Path) -> str:
-    """Model card with the best scores of the run."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    best = max((row for row in map(json.loads, lines) if row["kind"] == "eval"), key=lambda row: row["segm_AP"])
+def card(model: Sam3LiteModel, run: Path, evaluation: Path) -> str:
+    """Model card with the scores of an evaluation."""
+    evaluated = json.loads(evaluation.read_text(encoding="utf-8"))
     coco = json.loads((run / "data" / "valid" / "_annotations.coco.json").read_text(encoding="utf-8"))
     names = ("segm_AP", "segm_AP50", "segm_cgF1", "bbox_AP", "bbox_AP50", "IL_MCC")
     vit = model.config.vision_config.backbone_config
@@ -81,9 +81,8 @@ def card(model: Sam3LiteModel, run: Path) -> str:
         width=vit.hidden_size,
         size=model.config.image_size,
         concepts=", ".join(f'"{category["name"]}"' for category in coco["categories"]),
-        images=len(coco["images"]),
-        epoch=best["epoch"],
-        scores="".join(f"| {name} | {best[name]:.3f} |\n" for name in names),
+        images=evaluated["images"],
+        scores="".join(f"| {name} | {evaluated[name]:.3f} |\n" for name in names),
         confident=CONFIDENT,
     )
 
