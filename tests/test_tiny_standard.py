@@ -1,0 +1,73 @@
+"""The standard checkpoint that the package carries: it works, and so does what is made from it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import Sam3Model
+
+import sam3_hf
+from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf.calibration import calibrate_mapping
+from sam3_hf.data import EvalDataset, load_dataset_splits
+from sam3_hf.data.generated import write_dataset
+from sam3_hf.evaluation.loop import evaluate
+from sam3_hf.evaluation.text import PhraseFeatures
+
+CHECKPOINT = Path(sam3_hf.__file__).parent / "assets" / "tiny-standard"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Drawn with another seed than those of the checkpoint's training."""
+    folder = tmp_path_factory.mktemp("pictures")
+    return write_dataset(folder, num_train=128, num_valid=24, image_size=96, num_concepts=4, seed=77)
+
+
+def scores(model, pictures) -> dict:
+    processor = Sam3LiteProcessor.from_config(model.config)
+    dataset = EvalDataset(load_dataset_splits(pictures)["validation"], model.config.image_size)
+    text = PhraseFeatures(model, processor, dataset.concepts, model.device)
+    return evaluate(Accelerator(cpu=True), model, processor, text, dataset, 8, 0)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Sam3LiteModel:
+    return Sam3LiteModel.from_pretrained(CHECKPOINT, preset="same", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def teacher_scores(teacher, pictures) -> dict:
+    return scores(teacher, pictures)
+
+
+def test_it_is_small_and_in_half_precision():
+    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 8e6
+    assert Sam3LiteModel.from_pretrained(CHECKPOINT, preset="same").dtype == torch.float16
+
+
+def test_it_finds_what_is_there_and_nothing_else(teacher_scores):
+    assert teacher_scores["segm_AP50"] >= 0.75 and teacher_scores["bbox_AP50"] >= 0.75
+    assert teacher_scores["IL_MCC"] >= 0.7
+
+
+@torch.no_grad()
+def test_stock_transformers_load_it(teacher):
+    stock = Sam3Model.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    pixels = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    inputs = Sam3LiteProcessor.from_pretrained(CHECKPOINT)(text="red circle", original_sizes=[(96, 96)])
+    inputs = {"pixel_values": pixels, "input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    expected, result = stock(**inputs), teacher(**inputs)
+    for name in ("pred_masks", "pred_boxes", "pred_logits", "presence_logits"):
+        torch.testing.assert_close(result[name], expected[name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_lite_model_made_from_it_works_before_any_training(teacher, teacher_scores, pictures):
+    mapped = Sam3LiteModel.from_pretrained(CHECKPOINT, preset="tiny", dtype=torch.float32)
+    assert mapped.mapping_report.strategy == "isometry" and mapped.num_parameters() < 0.65 * teacher.num_parameters()
+    concepts = ["red circle", "blue circle", "red square", "striped square"]
+    calibrated = calibrate_mapping(teacher, pictures / "train", preset="tiny", prompts=concepts, search_depth=False)
+    shares = [scores(model, pictures)["segm_AP"] / teacher_scores["segm_AP"] for model in (mapped, calibrated)]
+    assert shares[0] > 0.4 and shares[1] > 0.75, shares
+    assert min(calibrated.mapping_report.calibration["pyramid_cosines"]) > 0.9
