@@ -109,7 +109,7 @@ def sam3_lite_loss(
             integer (nonzero is object), at any resolution. Prompts without `masks` take no part in the mask terms.
         config: loss configuration (`Sam3LiteLossConfig`).
         mask_logits_fn: `(prompt_index (m,), query_index (m,), one_to_many)` -> (m, h, w) last-layer mask logits of
-            those queries; indices int64, sorted by prompt, m possibly 0. Called in the caller's autocast state, once
+            those queries; indices int64 on the CPU, sorted by prompt, m possibly 0. Called in the caller's autocast state, once
             for the matched queries and, with `config.one_to_many_masks`, once for those of the one-to-many copy. None
             leaves the mask terms out.
 
@@ -461,7 +461,7 @@ def _mask_terms(
     """Weighted mask focal and Dice of the matched queries of prompts with masks, per object with a mask."""
     has_masks = np.array([mask is not None for mask in targets.masks], dtype=bool)
     match = Match(*(column[has_masks[match.prompt]] for column in match))
-    prompt, query = _on_device(np.stack([match.prompt, match.query]), targets.boxes.device)
+    prompt, query = torch.from_numpy(np.stack([match.prompt, match.query]))
     logits = mask_logits_fn(prompt, query, one_to_many)  # (matches, height, width)
     with torch.autocast(logits.device.type, enabled=False):
         totals = logits[:0].float().sum().expand(2)  # keeps the head in the graph when nothing is matched
