@@ -53,6 +53,8 @@ _LOADING_KEYWORDS = {"attn_implementation", "dtype", "torch_dtype", "quantizatio
 ANCHOR_LOGIT_SHIFT = (0.0, 0.0, -1.4, -1.4)
 # ...and attention to a position a quarter of the image outside of its box starts e^(0.53 * this) times weaker.
 OUTSIDE_PENALTY = 8.0
+# Text is encoded in whole blocks of tokens, which matrix products on GPUs want.
+TOKEN_BLOCK = 8
 
 
 @dataclass
@@ -168,7 +170,28 @@ class Sam3LiteTextEncoder(CLIPPreTrainedModel):
         self.text_model.embeddings.token_embedding = value
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
-        return self.text_model(input_ids=input_ids, attention_mask=attention_mask)
+        """
+        Args:
+            input_ids, attention_mask: `(prompts, tokens)` int, padding at the end.
+
+        Returns:
+            `last_hidden_state` `(prompts, tokens, hidden)` and `pooler_output` `(prompts, hidden)`. Prompts that are
+            alike are encoded once, and what is padding in all of them not at all: there, states are zero.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        num_tokens = input_ids.shape[1]
+        different, place = torch.stack([input_ids, attention_mask.to(input_ids.dtype)], 1).unique(
+            dim=0, return_inverse=True
+        )
+        longest = int(different[:, 1].sum(1).max())
+        length = min(-(-longest // TOKEN_BLOCK) * TOKEN_BLOCK, num_tokens)
+        input_ids, attention_mask = different[:, :, :length].unbind(1)
+        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=F.pad(outputs.last_hidden_state, (0, 0, 0, num_tokens - length))[place],
+            pooler_output=outputs.pooler_output[place],
+        )
 
 
 class Sam3LiteGeometryEncoder(Sam3GeometryEncoder):
