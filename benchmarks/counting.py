@@ -1,7 +1,8 @@
 """Counts what a step would do on a GPU, without one: fake CUDA tensors have shapes and dtypes, but no memory.
 
 Operations run as they would in eager mode on CUDA, with its autocast rules; attention is counted as the
-memory-efficient kernel. What a kernel needs inside of itself, and what the allocator wastes, is not counted.
+memory-efficient kernel. What a kernel needs inside of itself, and what the allocator wastes, is not counted. The
+backward pass cannot run: autograd asks the device for a context.
 """
 
 import weakref
@@ -34,19 +35,24 @@ def efficient_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_cau
     return attend(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
 
 
-def stock_coordinates(_, height, width, dtype, device):
-    """`Sam3DetrDecoder._get_coords`, which reads its sizes back from the device and so needs real tensors."""
-    return tuple(torch.arange(int(side), device=device, dtype=dtype) / int(side) for side in (height, width))
-
-
 @contextmanager
-def fake_cuda() -> Iterator[None]:
-    """Tensors made within are fake, and may be on a CUDA device that does not exist."""
+def fake_cuda(grid_side: int) -> Iterator[None]:
+    """
+    Tensors made within are fake, and on a CUDA device that does not exist.
+
+    Args:
+        grid_side: patches per side of the image, which stock `Sam3DetrDecoder` would read back from the device.
+    """
+
+    def coordinates(_, height, width, dtype, device):
+        return (torch.arange(grid_side, device=device, dtype=dtype) / grid_side,) * 2
+
     with (
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", efficient_attention),
-        mock.patch.object(Sam3DetrDecoder, "_get_coords", stock_coordinates),
+        mock.patch.object(Sam3DetrDecoder, "_get_coords", coordinates),
         FakeTensorMode(allow_non_fake_inputs=True),
+        torch.device(DEVICE),
     ):
         yield
 
@@ -79,23 +85,6 @@ class Counter(TorchDispatchMode):
 
     def _leave(self, size: int) -> None:
         self.live -= size
-
-
-class Kept:
-    """Bytes of the distinct storages that the backward pass needs, parameters left out."""
-
-    def __init__(self, parameters):
-        self.own = {p.untyped_storage()._cdata for p in parameters}
-        self.storages = {}
-
-    def __call__(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.own:
-            self.storages[storage._cdata] = storage  # kept, so that its address is not used again
-        return tensor
-
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages.values())
 
 
 @contextmanager

@@ -510,7 +510,12 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
     supports_gradient_checkpointing = True
     # `Trainer` must scale the loss by the accumulation steps itself: ours is already normalised per batch.
     accepts_loss_kwargs = False
-    _no_split_modules = ["Sam3LiteViTLayer", "CLIPEncoderLayer", "Sam3LiteDetrEncoderLayer", "Sam3LiteDetrDecoderLayer"]
+    _no_split_modules = [
+        "Sam3LiteViTLayer",
+        "CLIPEncoderLayer",
+        "Sam3LiteDetrEncoderLayer",
+        "Sam3LiteDetrDecoderLayer",
+    ]
 
 
 class Sam3LiteModel(Sam3LitePreTrainedModel):

@@ -100,7 +100,9 @@ class Sam3LiteViTModel(Sam3ViTModel):
         super(Sam3ViTModel, self).__init__(config)
         self.embeddings = Sam3ViTEmbeddings(config)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        windows = [0 if i in config.global_attn_indexes else config.window_size for i in range(config.num_hidden_layers)]
+        windows = [
+            0 if i in config.global_attn_indexes else config.window_size for i in range(config.num_hidden_layers)
+        ]
         self.layers = nn.ModuleList([Sam3LiteViTLayer(config, window_size=size) for size in windows])
         self.post_init()
 
