@@ -24,7 +24,7 @@ NO_KERNEL = {ATEN._unsafe_view.default, ATEN.empty.memory_format, ATEN.empty_lik
 
 
 def efficient_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
-    """`torch.nn.functional.scaled_dot_product_attention` by the kernel that CUDA would choose where there is a mask."""
+    """`scaled_dot_product_attention` by the kernel that CUDA would choose where there is a mask."""
     if torch.is_autocast_enabled(DEVICE):
         dtype = torch.get_autocast_dtype(DEVICE)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
