@@ -75,12 +75,9 @@ class Predictor:
             encoded = on_device(encoded)
             encoded["pixel_values"] = encoded["pixel_values"].to(self.dtype)
             if self.text:
-                encoded |= {
-                    name: value.repeat(len(images), *[1] * (value.ndim - 1)) for name, value in self.text.items()
-                }
-                encoded["image_index"] = torch.arange(len(images), device=device()).repeat_interleave(
-                    len(self.prompts)
-                )
+                encoded |= {name: torch.cat([value] * len(images)) for name, value in self.text.items()}
+                images_of_prompts = torch.arange(len(images), device=device())
+                encoded["image_index"] = images_of_prompts.repeat_interleave(len(self.prompts))
             calls.append(encoded)
         return calls
 
@@ -106,7 +103,7 @@ def measure(
     arguments: argparse.Namespace, name: str, count: int, stored: bool, files: list[Path], peak: float
 ) -> dict:
     reset_peak()
-    prompts = [f"{CONCEPTS[i % len(CONCEPTS)]} {i}" if i >= len(CONCEPTS) else str(CONCEPTS[i]) for i in range(count)]
+    prompts = [f"{CONCEPTS[i % len(CONCEPTS)]} {i}" for i in range(count)]  # all different
     predictor = Predictor(name, DTYPES[arguments.precision], arguments.image_size, prompts, stored)
     if arguments.compile and not predictor.one_by_one:
         torch._dynamo.reset()  # it gives up on code that it has compiled for several models

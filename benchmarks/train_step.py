@@ -1,6 +1,6 @@
 """Time and memory of a training step with a frozen text encoder, split by phase, and the largest batch that fits.
 
-    python benchmarks/train_step.py --models stock-standard standard lite --precisions fp16 --batch-sizes 4 --prompts 1 4
+    python benchmarks/train_step.py --models stock-standard standard lite --precisions fp16 --prompts 1 4
     python benchmarks/train_step.py --models lite --precisions fp16 --fit 8 12 16 24 --checkpointing off on
 
 Rows named `stock-PRESET` are `transformers.Sam3Model` under the same loss, as one would train it without this package:

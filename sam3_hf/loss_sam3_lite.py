@@ -112,9 +112,9 @@ def sam3_lite_loss(
             integer (nonzero is object), at any resolution. Prompts without `masks` take no part in the mask terms.
         config: loss configuration (`Sam3LiteLossConfig`).
         mask_logits_fn: `(prompt_index (m,), query_index (m,), one_to_many)` -> (m, h, w) last-layer mask logits of
-            those queries; indices int64 on the CPU, sorted by prompt, m possibly 0. Called in the caller's autocast state, once
-            for the matched queries and, with `config.one_to_many_masks`, once for those of the one-to-many copy. None
-            leaves the mask terms out.
+            those queries; indices int64 on the CPU, sorted by prompt, m possibly 0. Called in the caller's autocast
+            state, once for the matched queries and, with `config.one_to_many_masks`, once for those of the one-to-many
+            copy. None leaves the mask terms out.
 
     Returns:
         The scalar float32 loss, connected to every output it was given (with zero gradient where nothing supervises

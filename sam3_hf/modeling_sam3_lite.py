@@ -951,8 +951,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
 
     def _prompts_to_segment(self, labels: list[dict[str, Tensor]]) -> Tensor:
         """
-        Indices, on the CPU, of the prompts that the mask head must run for: all in evaluation; in training those with masks to
-        learn from, or one, which keeps the mask head in the graph, as DDP needs.
+        Indices, on the CPU, of the prompts that the mask head must run for: all in evaluation; in training those with
+        masks to learn from, or one, which keeps the mask head in the graph, as DDP needs.
         """
         chosen = range(len(labels))
         if self.training:
