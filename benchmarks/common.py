@@ -65,8 +65,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     name = Path(sys.argv[0]).stem
     moment = datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
     default = RESULTS / f"{name}_{moment}.json"
-    result.add_argument("--output", type=Path, default=default, help="JSON file to write; default: %(default)s")
+    result.add_argument("--output", type=_new_file, default=default, help="JSON file to write; default: %(default)s")
     return result
+
+
+def _new_file(name: str) -> Path:
+    if Path(name).exists():
+        raise argparse.ArgumentTypeError(f"{name} exists already: choose another name, or delete it")
+    return Path(name)
 
 
 def report(arguments: argparse.Namespace, rows: list[dict], **more) -> None:
