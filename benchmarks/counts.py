@@ -14,13 +14,14 @@ image adds, and `images in` a card what that leaves room for, beside `--reserve`
 """
 
 import argparse
+import functools
 import itertools
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
-from common import STOCK, autocast, build, parser, report, training_batch
+from common import STOCK, autocast, build, image_size_of, parser, report, training_batch
 from counting import Counter, fake_cuda, flops
 from train_step import stock_loss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -32,35 +33,39 @@ TOKENS = 8  # of a phrase, in the model
 STOCK_TOKENS = 32
 
 
-def inference(arguments: argparse.Namespace, name: str, prompts: int) -> dict:
-    stock = name.startswith(STOCK)
-    with fake_cuda(grid_side(name, arguments.image_size)), torch.no_grad():
+@functools.cache
+def count_call(name: str, image_size: int | None, prompts: int) -> tuple[int, int, int, int]:
+    """Operations of the vision encoder, of a whole call, of encoding one phrase, and kernels of a call."""
+    with fake_cuda(grid_side(name, image_size)), torch.no_grad():
         torch.set_default_dtype(torch.float16)
-        model = build(name, arguments.image_size)
+        model = build(name, image_size)
         torch.set_default_dtype(torch.float32)
-        size = model.config.vision_config.backbone_config.image_size
+        size = image_size_of(model)
         pixels = torch.empty(1, 3, size, size, dtype=torch.float16)
-        asked = 1 if stock else prompts
-        hidden = model.config.detr_encoder_config.hidden_size
-        text = torch.empty(asked, TOKENS, hidden, dtype=torch.float16)
-        mask = torch.ones(asked, TOKENS, dtype=torch.long)
-        features = BaseModelOutputWithPooling(pooler_output=text)
+        text = torch.empty(prompts, TOKENS, model.config.detr_encoder_config.hidden_size, dtype=torch.float16)
+        mask = torch.ones(prompts, TOKENS, dtype=torch.long)
         with flops() as counter, Counter() as count:
             vision = model.vision_encoder(pixels)
             vision_flops = counter.get_total_flops()
+            features = BaseModelOutputWithPooling(pooler_output=text)
             model(vision_embeds=vision, text_embeds=features, attention_mask=mask)
-        total, kernels = counter.get_total_flops(), count.kernels
+        total = counter.get_total_flops()
+        tokens = STOCK_TOKENS if name.startswith(STOCK) else TOKENS
         with flops() as counter:
-            model.text_encoder.text_model(torch.zeros(1, STOCK_TOKENS if stock else TOKENS, dtype=torch.long))
-        text_flops = counter.get_total_flops()
-    calls = prompts if stock else 1
+            model.text_encoder.text_model(torch.zeros(1, tokens, dtype=torch.long))
+    return vision_flops, total, counter.get_total_flops(), count.kernels
+
+
+def inference(arguments: argparse.Namespace, name: str, prompts: int) -> dict:
+    calls, asked = (prompts, 1) if name.startswith(STOCK) else (1, prompts)
+    vision, total, text, kernels = count_call(name, arguments.image_size, asked)
     return {
         "model": name,
         "prompts": prompts,
-        "vision TFLOP": calls * vision_flops / 1e12,
-        "detector and masks TFLOP": calls * (total - vision_flops) / 1e12,
+        "vision TFLOP": calls * vision / 1e12,
+        "detector and masks TFLOP": calls * (total - vision) / 1e12,
         "TFLOP": calls * total / 1e12,
-        "text TFLOP": prompts * text_flops / 1e12,
+        "text TFLOP": prompts * text / 1e12,
         "kernels": calls * kernels,
     }
 
@@ -72,7 +77,7 @@ def absent_class(arguments: argparse.Namespace, name: str) -> dict:
         torch.set_default_dtype(torch.float16)
         model = build(name, arguments.image_size)
         torch.set_default_dtype(torch.float32)
-        size = model.config.vision_config.backbone_config.image_size
+        size = image_size_of(model)
         hidden = model.config.detr_encoder_config.hidden_size
         with flops() as counter:
             levels = model.get_vision_features(torch.empty(1, 3, size, size, dtype=torch.float16)).fpn_hidden_states

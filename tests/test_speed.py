@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_labels, micro_config, shake, stock_config
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.sam3.modeling_sam3 import Sam3DetrEncoder, Sam3MaskDecoder, Sam3ViTModel
@@ -218,20 +219,25 @@ def test_repeated_and_padded_words_are_encoded_once(model):
     assert_same_gradients(ours, gradients(encoder))
 
 
-def test_nothing_is_read_back_from_the_device(config):
-    """Tensors on the meta device have no values: whatever reads one fails."""
-    with torch.device("meta"):
-        model = Sam3LiteModel(config).eval()
-        outputs = model(
+def test_inference_reads_nothing_back_from_the_device(config):
+    """Fake tensors have no values: whatever reads one fails."""
+    with FakeTensorMode():
+        outputs = Sam3LiteModel(config).eval()(
             pixel_values=torch.empty(2, 3, 64, 64),
             text_embeds=torch.empty(4, 8, 64),
             attention_mask=torch.ones(4, 8),
             image_index=torch.zeros(4, dtype=torch.long),
         )
-        queries, pixels = torch.empty(4, 12, 64), torch.empty(4, 64, 32, 32)
     assert outputs.pred_masks.shape == (4, 12, 32, 32)
-    masks = model.mask_decoder.matched_masks(queries, pixels, torch.tensor([0, 2, 2]), torch.tensor([3, 1, 0]))
-    assert masks.shape == (3, 32, 32)
+
+
+def test_masks_of_matched_queries_read_nothing_back_from_the_device(config):
+    """Neither have tensors on the meta device; the matching is on the CPU."""
+    with torch.device("meta"):
+        head = Sam3LiteModel(config).mask_decoder
+        queries, pixels = torch.empty(4, 12, 64), torch.empty(4, 64, 32, 32)
+    masks = head.matched_masks(queries, pixels, torch.tensor([0, 2, 2]), torch.tensor([3, 1, 0]))
+    assert masks.device.type == "meta" and masks.shape == (3, 32, 32)
 
 
 def test_kernels_of_a_step_hardly_grow_with_the_prompts(model, inputs):
@@ -250,7 +256,7 @@ def test_kernels_of_a_step_hardly_grow_with_the_prompts(model, inputs):
 
 def test_another_class_costs_less_than_a_twelfth_of_a_vision_pass():
     """By arithmetic, at full size, where the class is absent and the mask head does not run for it."""
-    with torch.device("meta"), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad():
         model = Sam3LiteModel(Sam3LiteConfig.from_preset("lite")).eval()
         with FlopCounterMode(display=False) as counter:
             levels = model.get_vision_features(torch.empty(1, 3, 1008, 1008)).fpn_hidden_states
