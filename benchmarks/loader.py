@@ -1,13 +1,15 @@
-"""Prints, as JSON, how many images per second the training data of a dataset come at, per number of worker processes.
+"""How many training images per second the data loading delivers: decoding, augmenting, collating.
 
     python benchmarks/loader.py path/to/dataset --image-size 1008 --workers 0 2 4 8
 
-Compare the numbers with the images per second that training reports: if they are not well above, the GPU waits.
+`generated` instead of a path draws a dataset of JPEG images with masks. Compare the rates with the images per second
+that training reports: if they are not well above, the GPU waits.
 """
 
-import argparse
-import json
-import sys
+import tempfile
+from pathlib import Path
+
+from common import jpeg_dataset, parser, report
 
 from sam3_hf.data import (
     BatchKeys,
@@ -26,23 +28,28 @@ def throughput(dataset: TrainDataset, batch_size: int, batches: int, num_workers
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="folder, COCO file or Hub repository, as sam3_hf.data.load_dataset_splits takes")
-    parser.add_argument("--image-size", type=int, default=1008, help="side of the model's input in pixels")
-    parser.add_argument("--batch-size", type=int, default=4, help="images per batch")
-    parser.add_argument("--prompts", type=int, default=PromptSampling().prompts_per_image, help="prompts per image")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4], help="numbers of processes to try")
-    parser.add_argument("--batches", type=int, default=50, help="batches to time for each; many per worker")
-    arguments = parser.parse_args()
-    rows = load_dataset_splits(arguments.data)["train"]
-    dataset = TrainDataset(rows, arguments.image_size, PromptSampling(prompts_per_image=arguments.prompts))
-    rates = {
-        str(workers): round(throughput(dataset, arguments.batch_size, arguments.batches, workers), 2)
-        for workers in arguments.workers
-    }
-    fields = ("data", "image_size", "batch_size", "prompts", "batches")
-    settings = {field: getattr(arguments, field) for field in fields}
-    sys.stdout.write(json.dumps({**settings, "images_per_second_by_workers": rates}, indent=2) + "\n")
+    options = parser(__doc__)
+    options.add_argument(
+        "data", help="folder, COCO file or Hub repository, as sam3_hf.data.load_dataset_splits takes; or `generated`"
+    )
+    options.add_argument("--image-size", type=int, default=1008, help="side of the model's input in pixels")
+    options.add_argument("--batch-size", type=int, default=4, help="images per batch")
+    options.add_argument("--prompts", type=int, default=PromptSampling().prompts_per_image, help="prompts per image")
+    options.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4], help="numbers of processes to try")
+    options.add_argument("--batches", type=int, default=50, help="batches to time for each; many per worker")
+    options.add_argument("--generated-images", type=int, default=32, help="size of the dataset `generated`")
+    arguments = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source = arguments.data
+        if source == "generated":
+            source = jpeg_dataset(Path(folder), arguments.generated_images, arguments.image_size)
+        rows = load_dataset_splits(source)["train"]
+        dataset = TrainDataset(rows, arguments.image_size, PromptSampling(prompts_per_image=arguments.prompts))
+        rates = []
+        for workers in arguments.workers:
+            rate = throughput(dataset, arguments.batch_size, arguments.batches, workers)
+            rates.append({"workers": workers, "images/s": rate, "images/s per process": rate / max(workers, 1)})
+    report(arguments, rates)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ of its gradient) is that of the whole batch, however prompts and objects are spr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +42,8 @@ MIN_QUALITY = 0.01
 CLASS_QUERIES = 200
 # Masks whose points are drawn and scored together; bounds the memory of the mask losses.
 MASK_CHUNK = 64
+# Prompts whose semantic losses are computed together: each needs some 40 MB meanwhile at 1008 x 1008.
+SEMANTIC_CHUNK = 4
 
 
 @dataclass
@@ -109,9 +112,9 @@ def sam3_lite_loss(
             integer (nonzero is object), at any resolution. Prompts without `masks` take no part in the mask terms.
         config: loss configuration (`Sam3LiteLossConfig`).
         mask_logits_fn: `(prompt_index (m,), query_index (m,), one_to_many)` -> (m, h, w) last-layer mask logits of
-            those queries; indices int64, sorted by prompt, m possibly 0. Called in the caller's autocast state, once
-            for the matched queries and, with `config.one_to_many_masks`, once for those of the one-to-many copy. None
-            leaves the mask terms out.
+            those queries; indices int64 on the CPU, sorted by prompt, m possibly 0. Called in the caller's autocast
+            state, once for the matched queries and, with `config.one_to_many_masks`, once for those of the one-to-many
+            copy. None leaves the mask terms out.
 
     Returns:
         The scalar float32 loss, connected to every output it was given (with zero gradient where nothing supervises
@@ -429,10 +432,14 @@ def _semantic_terms(
     """
     rows = semantic_logits[:, 0].unbind()
     totals = semantic_logits[:0].float().sum().expand(2)  # keeps the head in the graph when no prompt has masks
-    for is_valid, (prompt, union) in zip(valid, unions.items(), strict=True):
-        # Recomputed in the backward pass: full-resolution intermediates of one prompt at a time.
-        pair = checkpoint(_semantic_pair, rows[prompt], union, config, use_reentrant=False, preserve_rng_state=False)
-        totals = totals + is_valid * pair
+    chunks = [list(same) for _, same in groupby(unions.items(), key=lambda item: item[1].shape)]
+    chunks = [same[i : i + SEMANTIC_CHUNK] for same in chunks for i in range(0, len(same), SEMANTIC_CHUNK)]
+    for chunk, are_valid in zip(chunks, valid.split([len(chunk) for chunk in chunks]), strict=True):
+        logits = torch.stack([rows[prompt] for prompt, _ in chunk])
+        goals = torch.stack([union for _, union in chunk])
+        # Recomputed in the backward pass: full-resolution intermediates of a few prompts at a time.
+        pair = checkpoint(_semantic_pair, logits, goals, config, use_reentrant=False, preserve_rng_state=False)
+        totals = totals + pair @ are_valid
     focal, dice = totals / norms.semantic_prompts
     return {
         "loss_semantic_focal": config.semantic_focal_loss_weight * focal,
@@ -440,12 +447,11 @@ def _semantic_terms(
     }
 
 
-def _semantic_pair(logits: Tensor, union: Tensor, config: Any) -> Tensor:
-    """(focal, Dice) of one prompt's (h, w) logits, brought to the (H, W) of its target."""
-    logits = F.interpolate(
-        logits.float()[None, None], size=union.shape, mode="bilinear", align_corners=False
-    ).flatten()
-    goal = union.flatten().float()
+def _semantic_pair(logits: Tensor, unions: Tensor, config: Any) -> Tensor:
+    """(2, prompts): focal and Dice of (prompts, h, w) logits, brought to the (prompts, H, W) of their targets."""
+    size = unions.shape[-2:]
+    logits = F.interpolate(logits.float()[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
+    goal = unions.flatten(1).float()
     focal = focal_loss(logits, goal, config.semantic_focal_alpha, config.semantic_focal_gamma)
     return torch.stack([focal, dice_loss(logits, goal)])
 
@@ -461,7 +467,7 @@ def _mask_terms(
     """Weighted mask focal and Dice of the matched queries of prompts with masks, per object with a mask."""
     has_masks = np.array([mask is not None for mask in targets.masks], dtype=bool)
     match = Match(*(column[has_masks[match.prompt]] for column in match))
-    prompt, query = _on_device(np.stack([match.prompt, match.query]), targets.boxes.device)
+    prompt, query = torch.from_numpy(np.stack([match.prompt, match.query]))
     logits = mask_logits_fn(prompt, query, one_to_many)  # (matches, height, width)
     with torch.autocast(logits.device.type, enabled=False):
         totals = logits[:0].float().sum().expand(2)  # keeps the head in the graph when nothing is matched
@@ -523,33 +529,33 @@ def sample_logits(logits: Tensor, points: Tensor) -> Tensor:
 
 def _sample_targets(match: Match, targets: PackedTargets, points: Tensor) -> Tensor:
     """Ground truth of each matched mask at its (masks, points, 2) points: (masks, points) float32 in [0, 1]."""
-    parts = []
-    prompts, starts = np.unique(match.prompt, return_index=True)
+    prompts, counts = np.unique(match.prompt, return_counts=True)
     objects = _on_device(match.object - targets.first[match.prompt], points.device)
-    for prompt, start, stop in zip(prompts, starts, [*starts[1:], len(match.prompt)], strict=True):
-        parts.append(sample_masks(targets.masks[prompt], objects[start:stop], points[start:stop]))
-    return torch.cat(parts)
+    return sample_masks([targets.masks[prompt] for prompt in prompts], objects.split(counts.tolist()), points)
 
 
-def sample_masks(masks: Tensor, index: Tensor, points: Tensor) -> Tensor:
+def sample_masks(masks: list[Tensor], index: Sequence[Tensor], points: Tensor) -> Tensor:
     """`sample_logits` for binary masks: reads four pixels per point, without a float copy of the masks.
 
     Args:
-        masks: (objects, height, width) bool or integer, nonzero is object.
-        index: (m,) int64 rows of `masks`.
-        points: (m, points, 2) xy in [0, 1].
+        masks: of each prompt, (objects, height, width) bool or integer, nonzero is object.
+        index: of each prompt, (its share of m,) int64 rows of its `masks`.
+        points: (m, points, 2) xy in [0, 1], prompt after prompt.
 
     Returns:
         (m, points) float32 in [0, 1].
     """
-    height, width = masks.shape[-2:]
-    position_x, position_y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
-    left, top = position_x.floor(), position_y.floor()
-    part_x, part_y = position_x - left, position_y - top
-    result = torch.zeros_like(part_x)
-    for right, down in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        x, y = left.long() + right, top.long() + down
-        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        pixel = masks[index[:, None], y.clamp(0, height - 1), x.clamp(0, width - 1)].ne(0) & inside
-        result += (part_x if right else 1 - part_x) * (part_y if down else 1 - part_y) * pixel
-    return result
+    counts = [len(rows) for rows in index]
+    sizes = np.repeat([mask.shape[-2:] for mask in masks], counts, axis=0)
+    height, width = _on_device(sizes, points.device).T[:, :, None]  # (m, 1) each
+    x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
+    left, top = x.floor(), y.floor()
+    part_x, part_y = x - left, y - top
+    x, y = torch.stack([left, left + 1, left, left + 1]), torch.stack([top, top, top + 1, top + 1])
+    share_x, share_y = torch.stack([1 - part_x, part_x]), torch.stack([1 - part_y, part_y])
+    share = share_x.repeat(2, 1, 1) * share_y.repeat_interleave(2, 0)  # (4, m, points), as x and y
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    x, y = x.clamp(min=0).minimum(width - 1).long(), y.clamp(min=0).minimum(height - 1).long()
+    corners = zip(masks, index, y.split(counts, dim=1), x.split(counts, dim=1), strict=True)
+    pixels = torch.cat([mask[rows[:, None], y, x] for mask, rows, y, x in corners], dim=1)  # (4, m, points)
+    return (share * (pixels.ne(0) & inside)).sum(0)

@@ -7,12 +7,14 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,15 +27,12 @@ from transformers.models.sam3.modeling_sam3 import (
     Sam3DetrEncoderLayer,
     Sam3DotProductScoring,
     Sam3GeometryEncoder,
-    Sam3MaskDecoder,
     Sam3Model,
     Sam3PreTrainedModel,
     Sam3SinePositionEmbedding,
     Sam3VisionEncoderOutput,
     Sam3VisionModel,
     Sam3VisionNeck,
-    Sam3ViTEmbeddings,
-    Sam3ViTModel,
     box_cxcywh_to_xyxy,
     inverse_sigmoid,
 )
@@ -51,6 +50,8 @@ from .conversion_sam3_lite import (
 )
 from .loss_sam3_lite import DetectionOutputs, sam3_lite_loss
 from .mapping_sam3_lite import MappingReport, map_checkpoint, parameter_sizes
+from .masks_sam3_lite import Sam3LiteMaskDecoder
+from .vision_sam3_lite import Sam3LiteViTModel, matmul_precision
 from .vocabulary_sam3_lite import Sam3LiteVocabulary
 
 logger = logging.get_logger(__name__)
@@ -66,6 +67,8 @@ OUTSIDE_PENALTY = 8.0
 SAME_FEATURES = 0.05
 # `find` runs the mask head for so many prompts at once: each has an 85 MB map at 1008 px in float32.
 PROMPTS_SEGMENTED_AT_ONCE = 4
+# Text is encoded in whole blocks of tokens, which matrix products on GPUs want.
+TOKEN_BLOCK = 8
 
 
 @dataclass
@@ -157,27 +160,6 @@ def additive_mask(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return bias.masked_fill(~valid, torch.finfo(dtype).min)[:, None, None, :]
 
 
-class Sam3LiteViTModel(Sam3ViTModel):
-    """The stock ViT, whose positions are told apart from the first step of a training from scratch."""
-
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, Sam3ViTEmbeddings):
-            # Sine encodings as large as the content: what looks alike differs by position only, and boxes and masks
-            # need that at once. Wavelengths are 6 patches and more.
-            _, num_patches, width = module.position_embeddings.shape
-            side = round(num_patches**0.5)
-            encoding = Sam3SinePositionEmbedding.build_sine_position_embedding(
-                torch.Size((1, width, side, side)),
-                module.position_embeddings.device,
-                torch.float32,
-                num_position_features=width // 2,
-                temperature=100,
-            )
-            encoding = encoding.flatten(2).transpose(1, 2).to(module.position_embeddings.dtype)
-            init.copy_(module.position_embeddings, encoding)
-
-
 class Sam3LiteVisionModel(Sam3VisionModel):
     """The stock vision encoder without position encodings for levels that the detector never attends to."""
 
@@ -229,7 +211,28 @@ class Sam3LiteTextEncoder(CLIPPreTrainedModel):
         self.text_model.embeddings.token_embedding = value
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
-        return self.text_model(input_ids=input_ids, attention_mask=attention_mask)
+        """
+        Args:
+            input_ids, attention_mask: `(prompts, tokens)` int, padding at the end.
+
+        Returns:
+            `last_hidden_state` `(prompts, tokens, hidden)` and `pooler_output` `(prompts, hidden)`. Prompts that are
+            alike are encoded once, and what is padding in all of them not at all: there, states are zero.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        num_tokens = input_ids.shape[1]
+        different, place = torch.stack([input_ids, attention_mask.to(input_ids.dtype)], 1).unique(
+            dim=0, return_inverse=True
+        )
+        longest = int(different[:, 1].sum(1).max())
+        length = min(-(-longest // TOKEN_BLOCK) * TOKEN_BLOCK, num_tokens)
+        input_ids, attention_mask = different[:, :, :length].unbind(1)
+        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=F.pad(outputs.last_hidden_state, (0, 0, 0, num_tokens - length))[place],
+            pooler_output=outputs.pooler_output[place],
+        )
 
 
 class Sam3LiteGeometryEncoder(Sam3GeometryEncoder):
@@ -294,7 +297,38 @@ class Sam3LiteGeometryEncoder(Sam3GeometryEncoder):
 
 
 class Sam3LiteDetrEncoderLayer(GradientCheckpointingLayer, Sam3DetrEncoderLayer):
-    """The stock layer with gradient checkpointing."""
+    """The stock layer with gradient checkpointing, and with self-attention once per image where prompts share one."""
+
+    def forward(
+        self,
+        vision: Tensor,
+        prompt: Tensor,
+        vision_position: Tensor,
+        prompt_bias: Tensor | None,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            vision: `(prompts, height * width, hidden)`, or, with `image_index`, of images.
+            prompt: `(prompts, tokens, hidden)`.
+            vision_position: `(1, height * width, hidden)`.
+            prompt_bias: additive mask `(prompts, 1, 1, tokens)`.
+            image_index: `(prompts,)` int, the row of `vision` that each prompt starts from.
+
+        Returns:
+            `(prompts, height * width, hidden)`.
+        """
+        normed = matmul_precision(self.layer_norm1(vision))
+        with_position = normed + matmul_precision(vision_position)
+        attended, _ = self.self_attn(query=with_position, key=with_position, value=normed)
+        if image_index is not None:
+            vision, attended = vision[image_index], attended[image_index]
+        vision = vision + self.dropout(attended)
+
+        normed = self.layer_norm2(vision)
+        attended, _ = self.cross_attn(query=normed, key=prompt, value=prompt, attention_mask=prompt_bias)
+        vision = vision + self.dropout(attended)
+        return vision + self.dropout(self.mlp(self.layer_norm3(vision)))
 
 
 class Sam3LiteDetrEncoder(Sam3DetrEncoder):
@@ -304,10 +338,18 @@ class Sam3LiteDetrEncoder(Sam3DetrEncoder):
         super().__init__(config)
         self.layers = nn.ModuleList([Sam3LiteDetrEncoderLayer(config) for _ in range(config.num_layers)])
 
-    def forward(self, vision: Tensor, prompt: Tensor, vision_position: Tensor, prompt_bias: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        vision: Tensor,
+        image_index: Tensor,
+        prompt: Tensor,
+        vision_position: Tensor,
+        prompt_bias: Tensor | None,
+    ) -> Tensor:
         """
         Args:
-            vision: `(prompts, height * width, hidden)`.
+            vision: `(images, height * width, hidden)`.
+            image_index: `(prompts,)` int, the image of each prompt.
             prompt: `(prompts, tokens, hidden)`.
             vision_position: `(1, height * width, hidden)`.
             prompt_bias: additive mask `(prompts, 1, 1, tokens)`.
@@ -315,8 +357,12 @@ class Sam3LiteDetrEncoder(Sam3DetrEncoder):
         Returns:
             `(prompts, height * width, hidden)`.
         """
+        # Until it first attends to the prompt, an image is the same for all of its prompts.
+        if len(image_index) <= len(vision):
+            vision, image_index = vision[image_index], None
         for layer in self.layers:
-            vision = layer(vision, prompt, vision_position, prompt_bias)
+            vision = layer(vision, prompt, vision_position, prompt_bias, image_index)
+            image_index = None
         return vision
 
 
@@ -332,9 +378,9 @@ class Sam3LiteDetrDecoderLayer(GradientCheckpointingLayer, Sam3DetrDecoderLayer)
         query_pos: Tensor,
         text_features: Tensor,
         vision_features: Tensor,
-        vision_pos_encoding: Tensor,
+        vision_keys: Tensor,
         text_cross_attn_mask: Tensor | None,
-        vision_cross_attn_mask: Tensor,
+        vision_bias: Callable[[], Tensor],
         num_interacting: int,
     ) -> Tensor:
         """
@@ -343,9 +389,9 @@ class Sam3LiteDetrDecoderLayer(GradientCheckpointingLayer, Sam3DetrDecoderLayer)
             query_pos: `(prompts, 1 + queries, hidden)`, zero for the presence token.
             text_features: `(prompts, tokens, hidden)`.
             vision_features: `(prompts, height * width, hidden)`.
-            vision_pos_encoding: `(1, height * width, hidden)`.
+            vision_keys: the same with position encodings.
             text_cross_attn_mask: additive, `(prompts, 1, 1, tokens)`.
-            vision_cross_attn_mask: additive, `(prompts, heads, 1 + queries, height * width)`.
+            vision_bias: makes an additive mask `(prompts, heads, 1 + queries, height * width)`.
             num_interacting: how many of the first tokens take part in self-attention.
         """
         interacting = hidden_states[:, :num_interacting]
@@ -362,12 +408,15 @@ class Sam3LiteDetrDecoderLayer(GradientCheckpointingLayer, Sam3DetrDecoderLayer)
         )
         hidden_states = self.text_cross_attn_layer_norm(hidden_states + self.text_cross_attn_dropout(attended))
 
-        attended, _ = self.vision_cross_attn(
-            query=hidden_states + query_pos,
-            key=vision_features + vision_pos_encoding,
-            value=vision_features,
-            attention_mask=vision_cross_attn_mask,
-        )
+        def attend_to_vision(query: Tensor) -> Tensor:
+            return self.vision_cross_attn(query, vision_keys, vision_features, attention_mask=vision_bias())[0]
+
+        query = hidden_states + query_pos
+        if self.training:
+            # Masks, and what they are made from, are a third of all that a prompt would keep for the backward pass.
+            attended = checkpoint(attend_to_vision, query, use_reentrant=False, preserve_rng_state=False)
+        else:
+            attended = attend_to_vision(query)
         hidden_states = self.vision_cross_attn_layer_norm(hidden_states + self.vision_cross_attn_dropout(attended))
         return self.mlp_layer_norm(hidden_states + self.mlp_dropout(self.mlp(hidden_states)))
 
@@ -434,19 +483,20 @@ class Sam3LiteDetrDecoder(Sam3DetrDecoder):
         hidden = torch.cat([presence, queries], dim=1)  # (prompts, 1 + queries, hidden)
         boxes = self.reference_points.weight.float().sigmoid().repeat(copies, 1).expand(num_prompts, -1, -1)
 
+        vision = matmul_precision(vision)
+        keys = vision + matmul_precision(vision_position)
         all_hidden, all_boxes, all_presence = [], [], []
         for layer in self.layers:
             reference = boxes.detach() if all_boxes else boxes
             query_pos = self.ref_point_head(self.position_encoding.encode_boxes(reference).to(self.dtype))
-            bias = F.pad(self._box_position_bias(reference, grid_size), (0, 0, 1, 0))
             hidden = layer(
                 hidden,
                 F.pad(query_pos, (0, 0, 1, 0)),
                 prompt,
                 vision,
-                vision_position,
+                keys,
                 prompt_bias,
-                bias,
+                partial(self._box_position_bias, reference, grid_size),
                 1 + self.config.num_queries,
             )
             normed = self.output_layer_norm(hidden[:, 1:])
@@ -467,76 +517,20 @@ class Sam3LiteDetrDecoder(Sam3DetrDecoder):
             boxes: `(prompts, queries, 4)` float32, cxcywh in [0, 1].
 
         Returns:
-            `(prompts, heads, queries, height * width)`.
+            `(prompts, heads, 1 + queries, height * width)`; the first row, of the presence token, is zero.
         """
         x1, y1, x2, y2 = box_cxcywh_to_xyxy(boxes).unbind(-1)
         edges_x, edges_y = torch.stack([x1, x2], dim=-1), torch.stack([y1, y2], dim=-1)
         bias_y = self.box_rpb_embed_y(self._log_distance(edges_y, grid_size[0]))  # (prompts, queries, height, heads)
         bias_x = self.box_rpb_embed_x(self._log_distance(edges_x, grid_size[1]))  # (prompts, queries, width, heads)
-        bias_y = bias_y.permute(0, 3, 1, 2).unsqueeze(-1)
-        bias_x = bias_x.permute(0, 3, 1, 2).unsqueeze(-2)
+        bias_y = F.pad(bias_y.permute(0, 3, 1, 2), (0, 0, 1, 0)).unsqueeze(-1)
+        bias_x = F.pad(bias_x.permute(0, 3, 1, 2), (0, 0, 1, 0)).unsqueeze(-2)
         return (bias_y + bias_x).flatten(-2)
 
     def _log_distance(self, edges: Tensor, size: int) -> Tensor:
         lines = torch.arange(size, device=edges.device, dtype=edges.dtype) / size
         distance = (lines[:, None] - edges[:, :, None, :]) * 8  # (prompts, queries, size, 2)
         return (distance.sign() * torch.log2(distance.abs() + 1.0) / 3.0).to(self.dtype)  # 3 = log2(8)
-
-
-class Sam3LiteMaskDecoder(Sam3MaskDecoder):
-    """The stock mask head, split so that masks can be computed for some queries only."""
-
-    def forward(
-        self,
-        levels: tuple[Tensor, ...],
-        encoded: Tensor,
-        image_index: Tensor,
-        prompt: Tensor,
-        prompt_bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """
-        Args:
-            levels: vision maps `(images, hidden, h, w)`, fine to coarse.
-            encoded: `(prompts, height * width, hidden)` from the DETR encoder.
-            image_index: `(prompts,)` int.
-            prompt: `(prompts, tokens, hidden)`.
-            prompt_bias: additive mask `(prompts, 1, 1, tokens)`.
-
-        Returns:
-            Pixel embeddings `(prompts, hidden, h, w)` at the finest level, semantic logits `(prompts, 1, h, w)`.
-        """
-        attended, _ = self.prompt_cross_attn(
-            query=self.prompt_cross_attn_norm(encoded), key=prompt, value=prompt, attention_mask=prompt_bias
-        )
-        encoded = encoded + self.prompt_cross_attn_dropout(attended)
-        pixels = encoded.transpose(1, 2).unflatten(2, levels[-1].shape[-2:])
-        pixel_decoder = self.pixel_decoder
-        finer = reversed(levels[:-1])
-        for level, conv, norm in zip(finer, pixel_decoder.conv_layers, pixel_decoder.norms, strict=True):
-            pixels = F.interpolate(pixels, size=level.shape[-2:], mode="nearest")
-            pixels = F.relu(norm(conv(pixels + level[image_index])))
-        return self.instance_projection(pixels), self.semantic_projection(pixels)
-
-    def masks(self, queries: Tensor, pixels: Tensor) -> Tensor:
-        """`(prompts, queries, hidden)` and `(prompts, hidden, h, w)` to mask logits `(prompts, queries, h, w)`."""
-        return torch.einsum("pqc,pchw->pqhw", self.mask_embedder(queries), pixels)
-
-    def matched_masks(self, queries: Tensor, pixels: Tensor, prompt_index: Tensor, query_index: Tensor) -> Tensor:
-        """
-        Mask logits of single queries, without a copy of the pixel map per query.
-
-        Args:
-            queries: `(prompts, queries, hidden)`.
-            pixels: `(prompts, hidden, h, w)`.
-            prompt_index, query_index: `(matches,)` int, sorted by prompt.
-
-        Returns:
-            `(matches, h, w)`.
-        """
-        embeds = self.mask_embedder(queries[prompt_index, query_index])
-        counts = torch.bincount(prompt_index, minlength=len(pixels)).tolist()
-        rows = [e @ p.flatten(1) for e, p in zip(embeds.split(counts), pixels, strict=True)]
-        return torch.cat(rows).unflatten(1, pixels.shape[-2:])
 
 
 def resolve_dtype(dtype, torch_dtype, stored: torch.dtype) -> torch.dtype:
@@ -557,7 +551,12 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
     supports_gradient_checkpointing = True
     # `Trainer` must scale the loss by the accumulation steps itself: ours is already normalised per batch.
     accepts_loss_kwargs = False
-    _no_split_modules = ["Sam3ViTLayer", "CLIPEncoderLayer", "Sam3LiteDetrEncoderLayer", "Sam3LiteDetrDecoderLayer"]
+    _no_split_modules = [
+        "Sam3LiteViTLayer",
+        "CLIPEncoderLayer",
+        "Sam3LiteDetrEncoderLayer",
+        "Sam3LiteDetrDecoderLayer",
+    ]
 
 
 class Sam3LiteModel(Sam3LitePreTrainedModel):
@@ -1102,8 +1101,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             text = torch.cat([text, boxes.to(text.dtype)], dim=1)
             text_mask = torch.cat([text_mask, boxes_mask], dim=1)
         prompt_bias = additive_mask(text_mask, coarse.dtype)
-        vision = coarse.flatten(2).transpose(1, 2)[image_index]  # (prompts, height * width, hidden)
-        encoded = self.detr_encoder(vision, text, position, prompt_bias)
+        vision = coarse.flatten(2).transpose(1, 2)  # (images, height * width, hidden)
+        encoded = self.detr_encoder(vision, image_index, text, position, prompt_bias)
         hidden, boxes, presence = self.detr_decoder(
             encoded, text, position, prompt_bias, tuple(coarse.shape[-2:]), one_to_many
         )
@@ -1202,12 +1201,11 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
     ) -> Sam3LiteOutput:
         one_to_many = self.training and self.config.loss_config.one_to_many_weight > 0
         found = self._run_detector(levels, prompts, one_to_many)
-        index = self._prompts_to_segment(labels, prompts.image_index)
+        chosen = self._prompts_to_segment(labels)
+        index = chosen.to(prompts.image_index.device, non_blocking=True)
         pixels, semantic = self._mask_features(levels, prompts.image_index[index], found.of_prompts(index))
         semantic = semantic.new_zeros(len(labels), *semantic.shape[1:]).index_copy(0, index, semantic)
-        row_of_prompt = torch.zeros_like(prompts.image_index).index_copy(
-            0, index, torch.arange(len(index), device=index.device)
-        )
+        row_of_prompt = torch.zeros(len(labels), dtype=torch.long).index_copy(0, chosen, torch.arange(len(chosen)))
         count = self.config.detr_decoder_config.num_queries
 
         def mask_logits(prompt_index: Tensor, query_index: Tensor, one_to_many: bool) -> Tensor:
@@ -1236,16 +1234,16 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         outputs.loss, outputs.loss_dict = loss, loss_dict
         return outputs
 
-    def _prompts_to_segment(self, labels: list[dict[str, Tensor]], image_index: Tensor) -> Tensor:
+    def _prompts_to_segment(self, labels: list[dict[str, Tensor]]) -> Tensor:
         """
-        Indices of the prompts that the mask head must run for: all in evaluation; in training those with masks to
-        learn from, or one, which keeps the mask head in the graph, as DDP needs.
+        Indices, on the CPU, of the prompts that the mask head must run for: all in evaluation; in training those with
+        masks to learn from, or one, which keeps the mask head in the graph, as DDP needs.
         """
-        chosen = range(len(image_index))
+        chosen = range(len(labels))
         if self.training:
             masks = [label.get("masks") for label in labels]
             chosen = [i for i, mask in enumerate(masks) if mask is not None and len(mask)] or [0]
-        return torch.tensor(list(chosen), device=image_index.device)
+        return torch.tensor(list(chosen))
 
     def _idle_geometry(self, coarse: Tensor) -> Tensor:
         """

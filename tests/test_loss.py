@@ -342,8 +342,18 @@ def test_masks_are_sampled_as_grid_sample_would():
     index = torch.tensor([2, 0, 0, 1])
     points = torch.rand(4, 50, 2)
     points[:, :4] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.02, 0.98]])
-    torch.testing.assert_close(sample_masks(masks, index, points), sample_logits(masks[index].float(), points))
-    torch.testing.assert_close(sample_masks(masks.byte() * 255, index, points), sample_masks(masks, index, points))
+    sampled = sample_masks([masks], [index], points)
+    torch.testing.assert_close(sampled, sample_logits(masks[index].float(), points))
+    assert sample_masks([masks.byte() * 255], [index], points).equal(sampled)
+
+
+def test_masks_of_prompts_may_differ_in_size_and_are_read_at_once():
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(2, *size, generator=generator) > 0.5 for size in ((5, 9), (8, 8), (16, 3))]
+    index = [torch.tensor(rows) for rows in ([1], [0, 1, 1], [0])]
+    points = torch.rand(5, 40, 2, generator=generator)
+    alone = [sample_masks([masks[i]], [index[i]], points[rows]) for i, rows in enumerate([[0], [1, 2, 3], [4]])]
+    assert sample_masks(masks, index, points).equal(torch.cat(alone))
 
 
 def test_points_gather_where_the_mask_is_uncertain():

@@ -1,0 +1,158 @@
+"""Vision transformer of SAM 3 Lite: the arithmetic of the stock one with fewer passes over memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.sam3.modeling_sam3 import (
+    Sam3SinePositionEmbedding,
+    Sam3ViTEmbeddings,
+    Sam3ViTLayer,
+    Sam3ViTModel,
+    Sam3ViTRoPEAttention,
+    eager_attention_forward,
+    window_partition,
+    window_unpartition,
+)
+
+
+class Rotation(NamedTuple):
+    """Rotary position table of one kind of layer: each pair of channels turns by an angle per position."""
+
+    cos: Tensor  # (1, positions, head size)
+    signed_sin: Tensor  # (1, positions, head size), negative for the first channel of each pair
+
+
+def matmul_precision(tensor: Tensor) -> Tensor:
+    """
+    The tensor as autocast would cast it for a matrix product; unchanged without autocast. What several products read
+    is cast, and kept for the backward pass, once instead of once per product.
+    """
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+
+
+def rotate(tensor: Tensor, rotation: Rotation) -> Tensor:
+    """`(batch, heads, positions, head size)` turned by its positions, in its own dtype."""
+    swapped = tensor.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(tensor * rotation.cos, swapped, rotation.signed_sin)
+
+
+class Sam3LiteViTAttention(Sam3ViTRoPEAttention):
+    """The stock attention, with rotary positions applied in the precision of the products they feed."""
+
+    def forward(self, hidden_states: Tensor, rotation: Rotation) -> Tensor:
+        """`(windows, height, width, hidden)` to the same, each window attending to itself."""
+        windows, height, width, _ = hidden_states.shape
+        shape = (windows, height * width, self.num_attention_heads, self.head_dim)
+        query, key, value = (
+            project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, _ = attend(
+            self,
+            rotate(query, rotation),
+            rotate(key, rotation),
+            value,
+            attention_mask=None,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=self.is_causal,
+        )
+        return self.o_proj(attended.reshape(windows, height, width, -1))
+
+
+class Sam3LiteViTLayer(Sam3ViTLayer):
+    """The stock layer on tokens that are in windows already, or on the whole grid as one window."""
+
+    def __init__(self, config, window_size: int = 0):
+        super().__init__(config, window_size)
+        self.attention = Sam3LiteViTAttention(config)
+
+    def forward(self, hidden_states: Tensor, rotation: Rotation, inside: Tensor | None) -> Tensor:
+        """
+        Args:
+            hidden_states: `(windows, height, width, hidden)`.
+            rotation: of the positions of a window.
+            inside: `(windows, height, width, 1)`, 0 where a window reaches over the edge of the image, 1 elsewhere;
+                None if no window does. There, keys and values are those of a zero vector, as in the stock layer.
+        """
+        normed = matmul_precision(self.layer_norm1(hidden_states))
+        if inside is not None:
+            normed = normed * inside
+        hidden_states = hidden_states + self.attention(normed, rotation)
+        return hidden_states + self.dropout(self.mlp(matmul_precision(self.layer_norm2(hidden_states))))
+
+
+class Sam3LiteViTModel(Sam3ViTModel):
+    """
+    The stock ViT with tokens put into windows once per run of windowed layers instead of in each of them, one rotary
+    table per kind of layer instead of one per layer, and positions told apart from the first step of a training from
+    scratch.
+    """
+
+    def __init__(self, config):
+        super(Sam3ViTModel, self).__init__(config)
+        self.embeddings = Sam3ViTEmbeddings(config)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        windows = [
+            0 if i in config.global_attn_indexes else config.window_size for i in range(config.num_hidden_layers)
+        ]
+        self.layers = nn.ModuleList([Sam3LiteViTLayer(config, window_size=size) for size in windows])
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Sam3ViTEmbeddings):
+            # Sine encodings as large as the content: what looks alike differs by position only, and boxes and masks
+            # need that at once. Wavelengths are 6 patches and more.
+            _, num_patches, width = module.position_embeddings.shape
+            side = round(num_patches**0.5)
+            encoding = Sam3SinePositionEmbedding.build_sine_position_embedding(
+                torch.Size((1, width, side, side)),
+                module.position_embeddings.device,
+                torch.float32,
+                num_position_features=width // 2,
+                temperature=100,
+            )
+            encoding = encoding.flatten(2).transpose(1, 2).to(module.position_embeddings.dtype)
+            init.copy_(module.position_embeddings, encoding)
+
+    def forward(self, pixel_values: Tensor) -> BaseModelOutput:
+        """
+        Args:
+            pixel_values: `(images, 3, height, width)`, sides a multiple of the patch size.
+
+        Returns:
+            `last_hidden_state` `(images, tokens, hidden)`.
+        """
+        height, width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
+        window = self.config.window_size
+        grid = self.layer_norm(self.embeddings(pixel_values).unflatten(1, (height, width)))
+        inside, hidden_states, padded, rotations = None, grid, None, {}
+        if height % window or width % window:
+            inside, _ = window_partition(matmul_precision(grid.new_ones(len(grid), height, width, 1)), window)
+        for layer in self.layers:
+            size = layer.window_size
+            if size not in rotations:
+                rotations[size] = self._rotation(layer, hidden_states)
+            if size and padded is None:
+                hidden_states, padded = window_partition(hidden_states, size)
+            elif padded is not None and not size:
+                hidden_states, padded = window_unpartition(hidden_states, window, padded, (height, width)), None
+            hidden_states = layer(hidden_states, rotations[size], inside if size else None)
+        if padded is not None:
+            hidden_states = window_unpartition(hidden_states, window, padded, (height, width))
+        return BaseModelOutput(last_hidden_state=hidden_states.flatten(1, 2))
+
+    @staticmethod
+    def _rotation(layer: Sam3LiteViTLayer, hidden_states: Tensor) -> Rotation:
+        cos, sin = layer.rotary_emb(hidden_states, layer.position_ids)
+        half = sin[..., ::2]  # angles are the same for both channels of a pair
+        signed_sin = torch.stack((-half, half), dim=-1).flatten(-2)
+        return Rotation(*(matmul_precision(table.to(hidden_states.dtype)) for table in (cos, signed_sin)))

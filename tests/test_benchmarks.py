@@ -1,0 +1,99 @@
+"""The benchmarks run as their users run them, at sizes that take seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+PHASES = {"data", "vision", "detector", "loss", "backward", "optimizer"}
+
+
+def run(script: str, output: Path, *options: str) -> tuple[dict, str]:
+    """The JSON file of a benchmark and what it printed."""
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *options, "--output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    record = json.loads(output.read_text())
+    assert record["environment"]["torch"] in result.stdout and record["environment"]["commit"] in result.stdout
+    assert {"machine", "transformers", "date"} <= record["environment"].keys()
+    assert all(f"| {column} " in result.stdout for column in record["rows"][0])
+    return record, result.stdout
+
+
+def test_train_step(tmp_path):
+    models = ["stock-tiny-standard", "tiny"]
+    options = ["--models", *models, "--batch-sizes", "1", "--prompts", "2", "--repeats", "1"]
+    record, _ = run("train_step", tmp_path / "out.json", *options, "--checkpointing", "off", "on")
+    rows = record["rows"]
+    assert [(row["model"], row["checkpointing"]) for row in rows] == [
+        ("stock-tiny-standard", False),
+        ("tiny", False),
+        ("tiny", True),
+    ]
+    for row in rows:
+        assert PHASES <= row.keys()
+        assert row["images/s"] == pytest.approx(1 / row["seconds"])
+        assert all(row[phase] > 0 for phase in PHASES)
+
+
+def test_inference(tmp_path):
+    options = ["--prompts", "2", "--repeats", "1", "--stored-text", "--detections", "2"]
+    record, _ = run("inference", tmp_path / "out.json", *options)
+    rows = {row["model"]: row for row in record["rows"]}
+    assert set(rows) == {"stock-tiny-standard", "tiny", "tiny, stored text"}
+    for row in rows.values():
+        assert 0 < row["model s"] < row["end to end p50 s"] <= row["end to end p95 s"]
+        assert 0 < row["vision MFU"] < 1
+
+
+def test_scaling(tmp_path):
+    sizes = ["--image-sizes", "128", "--prompts", "1", "3", "--objects", "1", "--queries", "50", "100"]
+    record, _ = run("scaling", tmp_path / "out.json", *sizes, "--repeats", "1", "--gpus", "2", "--links", "10")
+    flops = {(row["axis"], row["value"]): row.get("TFLOP") for row in record["rows"]}
+    assert flops["prompts", 3] > flops["prompts", 1] and flops["queries", 100] > flops["queries", 50]
+    (row,) = record["data_parallel"]
+    assert row["exchange s"] == pytest.approx(row["gradient MB"] / 1e4)  # half of the gradients each way at n = 2
+    assert 0 < row["efficiency, nothing overlapped"] <= row["efficiency, overlapped"] <= 1
+
+
+def test_loader(tmp_path):
+    options = ["--image-size", "96", "--batch-size", "2", "--batches", "2", "--generated-images", "4"]
+    record, _ = run("loader", tmp_path / "out.json", "generated", *options, "--workers", "0", "2")
+    assert [row["workers"] for row in record["rows"]] == [0, 2]
+    assert record["rows"][1]["images/s per process"] == pytest.approx(record["rows"][1]["images/s"] / 2)
+
+
+def test_counts_of_inference_and_training(tmp_path):
+    record, _ = run("counts", tmp_path / "inference.json", "inference", "--prompts", "1", "8")
+    of = {(row["model"], row["prompts"]): row for row in record["rows"]}
+    stock, ours = (of[name, 8] for name in ("stock-tiny-standard", "tiny"))
+    assert stock["TFLOP"] == pytest.approx(8 * of["stock-tiny-standard", 1]["TFLOP"])
+    assert ours["vision TFLOP"] == of["tiny", 1]["vision TFLOP"]
+    assert ours["stock / this"] == pytest.approx(stock["TFLOP"] / ours["TFLOP"])
+
+    options = ["training", "--models", "tiny", "--precisions", "fp32", "fp16", "--prompts", "2"]
+    record, _ = run("counts", tmp_path / "training.json", *options, "--checkpointing", "off", "on")
+    memory = {(row["precision"], row["checkpointing"]): row["GB per image"] for row in record["rows"]}
+    assert memory["fp16", True] < memory["fp16", False] < memory["fp32", False]
+
+
+def test_results_are_not_overwritten(tmp_path):
+    output = tmp_path / "out.json"
+    output.write_text("{}")
+    command = [sys.executable, str(BENCHMARKS / "counts.py"), "class", "--models", "tiny", "--output", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0 and "exists already" in result.stderr
+    assert output.read_text() == "{}"
+
+
+def test_the_gpu_script_keeps_to_ten_minutes_and_knows_its_stages(tmp_path):
+    script = (BENCHMARKS / "gpu_all.sh").read_text()
+    seconds = sum(int(line.split()[1]) for line in script.splitlines() if line.strip().startswith("bench "))
+    assert seconds <= 600
+    result = subprocess.run(["bash", BENCHMARKS / "gpu_all.sh", tmp_path, "typo"], capture_output=True, text=True)
+    assert result.returncode == 1 and "no such stage: typo" in result.stderr

@@ -1,0 +1,269 @@
+"""What is computed in another way than in stock SAM 3: equal outputs and gradients, and less of what it saves."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_labels, micro_config, shake, stock_config
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.sam3.modeling_sam3 import Sam3DetrEncoder, Sam3MaskDecoder, Sam3ViTModel
+
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel, modeling_sam3_lite, vision_sam3_lite
+from sam3_hf.masks_sam3_lite import conv_of_upsampled
+from sam3_hf.modeling_sam3_lite import additive_mask
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute something."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def saved_bytes(function) -> int:
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function()
+    assert output is not None
+    return sum(kept.values())
+
+
+def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours: dict, theirs: dict) -> None:
+    assert ours and ours.keys() <= theirs.keys()
+    for name, gradient in ours.items():
+        scale = theirs[name].abs().max().item()
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-5 * max(scale, 1.0), msg=name)
+
+
+def weighted(*tensors: torch.Tensor) -> torch.Tensor:
+    """A sum that tells every element from every other."""
+    generator = torch.Generator().manual_seed(5)
+    return sum((tensor * torch.randn(tensor.shape, generator=generator)).sum() for tensor in tensors)
+
+
+def vit_config(**overrides):
+    sizes = {"vision_num_hidden_layers": 6, "vision_global_attn_indexes": [2, 5], **overrides}
+    config = micro_config(**sizes).vision_config.backbone_config
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def vits(config) -> tuple[nn.Module, nn.Module]:
+    ours = shake(vision_sam3_lite.Sam3LiteViTModel(config)).train()
+    stock = Sam3ViTModel(config).train()
+    stock.load_state_dict(ours.state_dict())
+    return ours, stock
+
+
+@pytest.mark.parametrize("window", [4, 3])  # 3 does not divide the grid of 8 patches
+def test_vit_equals_stock_with_gradients(window):
+    ours, stock = vits(vit_config(vision_window_size=window))
+    pixels = torch.randn(2, 3, 64, 64)
+    outputs = [model(pixels).last_hidden_state for model in (ours, stock)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+    for output in outputs:
+        weighted(output).backward()
+    assert_same_gradients(gradients(ours), gradients(stock))
+
+
+def test_tokens_go_into_windows_once_per_run_of_windowed_layers(monkeypatch):
+    ours, _ = vits(vit_config())
+    calls = []
+    partition = vision_sam3_lite.window_partition
+    monkeypatch.setattr(vision_sam3_lite, "window_partition", lambda *args: calls.append(1) or partition(*args))
+    ours(torch.randn(1, 3, 64, 64))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_vit_starts_fewer_kernels_and_keeps_less_under_autocast(dtype):
+    models = vits(vit_config())
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.autocast("cpu", dtype=dtype):
+        kept = [saved_bytes(lambda model=model: model(pixels)) for model in models]
+        counts = []
+        for model in models:
+            with Kernels() as counter:
+                model(pixels)
+            counts.append(counter.count)
+    assert kept[0] < kept[1]
+    assert counts[0] < 0.7 * counts[1]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7)])
+def test_convolution_of_upsampled_map(size):
+    conv = nn.Conv2d(6, 4, 3, padding=1, bias=False).double()
+    other = copy.deepcopy(conv)
+    pixels = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    twin = pixels.detach().clone().requires_grad_()
+    found, expected = conv_of_upsampled(conv, pixels), other(F.interpolate(twin, scale_factor=2.0, mode="nearest"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for output in (found, expected):
+        weighted(output).backward()
+    torch.testing.assert_close(pixels.grad, twin.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(conv.weight.grad, other.weight.grad, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("image_index", [[0, 1], [0, 0, 1, 1, 1, 0]])  # each on its own, and with shared work
+def test_mask_head_equals_stock_with_gradients(model, image_index):
+    ours = model.mask_decoder.train()
+    stock = Sam3MaskDecoder(stock_config(model.config).mask_decoder_config).train()
+    stock.load_state_dict(ours.state_dict(), strict=False)
+    index = torch.tensor(image_index)
+    prompts = len(index)
+    generator = torch.Generator().manual_seed(1)
+    levels = [torch.randn(2, 64, side, side, generator=generator) for side in (32, 16, 8)]
+    encoded, queries = (torch.randn(prompts, n, 64, generator=generator) for n in (64, 12))
+    text = torch.randn(prompts, 5, 64, generator=generator)
+    mask = torch.arange(5) < torch.arange(prompts)[:, None] % 5 + 1
+    inputs = [tensor.requires_grad_() for tensor in (*levels, encoded, queries)]
+    twins = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+
+    pixels, semantic = ours(tuple(inputs[:3]), encoded, index, text, additive_mask(mask, torch.float32))
+    masks = ours.masks(queries, pixels)
+    expected = stock(twins[4], [level[index] for level in twins[:3]], twins[3], text, mask)
+    torch.testing.assert_close(masks, expected.pred_masks, rtol=0, atol=2e-5)
+    torch.testing.assert_close(semantic, expected.semantic_seg, rtol=0, atol=1e-5)
+    for outputs in ((masks, semantic), (expected.pred_masks, expected.semantic_seg)):
+        weighted(*outputs).backward()
+    assert_same_gradients(gradients(ours), gradients(stock))
+    for ours_input, twin in zip(inputs, twins, strict=True):
+        if twin.grad is not None:  # the coarsest level is only read for its size
+            torch.testing.assert_close(ours_input.grad, twin.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("image_index", [[1, 0], [0, 0, 1]])
+def test_detr_encoder_equals_stock_with_gradients(model, image_index):
+    ours = model.detr_encoder.train()
+    stock = Sam3DetrEncoder(model.config.detr_encoder_config).train()
+    stock.load_state_dict(ours.state_dict())
+    index = torch.tensor(image_index)
+    vision, text = torch.randn(2, 64, 64), torch.randn(len(index), 5, 64)
+    position, bias = torch.randn(1, 64, 64), additive_mask(torch.arange(5)[None] < 3, torch.float32)
+    found = ours(vision, index, text, position, bias)
+    expected = vision[index]
+    for layer in stock.layers:
+        expected = layer(expected, text, position, bias)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for output in (found, expected):
+        weighted(output).backward()
+    assert_same_gradients(gradients(ours), gradients(stock))
+
+
+def loss_and_gradients(model, inputs: dict, **step) -> tuple[float, dict]:
+    model.zero_grad()
+    torch.manual_seed(4)
+    loss = model(**inputs, **step, labels=[*make_labels(), *make_labels()]).loss
+    loss.backward()
+    return loss.item(), {name: gradient.clone() for name, gradient in gradients(model).items()}
+
+
+def test_prompts_of_one_image_train_as_those_of_copies_of_it(model, inputs):
+    model.train()
+    pixels = inputs.pop("pixel_values")[:1]
+    six = {name: torch.cat([value, value.flip(0)]) for name, value in inputs.items()}
+    together = loss_and_gradients(model, six, pixel_values=pixels)
+    apart = loss_and_gradients(model, six, pixel_values=pixels.repeat(6, 1, 1, 1))
+    assert together[0] == pytest.approx(apart[0], rel=1e-5)
+    assert_same_gradients(together[1], apart[1])
+
+
+def test_recomputed_attention_masks_change_no_gradient_and_keep_less(model, inputs, monkeypatch):
+    model.train()
+    six = {name: torch.cat([value, value]) for name, value in inputs.items()}
+    recomputed = loss_and_gradients(model, six)
+    less = saved_bytes(lambda: model(**inputs, labels=make_labels()).loss)
+    monkeypatch.setattr(modeling_sam3_lite, "checkpoint", lambda function, *args, **options: function(*args))
+    kept = loss_and_gradients(model, six)
+    assert recomputed[0] == pytest.approx(kept[0], rel=1e-6)
+    assert_same_gradients(recomputed[1], kept[1])
+    assert less < saved_bytes(lambda: model(**inputs, labels=make_labels()).loss)
+
+
+def test_repeated_and_padded_words_are_encoded_once(model):
+    encoder = model.text_encoder.train()
+    ids = torch.randint(3, 1000, (3, 32))
+    mask = (torch.arange(32) < torch.tensor([[5], [11], [7]])).long()
+    ids, mask = ids[[0, 1, 2, 0]], mask[[0, 1, 2, 0]]
+    shapes = []
+    hook = encoder.text_model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    found = encoder(ids, mask).last_hidden_state
+    hook.remove()
+    expected = encoder.text_model(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert shapes == [(3, 16)]
+    valid = mask.bool()
+    torch.testing.assert_close(found[valid], expected[valid], rtol=0, atol=1e-5)
+    weighted(found[valid]).backward()
+    ours = {name: gradient.clone() for name, gradient in gradients(encoder).items()}
+    encoder.zero_grad()
+    weighted(expected[valid]).backward()
+    assert_same_gradients(ours, gradients(encoder))
+
+
+def test_inference_reads_nothing_back_from_the_device(config):
+    """Fake tensors have no values: whatever reads one fails."""
+    with FakeTensorMode():
+        outputs = Sam3LiteModel(config).eval()(
+            pixel_values=torch.empty(2, 3, 64, 64),
+            text_embeds=torch.empty(4, 8, 64),
+            attention_mask=torch.ones(4, 8),
+            image_index=torch.zeros(4, dtype=torch.long),
+        )
+    assert outputs.pred_masks.shape == (4, 12, 32, 32)
+
+
+def test_masks_of_matched_queries_read_nothing_back_from_the_device(config):
+    """Neither have tensors on the meta device; the matching is on the CPU."""
+    with torch.device("meta"):
+        head = Sam3LiteModel(config).mask_decoder
+        queries, pixels = torch.empty(4, 12, 64), torch.empty(4, 64, 32, 32)
+    masks = head.matched_masks(queries, pixels, torch.tensor([0, 2, 2]), torch.tensor([3, 1, 0]))
+    assert masks.device.type == "meta" and masks.shape == (3, 32, 32)
+
+
+def test_kernels_of_a_step_hardly_grow_with_the_prompts(model, inputs):
+    model.train()
+
+    def kernels(copies: int) -> int:
+        repeated = {name: torch.cat([value] * copies) for name, value in inputs.items() if name != "pixel_values"}
+        index = torch.arange(3).repeat(copies)
+        with Kernels() as counter:
+            model(pixel_values=inputs["pixel_values"], **repeated, image_index=index, labels=make_labels() * copies)
+        return counter.count
+
+    # Of each three prompts, two have masks: to take apart, move, join into a target and multiply with their pixels.
+    assert kernels(8) - kernels(4) <= 4 * 2 * 15
+
+
+def test_another_class_costs_less_than_a_twelfth_of_a_vision_pass():
+    """By arithmetic, at full size, where the class is absent and the mask head does not run for it."""
+    with FakeTensorMode(), torch.no_grad():
+        model = Sam3LiteModel(Sam3LiteConfig.from_preset("lite")).eval()
+        with FlopCounterMode(display=False) as counter:
+            levels = model.get_vision_features(torch.empty(1, 3, 1008, 1008)).fpn_hidden_states
+        vision, detector = counter.get_total_flops(), []
+        for prompts in (8, 9):
+            index = torch.zeros(prompts, dtype=torch.long)
+            with FlopCounterMode(display=False) as counter:
+                model.detect(levels, index, torch.empty(prompts, 8, 256), None, None, None, False)
+            detector.append(counter.get_total_flops())
+    assert (detector[1] - detector[0]) / vision <= 0.08
