@@ -140,7 +140,7 @@ class Sam3LiteViTModel(Sam3ViTModel):
         for layer in self.layers:
             size = layer.window_size
             if size not in rotations:
-                rotations[size] = self._rotation(layer, hidden_states)
+                rotations[size] = self.rotation(layer, hidden_states)
             if size and padded is None:
                 hidden_states, padded = window_partition(hidden_states, size)
             elif padded is not None and not size:
@@ -151,7 +151,8 @@ class Sam3LiteViTModel(Sam3ViTModel):
         return BaseModelOutput(last_hidden_state=hidden_states.flatten(1, 2))
 
     @staticmethod
-    def _rotation(layer: Sam3LiteViTLayer, hidden_states: Tensor) -> Rotation:
+    def rotation(layer: Sam3LiteViTLayer, hidden_states: Tensor) -> Rotation:
+        """The table of a kind of layer, in the dtype of the products it feeds."""
         cos, sin = layer.rotary_emb(hidden_states, layer.position_ids)
         half = sin[..., ::2]  # angles are the same for both channels of a pair
         signed_sin = torch.stack((-half, half), dim=-1).flatten(-2)

@@ -14,7 +14,7 @@ from sam3_hf.calibration.images import draw_images, load_pixels
 from sam3_hf.calibration.least_squares import LeastSquares
 from sam3_hf.calibration.refit import VIT_SITES, observe
 from sam3_hf.calibration.signals import measure_signals
-from sam3_hf.calibration.vision import pyramid_cosines, search_layers
+from sam3_hf.calibration.vision import embed, layer_runner, pyramid_cosines, search_layers
 from sam3_hf.conversion_sam3_lite import Checkpoint, LoadedTensors
 from sam3_hf.mapping_sam3_lite import map_checkpoint
 
@@ -173,13 +173,26 @@ def test_head_scores_are_the_energies_that_heads_add(teacher, pictures):
 @pytest.mark.parametrize("window", [4, 3])
 def test_what_is_observed_adds_up_in_whole_and_in_partial_windows(window):
     torch.manual_seed(0)
-    vision = shake(Sam3LiteModel(micro_config(vision_window_size=window))).vision_encoder.eval()
-    layer, stream = vision.backbone.layers[0], torch.randn(2, 8, 8, 32)
+    model = shake(Sam3LiteModel(micro_config(vision_window_size=window))).eval()
+    backbone, stream = model.vision_encoder.backbone, torch.randn(2, 8, 8, 32)
+    run, (layer, _) = layer_runner(backbone), backbone.layers
     assert layer.window_size == window
-    inputs, rest = observe(layer, VIT_SITES[0], lambda: layer(stream))
-    torch.testing.assert_close(rest, stream, atol=1e-5, rtol=1e-5)
-    behind = rest + layer.attention.o_proj(inputs)
-    torch.testing.assert_close(layer(stream), behind + layer.mlp(layer.layer_norm2(behind)), atol=1e-5, rtol=1e-5)
+    (inputs, total), result = observe(layer, [*VIT_SITES[0]], lambda: run(layer, stream, 0))
+    torch.testing.assert_close(stream + layer.attention.o_proj(inputs), total, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(total + layer.mlp(layer.layer_norm2(total)), result, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [4, 3])
+def test_layers_one_by_one_are_the_whole_encoder(window):
+    torch.manual_seed(0)
+    model = shake(Sam3LiteModel(micro_config(vision_window_size=window, vision_num_hidden_layers=4))).eval()
+    backbone, pixels = model.vision_encoder.backbone, torch.randn(2, 3, 64, 64)
+    run, stream = layer_runner(backbone), embed(model.vision_encoder, pixels)
+    for layer in backbone.layers:
+        stream = run(layer, stream, 0)
+    expected = backbone(pixels).last_hidden_state.view_as(stream)
+    torch.testing.assert_close(stream, expected, atol=1e-4, rtol=1e-4)
 
 
 # the whole
@@ -203,7 +216,7 @@ def test_calibration_comes_nearer_than_rotation_alone(teacher, calibrated):
         )
     assert all(new > old for old, new in zip(before, after, strict=True))
     expected = outputs(teacher, unseen)
-    for name, gain in {"pred_masks": 0.8, "semantic_seg": 0.8}.items():
+    for name, gain in {"pred_masks": 0.95, "semantic_seg": 0.8}.items():
         results = [error(outputs(model, unseen)[name], expected[name]) for model in (rotated, calibrated)]
         assert results[1] < gain * results[0], (name, results)
 

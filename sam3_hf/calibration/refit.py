@@ -46,18 +46,29 @@ def inputs_of(modules: list[nn.Module], call: Callable[[], Tensor]) -> tuple[lis
     return [seen[i] for i in range(len(modules))], result
 
 
-def observe(layer: nn.Module, site: Site, call: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """Inputs of the site's linear layer, and the stream that its outputs are added to; both `(..., features)`."""
+def observe(layer: nn.Module, modules: list[str], call: Callable[[], Tensor]) -> tuple[list[Tensor], Tensor]:
+    """What modules of a layer get in a call, in the layout of the stream, and the stream that the call returns."""
+    inputs, stream = inputs_of([layer.get_submodule(name) for name in modules], call)
+    return [_out_of_windows(layer, tensor, stream) for tensor in inputs], stream
+
+
+def _out_of_windows(layer: nn.Module, tensor: Tensor, stream: Tensor) -> Tensor:
+    """ViT layers with windows see `(windows, size, size, features)`; their stream is `(images, height, width, ...)`."""
+    if tensor.shape[:-1] == stream.shape[:-1]:
+        return tensor
+    size, (height, width) = layer.window_size, stream.shape[1:3]
+    padded = tuple(-(-side // size) * size for side in (height, width))
+    return window_unpartition(tensor, size, padded, (height, width))
+
+
+def fit_site(layer: nn.Module, site: Site, calls: list[Callable[[], Tensor]], targets: list[Tensor], ridge: float):
+    """Refits the linear layer of a site such that the stream behind it comes near to the targets, one per call."""
     linear = layer.get_submodule(site.linear)
-    if site.norm is None:
-        (inputs,), total = inputs_of([linear], call)
-    else:
-        (inputs, total), _ = inputs_of([linear, layer.get_submodule(site.norm)], call)
-    if inputs.shape[:-1] != total.shape[:-1]:  # in windows
-        size, (height, width) = layer.window_size, total.shape[1:3]
-        padded = tuple(-(-side // size) * size for side in (height, width))
-        inputs = window_unpartition(inputs, size, padded, (height, width))
-    return inputs, total - linear(inputs)
+    fit = LeastSquares(linear.in_features, linear.out_features, linear.weight.device)
+    for call, target in zip(calls, targets, strict=True):
+        (inputs, *total), stream = observe(layer, [site.linear] if site.norm is None else [*site], call)
+        fit.add(inputs, target - ((total[0] if total else stream) - linear(inputs)))
+    fit.refit(linear, ridge)
 
 
 def refit_stack(
@@ -91,10 +102,11 @@ def refit_stack(
     for layer, source, following in zip(layers, kept, [*kept[1:], len(teacher_layers)], strict=True):
         for k in range(done, source):
             teacher_streams = [teacher_run(teacher_layers[k], x, i) for i, x in enumerate(teacher_streams)]
-        norms = [teacher_layers[source].get_submodule(site.norm) for site in sites if site.norm is not None]
+        norms = [site.norm for site in sites if site.norm is not None]
         targets, outputs = [], []
         for i, x in enumerate(teacher_streams):
-            inside, output = inputs_of(norms, partial(teacher_run, teacher_layers[source], x, i))
+            teacher_layer = teacher_layers[source]
+            inside, output = observe(teacher_layer, norms, partial(teacher_run, teacher_layer, x, i))
             targets.append([write(total) for total in inside])
             outputs.append(output)
         teacher_streams = outputs
@@ -103,13 +115,9 @@ def refit_stack(
         done = following
         for i, x in enumerate(teacher_streams):
             targets[i].append(write(x))
+        calls = [partial(run, layer, x, i) for i, x in enumerate(streams)]
         for place, site in enumerate(sites):
-            linear = layer.get_submodule(site.linear)
-            fit = LeastSquares(linear.in_features, linear.out_features, linear.weight.device)
-            for i, x in enumerate(streams):
-                inputs, rest = observe(layer, site, partial(run, layer, x, i))
-                fit.add(inputs, targets[i][place] - rest)
-            fit.refit(linear, ridge)
+            fit_site(layer, site, calls, [target[place] for target in targets], ridge)
         streams = [run(layer, x, i) for i, x in enumerate(streams)]
     return streams, teacher_streams
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.sam3.modeling_sam3 import window_partition, window_unpartition
 
 from ..mapping_sam3_lite import Basis
-from .refit import VIT_SITES, refit_neck, refit_stack
+from .refit import VIT_SITES, Run, refit_neck, refit_stack
 
 
 def refit_vision(
@@ -24,18 +25,15 @@ def refit_vision(
         batches: `(images, 3, height, width)`.
     """
 
-    def run(layer: nn.Module, stream: Tensor, _) -> Tensor:
-        return layer(stream)
-
     streams, teacher_streams = refit_stack(
         vision.backbone.layers,
         teacher.backbone.layers,
         kept,
         VIT_SITES,
-        [_embed(vision, batch) for batch in batches],
-        [_embed(teacher, batch) for batch in batches],
-        run,
-        run,
+        [embed(vision, batch) for batch in batches],
+        [embed(teacher, batch) for batch in batches],
+        layer_runner(vision.backbone),
+        layer_runner(teacher.backbone),
         lambda stream: basis.write(stream.movedim(-1, 0).flatten(1)).T.unflatten(0, stream.shape[:-1]),
         ridge,
     )
@@ -43,7 +41,23 @@ def refit_vision(
     refit_neck(vision.neck, teacher.neck, maps, teacher_maps, ridge)
 
 
-def _embed(vision: nn.Module, batch: Tensor) -> Tensor:
+def layer_runner(backbone: nn.Module) -> Run:
+    """Runs single layers of a ViT on its stream `(images, height, width, channels)`."""
+
+    def run(layer: nn.Module, grid: Tensor, _: int) -> Tensor:
+        rotation, size = backbone.rotation(layer, grid), layer.window_size
+        if not size:
+            return layer(grid, rotation, None)
+        windows, padded = window_partition(grid, size)
+        inside = None
+        if padded != tuple(grid.shape[1:3]):
+            inside, _ = window_partition(grid.new_ones(*grid.shape[:3], 1), size)
+        return window_unpartition(layer(windows, rotation, inside), size, padded, grid.shape[1:3])
+
+    return run
+
+
+def embed(vision: nn.Module, batch: Tensor) -> Tensor:
     """The stream in front of the first layer, `(images, height, width, channels)`."""
     backbone = vision.backbone
     patch = vision.config.backbone_config.patch_size
