@@ -53,7 +53,7 @@ def observe(layer: nn.Module, modules: list[str], call: Callable[[], Tensor]) ->
 
 
 def _out_of_windows(layer: nn.Module, tensor: Tensor, stream: Tensor) -> Tensor:
-    """ViT layers with windows see `(windows, size, size, features)`; their stream is `(images, height, width, ...)`."""
+    """Layers with windows see `(windows, size, size, features)`; their stream is `(images, height, width, ...)`."""
     if tensor.shape[:-1] == stream.shape[:-1]:
         return tensor
     size, (height, width) = layer.window_size, stream.shape[1:3]
