@@ -34,7 +34,7 @@ def matmul_precision(tensor: Tensor) -> Tensor:
     is cast, and kept for the backward pass, once instead of once per product.
     """
     device = tensor.device.type
-    if tensor.is_meta or not torch.is_autocast_enabled(device):  # which raises on the meta device
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which raises on the meta device
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 
