@@ -34,7 +34,9 @@ def matmul_precision(tensor: Tensor) -> Tensor:
     is cast, and kept for the backward pass, once instead of once per product.
     """
     device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which raises on the meta device
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def rotate(tensor: Tensor, rotation: Rotation) -> Tensor:
