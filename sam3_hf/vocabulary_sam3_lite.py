@@ -92,7 +92,8 @@ class Sam3LiteVocabulary(nn.Module):
         if unknown:
             raise ValueError(
                 f"{_listed(unknown)}: not in the fixed vocabulary of this model, which is: {self.listed()}. Ask for "
-                "these (a category map renames what a dataset has), or take a model with a text encoder (`restore_text_encoder` gives it back)."
+                "these (a category map renames what a dataset has), or take a model with a text encoder "
+                "(`restore_text_encoder` gives it back)."
             )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
