@@ -406,7 +406,7 @@ class PickledTensors:
 
 
 class LoadedTensors:
-    """Tensors of a model in memory."""
+    """Tensors of a model in memory, read onto the CPU as those of files are."""
 
     def __init__(self, model: nn.Module):
         self._tensors = model.state_dict()
@@ -422,7 +422,7 @@ class LoadedTensors:
         return tuple(self._tensors[name].shape)
 
     def read(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._tensors[name].cpu()
 
 
 def _load_pickled(path: str):

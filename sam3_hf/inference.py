@@ -220,8 +220,13 @@ class Sam3LitePipeline:
 
         Returns:
             {phrase: (features `(tokens, hidden)`, attention mask `(tokens,)`)}, each distinct phrase encoded once.
+
+        Raises:
+            ValueError: a phrase is not in the fixed vocabulary of the model.
         """
         phrases = list(dict.fromkeys(phrases))
+        if phrases and self.model.vocabulary is not None:
+            self.model.vocabulary.check(phrases, self.processor)
         features = {}
         for start in range(0, len(phrases), PHRASES_AT_ONCE):
             chunk = phrases[start : start + PHRASES_AT_ONCE]

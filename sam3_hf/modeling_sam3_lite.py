@@ -201,7 +201,8 @@ class Sam3LiteTextEncoder(CLIPPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.text_model = CLIPTextModel._from_config(config)
+        # Without a dtype it would be that of the file the config was read from, whatever the rest of the model is in.
+        self.text_model = CLIPTextModel._from_config(config, dtype=torch.get_default_dtype())
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -82,6 +82,20 @@ class Sam3LiteVocabulary(nn.Module):
         same = (asked[:, None] == known).all(dim=-1)  # (prompts, phrases)
         return torch.where(same.any(dim=-1), same.int().argmax(dim=-1), -1)
 
+    def check(self, phrases: list[str], processor):
+        """
+        Raises:
+            ValueError: phrases are not in the vocabulary; the message lists them, and what is.
+        """
+        rows = self.find(**processor(text=list(phrases)).to(self.input_ids.device)).tolist()
+        unknown = [phrase for phrase, row in zip(phrases, rows, strict=True) if row < 0]
+        if unknown:
+            raise ValueError(
+                f"{_listed(unknown)}: not in the fixed vocabulary of this model, which is: {self.listed()}. Ask for "
+                "these (a category map renames what a dataset has), or take a model with a text encoder "
+                "(`restore_text_encoder` gives it back)."
+            )
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """
         Features of prompts, for the arguments of [`find`].
@@ -127,8 +141,12 @@ class Sam3LiteVocabulary(nn.Module):
 
     def listed(self) -> str:
         """The classes as text, e.g. `'cat', 'dog'`; the end of a long list is left out."""
-        rest = len(self.classes) - _LISTED
-        return ", ".join(map(repr, self.classes[:_LISTED])) + (f" and {rest} more" if rest > 0 else "")
+        return _listed(self.classes)
+
+
+def _listed(phrases: list[str]) -> str:
+    rest = len(phrases) - _LISTED
+    return ", ".join(map(repr, phrases[:_LISTED])) + (f" and {rest} more" if rest > 0 else "")
 
 
 __all__ = ["Sam3LiteVocabulary", "vocabulary_phrases"]

@@ -266,6 +266,27 @@ def test_a_standard_folder_in_half_precision_and_a_result_for_stock_transformers
     torch.testing.assert_close(result.pred_masks, expected.pred_masks, atol=1e-4, rtol=1e-4)
 
 
+def test_a_lite_model_that_was_loaded_in_half_precision(teacher, pictures):
+    """Its configuration says float16, in which the smaller model must not be made."""
+    source = copy.deepcopy(teacher).half()
+    source.config.dtype = source.config.text_config.dtype = torch.float16
+    config = source.config.changed(**STUDENT)
+    model = calibrate_mapping(source, pictures, config=config, prompts=PROMPTS, search_depth=False)
+    assert model.dtype == torch.float16 and {p.dtype for p in model.parameters()} == {torch.float16}
+    assert outputs(model.float(), pictures[:1]).pred_boxes.isfinite().all()
+
+
+def test_a_fixed_vocabulary_is_what_is_asked_by_default(teacher, pictures):
+    frozen = copy.deepcopy(teacher)
+    frozen.freeze_vocabulary(["cat", "tree"], Sam3LiteProcessor.from_config(frozen.config))
+    config = frozen.config.changed(**STUDENT)
+    model = calibrate_mapping(frozen, pictures, config=config, search_depth=False)
+    assert model.config.vocabulary == ["cat", "tree"]
+    assert torch.equal(model.vocabulary.features, frozen.vocabulary.features)
+    same = calibrate_mapping(frozen, pictures, config=config, search_depth=False, prompts=["cat", "tree"])
+    assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
 def test_equal_sizes_are_copied(teacher, pictures):
     model = calibrate_mapping(teacher, pictures, config=copy.deepcopy(teacher.config))
     assert model.mapping_report.strategy == "copy"

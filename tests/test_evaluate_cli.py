@@ -120,7 +120,7 @@ def test_curves_and_counts_agree_with_the_scores(case, tmp_path):
 
 
 def test_the_command_gives_the_scores_of_training(folder, data, tmp_path):
-    result = run("--model", folder, "--data", data, "--output", tmp_path / "out", "--num-workers", 0)
+    result = run("--model", folder, "--data", data, "--output", tmp_path / "out", "--workers", 0)
     assert result.exit_code == 0, result.output
     model = Sam3LiteModel.from_pretrained(folder)
     processor = Sam3LiteProcessor.from_config(model.config)
@@ -152,7 +152,7 @@ def test_another_split_and_boxes_alone(folder, data, tmp_path):
         annotation["segmentation"] = []
     (tmp_path / "boxes.json").write_text(json.dumps(coco))
     (tmp_path / "map.yaml").write_text("red circle: crimson disc\n")
-    options = ["--image-folder", data / "train", "--category-map", tmp_path / "map.yaml", "--num-workers", 0]
+    options = ["--image-folder", data / "train", "--category-map", tmp_path / "map.yaml", "--workers", 0]
     result = run(
         "--model", folder, "--data", tmp_path / "boxes.json", "--split", "train", "--output", tmp_path, *options
     )
@@ -160,6 +160,26 @@ def test_another_split_and_boxes_alone(folder, data, tmp_path):
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert "segm_AP" not in found and found["images"] == 2 and "crimson disc" in found["bbox_per_class"]
     assert (tmp_path / "confusion.png").exists() and "masks" not in result.output
+
+
+def test_a_fixed_vocabulary(folder, data, tmp_path):
+    """The same scores with the words that it has, and one line about those that it lacks."""
+    words = ["red square", "blue circle", "red circle"]
+    for name, classes in (("whole", None), ("all", words), ("some", words[:2])):
+        model = Sam3LiteModel.from_pretrained(folder)
+        processor = Sam3LiteProcessor.from_config(model.config)
+        if classes is not None:
+            model.freeze_vocabulary(classes, processor)
+        model.save_pretrained(tmp_path / name)
+        result = run("--model", tmp_path / name, "--data", data, "--output", tmp_path / name, "--workers", 0)
+        if name == "some":
+            assert result.exit_code == 1 and "Error: 'red circle': not in the fixed vocabulary" in result.output
+            assert "'red square', 'blue circle'" in result.output
+        else:
+            assert result.exit_code == 0, result.output
+    whole, frozen = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "all"))
+    assert frozen["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert frozen["segm_per_class"].keys() == whole["segm_per_class"].keys()
 
 
 def test_errors_are_one_line(folder, data, tmp_path):

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import test_train_run
 import torch
-from conftest import make_labels
+from conftest import make_labels, micro_config, shake
 from test_train_run import lines_of, start, train, wait_for_step
 
+from sam3_hf import Sam3LiteModel
+from sam3_hf.calibration import calibrate_mapping
 from sam3_hf.data.generated import write_dataset
 
 pytestmark = pytest.mark.gpu
@@ -123,3 +125,13 @@ def test_boxes_in_pure_half_equal_autocast(model, box_inputs):
     pure = copy.deepcopy(model).half()(**{**inputs, "pixel_values": inputs["pixel_values"].half()})
     assert pure.pred_masks.dtype == torch.float16
     assert_near(pure, autocast, 20 * torch.finfo(torch.float16).eps)
+
+
+def test_calibration_gives_what_it_gives_on_the_cpu():
+    teacher = shake(Sam3LiteModel(micro_config(vision_hidden_size=64, vision_num_attention_heads=4))).eval()
+    sizes = {"vision_hidden_size": 48, "vision_num_attention_heads": 3}
+    config = teacher.config.changed(**sizes)
+    cpu, gpu = (calibrate_mapping(teacher, config=config, num_images=16, device=device) for device in ("cpu", DEVICE))
+    assert gpu.device.type == DEVICE and teacher.device.type == "cpu"
+    cosines = [model.mapping_report.calibration["pyramid_cosines"] for model in (cpu, gpu)]
+    assert cosines[1] == pytest.approx(cosines[0], abs=1e-2)

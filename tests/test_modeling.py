@@ -475,3 +475,9 @@ def test_untrained_queries_differ_and_cover_the_image():
         outputs = model(pixel_values=torch.zeros(1, 3, 64, 64), input_ids=torch.ones(1, 2, dtype=torch.long))
     centers = (outputs.pred_boxes[0, :, :2] + outputs.pred_boxes[0, :, 2:]) / 2
     assert centers.std(dim=0).min() > 0.1
+
+
+def test_a_configuration_of_a_half_precision_file_makes_a_model_of_one_precision():
+    config = micro_config()
+    config.dtype = config.text_config.dtype = torch.float16  # as Transformers leaves them where it loads such a file
+    assert {parameter.dtype for parameter in Sam3LiteModel(config).parameters()} == {torch.float32}

@@ -116,6 +116,16 @@ def test_goes_on_where_it_stopped(command, pictures, tmp_path):
     assert written.stat().st_mtime_ns != before
 
 
+def test_a_fixed_vocabulary_takes_its_words_and_leaves_no_trace_of_others(command, pictures, model, saved, tmp_path):
+    model.freeze_vocabulary(["cat", "red car"], Sam3LiteProcessor.from_config(model.config)).save_pretrained(saved)
+    result = command(pictures, prompts=["cat", "dog"])
+    assert result.exit_code == 1 and "'dog': not in the fixed vocabulary" in result.output
+    assert "'cat', 'red car'" in result.output and not (tmp_path / "out").exists()
+    assert command(pictures, "--tile-size", 20, "--nms-iou", 0.5).exit_code == 0
+    found = record_of(tmp_path / "out", "a.png")["detections"]
+    assert {one["label"] for one in found} == {"cat", "red car"}
+
+
 def test_outputs_that_are_missing_are_made(command, pictures, tmp_path):
     out = tmp_path / "out"
     assert "3 pictures were new" in command(pictures).output

@@ -344,7 +344,7 @@ def build_text(accelerator: Accelerator, arguments: Arguments, model, processor,
     if model.vocabulary is not None:
         if arguments.model.train_text_encoder:
             raise ValueError("train_text_encoder: the model has a fixed vocabulary and no text encoder to train")
-        check_vocabulary_covers(model.vocabulary, processor, phrases)
+        model.vocabulary.check(phrases, processor)
         text, frozen = TokenizedText(processor), model.vocabulary.state_dict(prefix="vocabulary.")
         logger.info("the model has a fixed vocabulary: %s", model.vocabulary.listed())
     elif arguments.model.train_text_encoder:
@@ -357,21 +357,6 @@ def build_text(accelerator: Accelerator, arguments: Arguments, model, processor,
         write_frozen(Path(arguments.output.output_dir) / "checkpoints", frozen)
     accelerator.wait_for_everyone()
     return text
-
-
-def check_vocabulary_covers(vocabulary, processor, phrases: list[str]) -> None:
-    """
-    Raises:
-        ValueError: phrases that the fixed vocabulary of the model lacks.
-    """
-    rows = vocabulary.find(**processor(text=phrases)).tolist()
-    unknown = [phrase for phrase, row in zip(phrases, rows, strict=True) if row < 0]
-    if unknown:
-        raise ValueError(
-            f"the model has a fixed vocabulary, which lacks {len(unknown)} phrases of the dataset, such as "
-            f"{', '.join(map(repr, unknown[:5]))}; it has {vocabulary.listed()}. Rename them with --category_map, or "
-            "start from a model with a text encoder"
-        )
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -81,8 +82,8 @@ def calibrate_mapping(
             leaves and 1/f noise) if None. The closer to what the model is for, the better.
         preset: sizes of the result, `lite` by default.
         config: sizes of the result, instead of `preset`.
-        prompts: phrases that the detector is asked on these images, best the user's own classes; common nouns by
-            default.
+        prompts: phrases that the detector is asked on these images, best the user's own classes. Default: the fixed
+            vocabulary of the source, or common nouns if it has none.
         num_images: how many images to use at most. Default: enough for 50 image tokens per feature of the widest
             fitted layer.
         search_depth: try other choices of ViT layers than evenly spread ones, and keep the one whose pyramid is
@@ -118,7 +119,7 @@ def calibrate_mapping(
     teacher = _ready(teacher, config.image_size, device)
     return (
         _Calibration(teacher, label, config, ridge, seed)
-        .run(images, prompts or PROMPTS, num_images, search_depth, batch_size)
+        .run(images, prompts or config.vocabulary or PROMPTS, num_images, search_depth, batch_size)
         .to(dtype)
     )
 
@@ -192,7 +193,10 @@ class _Calibration:
 
     def _basis(self, signals: TowerSignals) -> Basis:
         width = self.config.vision_config.backbone_config.hidden_size
-        return rotation(signals.moment, width) if width < len(signals.moment) else Basis()
+        if width >= len(signals.moment):
+            return Basis()
+        basis = rotation(signals.moment, width)
+        return replace(basis, matrix=basis.matrix.to(self.teacher.device))
 
     def _map(
         self, config: Sam3LiteConfig, signals: TowerSignals | None, kept: list[int] | None

@@ -25,13 +25,17 @@ def evaluate(
     image_folder: Annotated[Path | None, typer.Option(help="Where the file names of a COCO file start.")] = None,
     category_map: Annotated[Path | None, typer.Option(help="YAML file that renames categories into phrases.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 4,
-    num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none beside.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images ahead.")] = 2,
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = "main",
 ):
     """Scores a model on a split: COCO AP, cgF1 and presence, for each concept and together. FP16 on a GPU."""
     try:
-        scores = _scores(model, data, split, image_folder, category_map, batch_size, num_workers)
+        scores = _scores(model, data, split, image_folder, category_map, batch_size, workers, revision)
     except ModuleNotFoundError as error:
         typer.echo(f"Error: {error.name} is not installed; evaluating needs sam3-hf[train].", err=True)
+        raise typer.Exit(1) from error
+    except torch.OutOfMemoryError as error:
+        typer.echo("Error: the memory of the GPU does not suffice: pass a smaller --batch-size.", err=True)
         raise typer.Exit(1) from error
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
@@ -41,7 +45,7 @@ def evaluate(
         _write(scores, output)
 
 
-def _scores(source, data, split, image_folder, category_map, batch_size, num_workers) -> dict:
+def _scores(source, data, split, image_folder, category_map, batch_size, workers, revision) -> dict:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
@@ -54,7 +58,8 @@ def _scores(source, data, split, image_folder, category_map, batch_size, num_wor
     if split not in splits:
         raise ValueError(f"{data} has no split {split}: --split takes {', '.join(splits)}.")
     accelerator = Accelerator(mixed_precision="fp16" if torch.cuda.is_available() else "no")
-    model = Sam3LiteModel.from_pretrained(source, preset="same", dtype="float32").to(accelerator.device).eval()
+    model = Sam3LiteModel.from_pretrained(source, preset="same", dtype="float32", revision=revision)
+    model.to(accelerator.device).eval()
     processor = Sam3LiteProcessor.from_config(model.config)
     dataset = EvalDataset(splits[split], model.config.image_size)
     text = PhraseFeatures(model, processor, dataset.concepts, accelerator.device)
@@ -66,7 +71,7 @@ def _scores(source, data, split, image_folder, category_map, batch_size, num_wor
         text,
         dataset,
         batch_size,
-        num_workers,
+        workers,
         more=(PrecisionRecall, Confusion),
     )
     precision = accelerator.mixed_precision.replace("no", "fp32")

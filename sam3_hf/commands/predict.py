@@ -52,6 +52,7 @@ def predict(
         prompts_of_images(prompts, 1)  # an empty prompt is an error before anything is written
         pictures = find_pictures(inputs, exclude=output)
         pipe = Sam3LitePipeline.from_pretrained(model, device=device, revision=revision)
+        text = pipe.text_features(prompts)  # so is a word that a fixed vocabulary lacks
         record = {
             "model": model,
             "weights": fingerprint(pipe.model),
@@ -61,7 +62,7 @@ def predict(
         }
         folder = PredictionFolder(output, record, overlays, masks)
         left = [picture for picture in pictures if not folder.is_complete(picture)]
-        unreadable = predict_files(pipe, left, prompts, settings, folder, batch_size, workers)
+        unreadable = predict_files(pipe, left, text, settings, folder, batch_size, workers)
         images, detections = folder.write_coco()
     except torch.OutOfMemoryError as error:
         typer.echo("Error: the memory of the GPU does not suffice: pass a smaller --batch-size.", err=True)
@@ -83,23 +84,27 @@ def predict(
 def predict_files(
     pipe: Sam3LitePipeline,
     pictures: list[InputFile],
-    prompts: list[str],
+    text: dict[str, tuple[torch.Tensor, torch.Tensor]],
     settings: PredictionSettings,
     folder: PredictionFolder,
     batch_size: int,
     workers: int,
 ) -> list[str]:
-    """Predicts pictures, which workers decode ahead, into a folder; returns what is wrong with those that are not."""
+    """
+    Predicts pictures, which workers decode ahead, into a folder; returns what is wrong with those that are not.
+
+    Args:
+        text: from [`~Sam3LitePipeline.text_features`]; its phrases are the prompts.
+    """
     dataset = PictureDataset(pictures, settings, pipe.processor.image_processor, with_small=folder.overlays)
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=list, num_workers=workers)
-    text = pipe.text_features(prompts)
     unreadable = []
     with tqdm(total=len(pictures), unit="picture") as bar:
         for batch in loader:
             readable = [sample for sample in batch if not isinstance(sample, str)]
             unreadable += [sample for sample in batch if isinstance(sample, str)]
             prepared = [image for _, image, _ in readable]
-            results = pipe.detect(prepared, prompts_of_images(prompts, len(prepared)), text, settings, batch_size)
+            results = pipe.detect(prepared, prompts_of_images(list(text), len(prepared)), text, settings, batch_size)
             for (index, _, small), found in zip(readable, results, strict=True):
                 folder.write(pictures[index], found, small)
             bar.update(len(batch))

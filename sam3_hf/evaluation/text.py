@@ -18,8 +18,13 @@ class PhraseFeatures:
         Args:
             model: its text encoder must be on `device`, in evaluation mode.
             phrases: all that will be asked for; encoded here, once.
+
+        Raises:
+            ValueError: a phrase is not in the fixed vocabulary of the model.
         """
         phrases = sorted(set(phrases))
+        if model.vocabulary is not None:
+            model.vocabulary.check(phrases, processor)
         tokens = tokenize(processor.tokenizer, phrases)
         tokens = {key: value[:, : tokens["attention_mask"].sum(1).max()] for key, value in tokens.items()}
         with torch.no_grad():
