@@ -175,7 +175,10 @@ class Sam3LitePipeline:
         kwargs.setdefault("preset", None if kwargs.get("config") is not None else "same")
         model = Sam3LiteModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs).to(device)
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        return cls(model, Sam3LiteProcessor.from_pretrained(pretrained_model_name_or_path, **hub_arguments))
+        processor = Sam3LiteProcessor.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
+        if "image_size" in kwargs:
+            processor.image_processor = Sam3LiteProcessor.from_config(model.config).image_processor
+        return cls(model, processor)
 
     def __call__(
         self,

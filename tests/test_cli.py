@@ -240,3 +240,10 @@ def test_calibration_from_the_command_line(tmp_path):
         assert (calibration["images"], calibration["images_fitted"]) == (name, 4)
     result = run(tmp_path / "standard", tmp_path / "none", *options, "--calibration-images", tmp_path / "nothing")
     assert result.exit_code == 1 and "Error:" in result.output and "nothing is not a folder" in result.output
+
+
+def test_calibration_options_that_would_be_ignored_are_errors(tmp_path):
+    result = run("source", tmp_path / "target", "--calibration-prompt", "cat")
+    assert result.exit_code == 2 and "--calibration-images" in result.output
+    result = run("source", tmp_path / "target", "--calibration-images", "generated", "--mapping", "select")
+    assert result.exit_code == 2 and "exclude" in result.output

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from transformers import Sam3Model
 
 import sam3_hf
-from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf import Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.calibration import calibrate_mapping
 from sam3_hf.data import EvalDataset, load_dataset_splits
 from sam3_hf.data.generated import write_dataset
@@ -71,3 +71,9 @@ def test_a_lite_model_made_from_it_works_before_any_training(teacher, teacher_sc
     shares = [scores(model, pictures)["segm_AP"] / teacher_scores["segm_AP"] for model in (mapped, calibrated)]
     assert shares[0] > 0.4 and shares[1] > 0.75, shares
     assert min(calibrated.mapping_report.calibration["pyramid_cosines"]) > 0.9
+
+
+def test_the_pipeline_takes_another_resolution(pictures):
+    pipe = Sam3LitePipeline.from_pretrained(CHECKPOINT, image_size=128)
+    results = pipe(sorted((pictures / "valid").glob("*.png"))[:4], ["blue circle", "striped square", "red circle"])
+    assert pipe.model.config.image_size == 128 and sum(map(len, results)) > 0

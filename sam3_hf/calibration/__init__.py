@@ -30,24 +30,10 @@ SEARCH_TOKENS_PER_FEATURE = 16  # a choice of layers needs less: every choice is
 HELD_OUT = 8  # one image in so many is not fitted, but measured
 PROMPTS_PER_IMAGE = 4
 VIT_LAYERS, DECODER_LAYERS = "vision_encoder.backbone.layers", "detr_decoder.layers"
-PROMPTS = (  # what the detector is asked while it is fitted, if the user does not say
-    *("person", "face", "hand", "car", "wheel", "bicycle", "dog", "cat", "bird", "horse", "tree", "leaf", "flower"),
-    *(
-        "building",
-        "window",
-        "door",
-        "chair",
-        "table",
-        "bottle",
-        "cup",
-        "book",
-        "screen",
-        "shoe",
-        "bag",
-        "sign",
-        "boat",
-    ),
-    *("fruit", "plate", "cell", "tool", "box", "animal"),
+# What the detector is asked while it is fitted, if the user does not say.
+PROMPTS = tuple(
+    "person face hand car wheel bicycle dog cat bird horse tree leaf flower building window door chair table bottle "
+    "cup book screen shoe bag sign boat fruit plate cell tool box animal".split()
 )
 
 
@@ -91,7 +77,8 @@ def calibrate_mapping(
         ridge: strength of the pull to the mapped weights, in units of the mean variance of a layer's inputs.
         batch_size: images at once.
         seed: of the choice of images and prompts, and of drawn pictures.
-        device: where to compute; that of the source by default.
+        device: where to compute; that of the source by default. Images and streams are kept there: memory grows with
+            `num_images`, but not with the number of layers.
         dtype: of the result; that of the source by default. All computations are in float32.
         kwargs: fields of the config such as `image_size`, and `revision`, `token`, `variant`, ... of the source.
 

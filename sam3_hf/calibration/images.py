@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-EXTENSIONS = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+from ..reading import read_image
 
 
 def load_pixels(images: str | os.PathLike | Sequence, count: int, processor, seed: int) -> tuple[Tensor, ...]:
@@ -18,7 +19,7 @@ def load_pixels(images: str | os.PathLike | Sequence, count: int, processor, see
     A random choice of images, ready for the model.
 
     Args:
-        images: a folder (searched recursively), or paths, PIL images, uint8 arrays or tensors.
+        images: a folder (searched recursively), or a list of what [`~sam3_hf.reading.read_image`] takes.
         count: how many to take at most.
         processor: of the model.
         seed: of the choice.
@@ -34,20 +35,15 @@ def load_pixels(images: str | os.PathLike | Sequence, count: int, processor, see
         folder = Path(images)
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder of images.")
-        images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
         if not images:
             raise ValueError(f"{folder} holds no image file.")
     if not len(images):
         raise ValueError("There are no images to calibrate with.")
     chosen = np.random.default_rng(seed).permutation(len(images))[:count]
-    return tuple(processor.image_processor(_open(images[i]), return_tensors="pt")["pixel_values"][0] for i in chosen)
-
-
-def _open(image):
-    if isinstance(image, (str, os.PathLike)):
-        with Image.open(image) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
-    return image
+    return tuple(
+        processor.image_processor(read_image(images[i]), return_tensors="pt")["pixel_values"][0] for i in chosen
+    )
 
 
 def draw_images(count: int, size: int, seed: int) -> list[Image.Image]:

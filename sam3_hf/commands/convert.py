@@ -52,7 +52,11 @@ def convert(
     """
     fields = {} if image_size is None else {"image_size": image_size}
     calibration = None
+    if calibration_images is None and (calibration_prompt or num_calibration_images or not search_depth):
+        raise typer.BadParameter("the options of calibration need --calibration-images DIR (or `generated`)")
     if calibration_images is not None:
+        if mapping != "auto":
+            raise typer.BadParameter("--mapping and --calibration-images exclude each other")
         calibration = {
             "images": None if calibration_images == "generated" else calibration_images,
             "prompts": calibration_prompt,
