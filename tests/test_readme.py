@@ -1,16 +1,20 @@
 """Every code block of the README, run as it is written there, in one folder; what differs is in the tables below."""
 
-import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from hub_stand_in import TOKEN, HubStandIn
+from typer.testing import CliRunner
 
+from sam3_hf import Sam3LitePipeline
+from sam3_hf.cli import app
 from sam3_hf.data import read_category_map
 
 ROOT = Path(__file__).parents[1]
@@ -46,12 +50,29 @@ NOT_RUN = {
     ),
     "OMP_NUM_THREADS=1 pytest": "runs this test: test_what_make_stands_for",
 }
-# The programs that commands may call, as they are found wherever the tests run.
-PROGRAMS = {
-    "sam3-lite": [sys.executable, "-c", "from sam3_hf.cli import app; app()"],
-    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
-    "python": [sys.executable],
-}
+
+
+def sam3_lite(arguments: list[str]):
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+def python(arguments: list[str]):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def accelerate(arguments: list[str]):
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *arguments]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stdout
+
+
+# The programs that commands may call; none has to be on the PATH. Those that can run in this process: importing takes
+# longer than they do.
+PROGRAMS = {"sam3-lite": sam3_lite, "python": python, "accelerate": accelerate}
+
 # What commands that start so leave behind, as the text around them says.
 WRITTEN = {
     "python training/demo.py": ["outputs/demo/predictions/*/*.png", "outputs/demo/segmented.png"],
@@ -78,8 +99,8 @@ class Block:
 
     def commands(self) -> list[str]:
         """One for each command of a block of bash, without comments."""
-        lines = self.text.replace("\\\n", " ").splitlines()
-        return [" ".join(re.sub(r"\s#.*", "", line).split()) for line in lines if line.strip()]
+        lines = re.sub(r"(^|\s)#.*", "", self.text, flags=re.M).replace("\\\n", " ").splitlines()
+        return [" ".join(line.split()) for line in lines if line.strip()]
 
 
 def blocks_of(markdown: str) -> list[Block]:
@@ -91,7 +112,8 @@ def blocks_of(markdown: str) -> list[Block]:
     return blocks
 
 
-BLOCKS = blocks_of(README.read_text(encoding="utf-8"))
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = blocks_of(TEXT)
 COMMANDS = [command for block in BLOCKS if block.language == "bash" for command in block.commands()]
 
 
@@ -107,18 +129,18 @@ def substituted(text: str) -> str:
     return text
 
 
-def arguments_of(command: str) -> list[str]:
-    """What to execute for a command of the README."""
+def words_of(command: str) -> list[str]:
+    """Program and arguments to execute for a command of the README."""
     words = shlex.split(substituted(command))
     strange = [word for word in words if re.search(r"[<>|;&$`*?]", word)]
     if words[0] not in PROGRAMS or strange:
         raise ValueError(f"this test does not know how to run `{command}`: say it in its tables")
     more = [flags for start, flags in ADDED.items() if command.startswith(start)]
-    return [*PROGRAMS[words[0]], *words[1:], *shlex.split(" ".join(more))]
+    return [*words, *shlex.split(" ".join(more))]
 
 
 class Workspace:
-    """A folder that looks like that of the repository; what ran there once is not run again."""
+    """The current folder, which looks like that of the repository; what ran there once is not run again."""
 
     def __init__(self, folder: Path, hub: HubStandIn):
         self.folder, self.hub, self.done = folder, hub, set()
@@ -128,39 +150,29 @@ class Workspace:
     def run(self, command: str):
         if command in NOT_RUN or command in self.done:
             return
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "ACCELERATE_USE_CPU": "true",
-            "HF_HOME": str(self.folder / "home"),  # without the user's tokens and settings of Accelerate
-            "HF_ENDPOINT": self.hub.endpoint,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_TOKEN": TOKEN,
-            "NO_PROXY": "127.0.0.1",
-        }
-        finished = subprocess.run(
-            arguments_of(command),
-            cwd=self.folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=240,
-        )
-        assert finished.returncode == 0, f"{command}\n{finished.stdout}"
+        program, *arguments = words_of(command)
+        PROGRAMS[program](arguments)
         self.done.add(command)
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """With the model and the pictures of the demo, which the README starts with."""
-    with HubStandIn() as hub:
-        workspace = Workspace(tmp_path_factory.mktemp("readme"), hub)
+    folder = tmp_path_factory.mktemp("readme")
+    with HubStandIn() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("HF_HOME", str(folder / "home"))  # without the user's settings of Accelerate
+        patch.setenv("HF_TOKEN", TOKEN)
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        workspace = Workspace(folder, hub)
         for block in blocks_in("Two commands", "bash"):
             for command in block.commands():
                 workspace.run(command)
-        assert (workspace.folder / "outputs" / "demo" / "final" / "model.safetensors").is_file()
+        assert (folder / "outputs" / "demo" / "final" / "model.safetensors").is_file()
         yield workspace
 
 
@@ -179,10 +191,11 @@ def test_commands(block, workspace):
 
 
 @named("python")
-def test_python(block, workspace, monkeypatch):
-    monkeypatch.chdir(workspace.folder)
+def test_python(block, workspace):
     code = "\n" * (block.line - 1) + substituted(block.text)  # tracebacks show the lines of the README
     exec(compile(code, README, "exec"), {"__name__": "__main__"})
+    for folder in set(re.findall(r'\.save_pretrained\("(.+?)"\)', block.text)):
+        Sam3LitePipeline.from_pretrained(folder)  # which takes model and processor
 
 
 @named("yaml")
@@ -207,10 +220,11 @@ def test_what_a_run_writes(block, workspace):
 
 
 def test_nothing_is_left_out_and_every_entry_is_needed():
+    assert len(re.findall(r"^\s*(?:```|~~~)", TEXT, re.M)) == 2 * len(BLOCKS), "a block that is not found as one"
     assert {block.language for block in BLOCKS} <= {"bash", "python", "yaml", ""}
     for command in COMMANDS:
         if command not in NOT_RUN:
-            arguments_of(command)
+            words_of(command)
     assert set(NOT_RUN) <= set(COMMANDS)
     run = [command for command in COMMANDS if command not in NOT_RUN]
     for start in (*ADDED, *WRITTEN):
@@ -226,7 +240,7 @@ def test_nothing_is_left_out_and_every_entry_is_needed():
 )
 def test_a_command_that_is_not_known_fails(command):
     with pytest.raises(ValueError, match="does not know how to run"):
-        arguments_of(command)
+        words_of(command)
 
 
 def test_what_make_stands_for():
@@ -248,11 +262,10 @@ def is_part_of(words: list[str], line: list[str]) -> bool:
     return all(word in rest for word in words)
 
 
-def test_from_nothing_to_a_prediction_in_under_ten_lines(workspace, monkeypatch, capsys):
+def test_from_nothing_to_a_prediction_in_under_ten_lines(workspace, capsys):
     make, _ = blocks_in("Two commands", "bash")
     first = blocks_in("Find things in a picture", "python")[0]
     assert len([make.commands()[0], *first.text.strip().splitlines()]) < 10
-    monkeypatch.chdir(workspace.folder)
     exec(first.text, {})
     assert re.search(r"^(striped square|blue circle) 0\.\d\d \[.*\] \d+ pixels$", capsys.readouterr().out, re.M)
 
