@@ -33,11 +33,12 @@ SUBSTITUTIONS = {
 ADDED = {
     "accelerate launch --cpu --num_cpu_threads_per_process 1 training/train.py training/configs/demo.yaml": (
         "--preset tiny-standard --max_steps 1 --generated_train 4 --generated_valid 4 --num_workers 0"
+        " --prediction_images 1"
     ),
     "accelerate launch training/train.py training/configs/lite_fp16.yaml": (
-        "--preset tiny --max_steps 1 --save_every_epochs 1 --num_workers 0"
+        "--preset tiny --max_steps 1 --save_every_epochs 1 --num_workers 0 --prediction_images 1"
     ),
-    "sam3-lite convert": "--preset tiny",
+    "sam3-lite convert": "--preset tiny --no-search-depth",
     "sam3-lite predict": "--workers 0",
     "sam3-lite evaluate": "--num-workers 0",
 }
