@@ -100,7 +100,9 @@ def count_flops(config: Sam3LiteConfig) -> dict[str, int]:
         flops["vision encoder"] = counter.get_total_flops()
         if model.vocabulary is None:
             with FlopCounterMode(display=False) as counter:
-                model.get_text_features(torch.zeros(1, MAX_TOKENS, dtype=torch.long))
+                # Not through the text encoder's own forward, which looks at the tokens.
+                states = model.text_encoder.text_model(torch.zeros(1, MAX_TOKENS, dtype=torch.long))
+                model.text_projection(states.last_hidden_state)
             flops["text encoder"] = counter.get_total_flops()
         text, owner = torch.zeros(1, MAX_TOKENS, hidden), torch.zeros(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:

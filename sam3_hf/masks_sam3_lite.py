@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +33,8 @@ def _fold(weight: Tensor, dim: int) -> Tensor:
 
 def normed_relu(norm: nn.GroupNorm, pixels: Tensor) -> Tensor:
     """Group norm and ReLU in the dtype of the map. Autocast would keep both in float32, of which products see half."""
-    with torch.autocast(pixels.device.type, enabled=False):
+    device = pixels.device.type
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # which meta does not know
         weight, bias = norm.weight.to(pixels.dtype), norm.bias.to(pixels.dtype)
         return F.relu(F.group_norm(pixels, norm.num_groups, weight, bias, norm.eps))
 

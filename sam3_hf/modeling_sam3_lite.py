@@ -219,9 +219,17 @@ class Sam3LiteTextEncoder(CLIPPreTrainedModel):
         Returns:
             `last_hidden_state` `(prompts, tokens, hidden)` and `pooler_output` `(prompts, hidden)`. Prompts that are
             alike are encoded once, and what is padding in all of them not at all: there, states are zero.
+
+        Raises:
+            ValueError: the two differ in shape.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                "`input_ids` and `attention_mask` differ in number of prompts or tokens: "
+                f"{tuple(input_ids.shape)} and {tuple(attention_mask.shape)}."
+            )
         num_tokens = input_ids.shape[1]
         different, place = torch.stack([input_ids, attention_mask.to(input_ids.dtype)], 1).unique(
             dim=0, return_inverse=True

@@ -1,10 +1,7 @@
 """Samples, batches and their order."""
 
 import json
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +23,6 @@ from sam3_hf.data import (
     measure_throughput,
     steps_per_epoch,
 )
-from sam3_hf.data.generated import write_dataset
 from sam3_hf.data.masks import rle_to_mask
 from sam3_hf.data.sampling import Prompt
 from sam3_hf.data.torch_dataset import make_label
@@ -422,19 +418,6 @@ def test_throughput_is_measured(splits):
     assert 1 < measure_throughput(loader, 3) < 1e5
     with pytest.raises(ValueError, match="one batch"):
         measure_throughput(make_loader(dataset, BatchKeys(5, 8, 0, 1, 1), num_workers=0), 3)
-
-
-def test_loader_benchmark(tmp_path):
-    write_dataset(tmp_path, num_train=6, num_valid=1, image_size=SIZE, seed=0)
-    script = Path(__file__).parents[1] / "benchmarks" / "loader.py"
-    options = "--image-size 32 --batch-size 2 --prompts 1 --workers 0 1 --batches 3".split()
-    command = [sys.executable, str(script), str(tmp_path), *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-3000:]
-    report = json.loads(result.stdout)
-    assert (report["image_size"], report["batch_size"], report["prompts"], report["batches"]) == (32, 2, 1, 3)
-    assert set(report["images_per_second_by_workers"]) == {"0", "1"}
-    assert min(report["images_per_second_by_workers"].values()) > 0
 
 
 def leave_a_trace(folder, number):

@@ -143,20 +143,20 @@ def test_what_should_be_private_does_not_go_to_a_public_repository(hub, folder):
 def test_a_second_push_replaces_the_weights(hub, folder, model, inputs):
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="300KB")
-    push_folder(folder, "me/shapes")
-    shards = {n for n in hub.repositories["me/shapes"].branches["main"][-1].files if n.endswith(".safetensors")}
+    push_folder(folder, "me/twice")
+    shards = {n for n in hub.repositories["me/twice"].branches["main"][-1].files if n.endswith(".safetensors")}
     assert len(shards) > 1
-    assert torch.equal(outputs_of(Sam3LiteModel.from_pretrained("me/shapes"), inputs), outputs_of(model, inputs))
+    assert torch.equal(outputs_of(Sam3LiteModel.from_pretrained("me/twice"), inputs), outputs_of(model, inputs))
     for path in folder.glob("model*"):
         path.unlink()
     shake(model, seed=1).save_pretrained(folder)
-    push_folder(folder, "me/shapes")
-    commits = hub.repositories["me/shapes"].branches["main"]
+    push_folder(folder, "me/twice")
+    commits = hub.repositories["me/twice"].branches["main"]
     assert [name for name in commits[-1].files if name.startswith("model") and "safetensors" in name] == [
         "model.safetensors"
     ]
     assert len(commits) == 3
-    loaded = Sam3LiteModel.from_pretrained("me/shapes", force_download=True)
+    loaded = Sam3LiteModel.from_pretrained("me/twice", force_download=True)
     assert torch.equal(outputs_of(loaded, inputs), outputs_of(model, inputs))
 
 
