@@ -85,7 +85,7 @@ def test_flops_by_hand():
 
 
 def test_flops_of_the_preset_lite():
-    """Figures of the stock modules at these sizes, in TFLOP; the mask projection goes to the queries, not the pixels."""
+    """Figures of the stock modules at these sizes, in TFLOP, less the mask projection, which goes to the queries."""
     flops = count_flops(Sam3LiteConfig.from_preset("lite"))
     expected = {"vision encoder": 2.64, "DETR encoder": 0.171, "DETR decoder": 0.014, "mask decoder": 0.1325}
     for part, value in expected.items():

@@ -170,7 +170,7 @@ def test_final_model_is_half_precision_and_holds_the_average(whole_run):
 def test_the_final_model_scores_as_in_training(whole_run, data, tmp_path):
     """Up to the rounding of its weights to FP16; the card has the scores, and no licence of Meta's."""
     options = ["--model", whole_run / "run" / "final", "--data", data, "--output", tmp_path]
-    result = CliRunner().invoke(app, ["evaluate", *map(str, options), "--num-workers", "0", "--batch-size", "2"])
+    result = CliRunner().invoke(app, ["evaluate", *map(str, options), "--workers", "0", "--batch-size", "2"])
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "metrics.json").read_text())
     provenance = json.loads((whole_run / "run" / "final" / "provenance.json").read_text())
