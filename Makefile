@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python training/demo.py outputs/demo
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist worksteal
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; set PYTHON=")'

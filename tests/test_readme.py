@@ -40,7 +40,7 @@ ADDED = {
     ),
     "sam3-lite convert": "--preset tiny --no-search-depth",
     "sam3-lite predict": "--workers 0",
-    "sam3-lite evaluate": "--num-workers 0",
+    "sam3-lite evaluate": "--workers 0",
 }
 # Not run, and why; the tests named check them.
 NOT_RUN = {
