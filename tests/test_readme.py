@@ -49,7 +49,7 @@ NOT_RUN = {
     'python -m venv .venv && . .venv/bin/activate && pip install -e ".[train,dev]"': (
         "installs: test_what_make_stands_for"
     ),
-    "OMP_NUM_THREADS=1 pytest": "runs this test: test_what_make_stands_for",
+    "OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal": "runs this test: test_what_make_stands_for",
 }
 
 
