@@ -100,7 +100,7 @@ def push_folder(
             [*additions, *stale],
             commit_message=commit_message or "Upload model with sam3-hf",
             revision=revision,
-            num_threads=1,  # bars of several threads, and log lines that tqdm writes between them, may break each other
+            num_threads=1,  # the bars of several threads, and log lines written between them, break each other
         )
     except Exception as error:  # of several libraries, by version; all of them mean that there is no commit
         raise PushError(_failure(error, folder, repo_id, private, gated, revision)) from error
