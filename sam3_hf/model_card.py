@@ -327,7 +327,8 @@ def _origin_text(origin: Origin, trained: bool, preset: str | None, report: dict
         return "It is not recorded where the weights come from."
     text = f"They started from {_shown(origin)}."
     if report is not None:
-        text += f" To fit these sizes they were mapped with the strategy `{report['strategy']}`, without data:"
+        data = "on unlabelled images" if report["strategy"] == "calibrated" else "without data"
+        text += f" To fit these sizes they were mapped with the strategy `{report['strategy']}`, {data}:"
     return text
 
 

@@ -22,7 +22,16 @@ from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.cli import app
 from sam3_hf.configuration_sam3_lite import PRESETS
 from sam3_hf.hub import PushError, push_folder
-from sam3_hf.model_card import RANDOM_WEIGHTS, Origin, model_card, origin_of, preset_card, versions, write_card
+from sam3_hf.model_card import (
+    RANDOM_WEIGHTS,
+    Origin,
+    _origin_text,
+    model_card,
+    origin_of,
+    preset_card,
+    versions,
+    write_card,
+)
 
 ROOT = Path(__file__).parents[1]
 SCORES = {"segm_AP": 0.48006, "segm_AP50": 0.65, "segm_cgF1": 0.26, "bbox_AP": 0.41, "bbox_AP50": 0.66, "IL_MCC": 0.6}
@@ -356,3 +365,9 @@ def test_pickled_weights_on_the_hub_are_refused(hub, model, tmp_path):
         Sam3LiteModel.from_pretrained("me/pickled")
     loaded = Sam3LiteModel.from_pretrained("me/pickled", use_safetensors=False)
     assert torch.equal(loaded.text_projection.weight, model.text_projection.weight)
+
+
+@pytest.mark.parametrize(("strategy", "data"), [("isometry", "without data"), ("calibrated", "on unlabelled images")])
+def test_the_card_says_what_the_mapping_needed(strategy, data):
+    text = _origin_text(Origin("me/large", None, on_hub=True), False, None, {"strategy": strategy})
+    assert f"`{strategy}`, {data}" in text

@@ -227,10 +227,7 @@ def load_initial(arguments: ModelArguments) -> Sam3LiteModel:
     kinds = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
     if any(kinds.values()):
         found = "".join(_some(kind, names) for kind, names in kinds.items())
-        raise ValueError(
-            f"--init {arguments.init} is no whole model: {found}of a run, use the folder final/, as its checkpoints "
-            "are without the frozen text encoder"
-        )
+        raise ValueError(f"--init {arguments.init} is no whole model: {found}of a run, use the folder final/")
     return model
 
 
