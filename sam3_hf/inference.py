@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .configuration_sam3_lite import BOX_PADDING_LABEL
+from .configuration_sam3_lite import BOX_PADDING_LABEL, VISUAL_PHRASE
 from .conversion_sam3_lite import HUB_ARGUMENTS
 from .detections import Detections, encode_mask, suppress
 from .modeling_sam3_lite import Sam3LiteModel
@@ -17,7 +17,6 @@ from .processing_sam3_lite import Sam3LiteProcessor, enlarge_masks
 from .reading import ImageInput, read_image
 from .tiling import Part, Tile, cut_tiles, join_parts
 
-BOX_PROMPT = "visual"  # the text that SAM 3 was trained with for prompts by boxes alone
 PROMPTS_AT_ONCE = 16  # that the detector handles: bounds the memory of many prompts
 PHRASES_AT_ONCE = 64  # that the text encoder handles
 
@@ -53,7 +52,7 @@ class Prompt:
     @property
     def phrase(self) -> str:
         """What the text encoder reads."""
-        return self.text or BOX_PROMPT
+        return self.text or VISUAL_PHRASE
 
     @property
     def all_boxes(self) -> list[Sequence[float]]:

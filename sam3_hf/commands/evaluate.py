@@ -11,6 +11,7 @@ import typer
 
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
+from .errors import one_line_errors
 
 COLUMNS = ("AP", "AP50", "AP75", "AR100", "cgF1", "positive_micro_F1", "IL_MCC", "objects")
 
@@ -30,15 +31,10 @@ def evaluate(
 ):
     """Scores a model on a split: COCO AP, cgF1 and presence, for each concept and together. FP16 on a GPU."""
     try:
-        scores = _scores(model, data, split, image_folder, category_map, batch_size, workers, revision)
+        with one_line_errors():
+            scores = _scores(model, data, split, image_folder, category_map, batch_size, workers, revision)
     except ModuleNotFoundError as error:
         typer.echo(f"Error: {error.name} is not installed; evaluating needs sam3-hf[train].", err=True)
-        raise typer.Exit(1) from error
-    except torch.OutOfMemoryError as error:
-        typer.echo("Error: the memory of the GPU does not suffice: pass a smaller --batch-size.", err=True)
-        raise typer.Exit(1) from error
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(table(scores))
     if output is not None:

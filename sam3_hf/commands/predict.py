@@ -18,6 +18,7 @@ from ..input_files import InputFile, find_pictures
 from ..prediction_folder import PredictionFolder
 from ..reading import read_image
 from ..visualization import LONGEST_SIDE
+from .errors import one_line_errors
 
 
 def predict(
@@ -46,7 +47,7 @@ def predict(
     Finds what the prompts name, and writes a JSON file per picture and COCO results. The same command goes on where an
     earlier one stopped. Computes in FP16 on a GPU, in float32 on a CPU.
     """
-    try:
+    with one_line_errors():
         settings = PredictionSettings(threshold, mask_threshold, max_detections, nms_iou, tile_size, tile_overlap)
         prompts = list(dict.fromkeys(prompt))
         prompts_of_images(prompts, 1)  # an empty prompt is an error before anything is written
@@ -64,12 +65,6 @@ def predict(
         left = [picture for picture in pictures if not folder.is_complete(picture)]
         unreadable = predict_files(pipe, left, text, settings, folder, batch_size, workers)
         images, detections = folder.write_coco()
-    except torch.OutOfMemoryError as error:
-        typer.echo("Error: the memory of the GPU does not suffice: pass a smaller --batch-size.", err=True)
-        raise typer.Exit(1) from error
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
     typer.echo(
         f"{output}: {detections} detections in {images} pictures; {len(left) - len(unreadable)} pictures were new, "
         f"{len(pictures) - len(left)} done before."

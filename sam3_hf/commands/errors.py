@@ -1,0 +1,20 @@
+"""What went wrong in a command, in one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import typer
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the command with status 1 and a line on stderr for the errors that a user can mend."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        typer.echo("Error: the memory of the GPU does not suffice: pass a smaller --batch-size.", err=True)
+        raise typer.Exit(1) from error
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
