@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.sam3.modeling_sam3 import Sam3MaskDecoder
+
+from .precision_sam3_lite import group_norm
 
 # From this many prompts per image on, convolving the image's own map apart from the prompts' costs less than
 # convolving their sums: 9 + 4 * prompts against 9 * prompts multiplications per pixel and pair of channels.
@@ -29,14 +29,6 @@ def conv_of_upsampled(conv: nn.Conv2d, pixels: Tensor) -> Tensor:
 def _fold(weight: Tensor, dim: int) -> Tensor:
     first, middle, last = weight.unbind(dim)
     return torch.stack((last, middle + last, first + middle, first), dim)
-
-
-def normed_relu(norm: nn.GroupNorm, pixels: Tensor) -> Tensor:
-    """Group norm and ReLU in the dtype of the map. Autocast would keep both in float32, of which products see half."""
-    device = pixels.device.type
-    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # which meta does not know
-        weight, bias = norm.weight.to(pixels.dtype), norm.bias.to(pixels.dtype)
-        return F.relu(F.group_norm(pixels, norm.num_groups, weight, bias, norm.eps))
 
 
 class Sam3LiteMaskDecoder(Sam3MaskDecoder):
@@ -77,7 +69,7 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
                 pixels = conv(F.interpolate(pixels, scale_factor=2.0, mode="nearest") + level[image_index])
             else:
                 pixels = conv_of_upsampled(conv, pixels) + conv(level)[image_index]
-            pixels = normed_relu(norm, pixels)
+            pixels = F.relu(group_norm(norm, pixels))
         return pixels, self.semantic_projection(pixels)
 
     def masks(self, queries: Tensor, pixels: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ from .conversion_sam3_lite import (
 from .loss_sam3_lite import DetectionOutputs, sam3_lite_loss
 from .mapping_sam3_lite import MappingReport, map_checkpoint, parameter_sizes
 from .masks_sam3_lite import Sam3LiteMaskDecoder
-from .vision_sam3_lite import Sam3LiteViTModel, matmul_precision
+from .precision_sam3_lite import layer_norm, matmul_precision
+from .vision_sam3_lite import Sam3LiteViTModel
 from .vocabulary_sam3_lite import Sam3LiteVocabulary
 
 logger = logging.get_logger(__name__)
@@ -327,17 +328,26 @@ class Sam3LiteDetrEncoderLayer(GradientCheckpointingLayer, Sam3DetrEncoderLayer)
         Returns:
             `(prompts, height * width, hidden)`.
         """
-        normed = matmul_precision(self.layer_norm1(vision))
+        normed = matmul_precision(layer_norm(self.layer_norm1, vision))
         with_position = normed + matmul_precision(vision_position)
         attended, _ = self.self_attn(query=with_position, key=with_position, value=normed)
         if image_index is not None:
             vision, attended = vision[image_index], attended[image_index]
         vision = vision + self.dropout(attended)
 
-        normed = self.layer_norm2(vision)
+        normed = layer_norm(self.layer_norm2, vision)
         attended, _ = self.cross_attn(query=normed, key=prompt, value=prompt, attention_mask=prompt_bias)
         vision = vision + self.dropout(attended)
-        return vision + self.dropout(self.mlp(self.layer_norm3(vision)))
+
+        def transform(vision: Tensor) -> Tensor:
+            return self.mlp(layer_norm(self.layer_norm3, vision))
+
+        if vision.requires_grad:
+            # Eight times as wide as the model inside; what comes again is the first of its two products.
+            transformed = checkpoint(transform, vision, use_reentrant=False, preserve_rng_state=self.mlp.dropout.p > 0)
+        else:
+            transformed = transform(vision)
+        return vision + self.dropout(transformed)
 
 
 class Sam3LiteDetrEncoder(Sam3DetrEncoder):

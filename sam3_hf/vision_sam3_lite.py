@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.sam3.modeling_sam3 import (
+    Sam3MLP,
     Sam3SinePositionEmbedding,
     Sam3ViTEmbeddings,
     Sam3ViTLayer,
@@ -20,6 +22,8 @@ from transformers.models.sam3.modeling_sam3 import (
     window_unpartition,
 )
 
+from .precision_sam3_lite import matmul_precision
+
 
 class Rotation(NamedTuple):
     """Rotary position table of one kind of layer: each pair of channels turns by an angle per position."""
@@ -28,21 +32,26 @@ class Rotation(NamedTuple):
     signed_sin: Tensor  # (1, positions, head size), negative for the first channel of each pair
 
 
-def matmul_precision(tensor: Tensor) -> Tensor:
-    """
-    The tensor as autocast would cast it for a matrix product; unchanged without autocast. What several products read
-    is cast, and kept for the backward pass, once instead of once per product.
-    """
-    device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # which raises on the meta device
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
-
-
 def rotate(tensor: Tensor, rotation: Rotation) -> Tensor:
     """`(batch, heads, positions, head size)` turned by its positions, in its own dtype."""
     swapped = tensor.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(tensor * rotation.cos, swapped, rotation.signed_sin)
+
+
+def mlp_without_activations(mlp: Sam3MLP, normed: Tensor) -> Tensor:
+    """
+    `mlp(normed)`, keeping for the backward pass what goes into the activation, but not what comes out of it. That is
+    computed again, and nothing else: a recomputation ends with the last tensor that it has to give back, before the
+    second matrix product.
+    """
+    hidden = mlp.fc1(normed)
+
+    def rest(hidden: Tensor) -> Tensor:
+        return mlp.fc2(mlp.activation_fn(mlp.dropout(hidden)))
+
+    if not hidden.requires_grad:
+        return rest(hidden)
+    return checkpoint(rest, hidden, use_reentrant=False, preserve_rng_state=mlp.dropout.p > 0)
 
 
 class Sam3LiteViTAttention(Sam3ViTRoPEAttention):
@@ -88,7 +97,8 @@ class Sam3LiteViTLayer(Sam3ViTLayer):
         if inside is not None:
             normed = normed * inside
         hidden_states = hidden_states + self.attention(normed, rotation)
-        return hidden_states + self.dropout(self.mlp(matmul_precision(self.layer_norm2(hidden_states))))
+        normed = matmul_precision(self.layer_norm2(hidden_states))
+        return hidden_states + self.dropout(mlp_without_activations(self.mlp, normed))
 
 
 class Sam3LiteViTModel(Sam3ViTModel):
