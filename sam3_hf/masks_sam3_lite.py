@@ -68,7 +68,8 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
             if len(image_index) < PROMPTS_THAT_SHARE * len(level):
                 pixels = conv(F.interpolate(pixels, scale_factor=2.0, mode="nearest") + level[image_index])
             else:
-                pixels = conv_of_upsampled(conv, pixels) + conv(level)[image_index]
+                own = conv(level)
+                pixels = conv_of_upsampled(conv, pixels) + (own if len(own) == 1 else own[image_index])
             pixels = F.relu(group_norm(norm, pixels))
         return pixels, self.semantic_projection(pixels)
 

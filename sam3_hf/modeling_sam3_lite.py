@@ -405,12 +405,12 @@ class Sam3LiteDetrDecoderLayer(GradientCheckpointingLayer, Sam3DetrDecoderLayer)
         """
         Args:
             hidden_states: `(prompts, 1 + queries, hidden)`, the presence token first.
-            query_pos: `(prompts, 1 + queries, hidden)`, zero for the presence token.
+            query_pos: `(prompts or 1, 1 + queries, hidden)`, zero for the presence token.
             text_features: `(prompts, tokens, hidden)`.
             vision_features: `(prompts, height * width, hidden)`.
             vision_keys: the same with position encodings.
             text_cross_attn_mask: additive, `(prompts, 1, 1, tokens)`.
-            vision_bias: makes an additive mask `(prompts, heads, 1 + queries, height * width)`.
+            vision_bias: makes an additive mask `(prompts or 1, heads, 1 + queries, height * width)`.
             num_interacting: how many of the first tokens take part in self-attention.
         """
         interacting = hidden_states[:, :num_interacting]
@@ -500,13 +500,13 @@ class Sam3LiteDetrDecoder(Sam3DetrDecoder):
         queries = self.query_embed.weight.repeat(copies, 1).expand(num_prompts, -1, -1)
         presence = self.presence_token.weight.expand(num_prompts, 1, -1)
         hidden = torch.cat([presence, queries], dim=1)  # (prompts, 1 + queries, hidden)
-        boxes = self.reference_points.weight.float().sigmoid().repeat(copies, 1).expand(num_prompts, -1, -1)
+        # Where queries start is the same for every prompt, and so is what is made from it.
+        boxes = reference = self.reference_points.weight.float().sigmoid().repeat(copies, 1)[None]
 
         vision = matmul_precision(vision)
         keys = vision + matmul_precision(vision_position)
         all_hidden, all_boxes, all_presence = [], [], []
         for layer in self.layers:
-            reference = boxes.detach() if all_boxes else boxes
             query_pos = self.ref_point_head(self.position_encoding.encode_boxes(reference).to(self.dtype))
             hidden = layer(
                 hidden,
@@ -521,6 +521,7 @@ class Sam3LiteDetrDecoder(Sam3DetrDecoder):
             normed = self.output_layer_norm(hidden[:, 1:])
             # Not detached: the loss on a layer's boxes also trains the layer before it.
             boxes = (self.box_head(normed).float() + inverse_sigmoid(boxes)).sigmoid()
+            reference = boxes.detach()
             logits = self.presence_head(self.presence_layer_norm(hidden[:, 0])).squeeze(-1)
             limit = self.clamp_presence_logit_max_val
             all_hidden.append(normed)
@@ -897,14 +898,15 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
 
     def compile(self, **kwargs):
         """
-        Compiles the vision encoder and the detector in place, each as one graph. Matching, on the CPU, stays outside.
-        Copies and pickles of the model are not compiled.
+        Compiles the vision encoder, the detector and the mask head in place, each as one graph. Matching, on the CPU,
+        stays outside. Copies and pickles of the model are not compiled.
 
         Args:
             kwargs: passed to `torch.compile`.
         """
         self.vision_encoder.compile(**kwargs)
         self._compiled_detect = torch.compile(self.detect, **kwargs)
+        self.mask_decoder.compile(**kwargs)
 
     def __getstate__(self) -> dict:
         # As `nn.Module` does with what it compiled: a copy that kept it would run the weights of the original.

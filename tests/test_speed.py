@@ -1,6 +1,8 @@
 """What is computed in another way than in stock SAM 3: equal outputs and gradients, and less of what it saves."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,10 @@ from transformers.models.sam3.modeling_sam3 import (
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, modeling_sam3_lite, vision_sam3_lite
 from sam3_hf.masks_sam3_lite import conv_of_upsampled
 from sam3_hf.modeling_sam3_lite import additive_mask
+from sam3_hf.precision_sam3_lite import group_norm, layer_norm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from counting import fake_cuda  # noqa: E402
 
 
 class Kernels(TorchDispatchMode):
@@ -110,6 +116,61 @@ def test_vit_starts_fewer_kernels_and_keeps_less_under_autocast(dtype):
             counts.append(counter.count)
     assert kept[0] < kept[1]
     assert counts[0] < 0.7 * counts[1]
+
+
+def test_activations_of_the_vit_are_made_again_but_no_matrix_product_is():
+    ours, stock = vits(vit_config())
+    pixels = torch.randn(1, 3, 64, 64)
+    kept, passes = [], []
+    for model in (ours, stock):
+        kept.append(saved_bytes(lambda model=model: model(pixels)))
+        with FlopCounterMode(display=False) as counter:
+            output = model(pixels).last_hidden_state.sum()
+            forward = counter.get_total_flops()
+            output.backward()
+        passes.append(counter.get_total_flops() / forward)
+    assert passes[0] == pytest.approx(passes[1], rel=0.01)
+    config = ours.config
+    activations = config.num_hidden_layers * config.intermediate_size * 64 * 4  # of 64 patches, in bytes
+    assert kept[1] - kept[0] >= activations
+
+
+def test_detr_encoder_keeps_nothing_wider_than_the_model(model):
+    encoder = model.detr_encoder.train()
+    wide = model.config.detr_encoder_config.intermediate_size
+    vision = torch.randn(1, 64, 64, requires_grad=True)
+    shapes = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        encoder(vision, torch.tensor([0, 0]), torch.randn(2, 5, 64), torch.randn(1, 64, 64), None)
+    activations = [shape for shape in shapes if shape[-1] == wide and 64 in shape[:-1] and len(shape) > 2]
+    assert shapes and not activations
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm, ours", [(nn.LayerNorm(64), layer_norm), (nn.GroupNorm(8, 64), group_norm)])
+def test_norms_in_half_are_as_exact_as_those_of_autocast(norm, ours, dtype):
+    """Autocast on CUDA makes float32 of half, of which the next product makes half again."""
+    shake(norm)
+    tensor = torch.randn(3, 64, 64, dtype=dtype) * 5 + 2
+    exact = copy.deepcopy(norm).double()(tensor.double())
+    as_autocast = norm(tensor.float()).to(dtype)
+    tolerance = 2 * torch.finfo(dtype).eps * exact.abs().max()
+    assert (as_autocast - exact).abs().max() <= tolerance
+    with torch.autocast("cpu", dtype=dtype):
+        found = ours(norm, tensor)
+    assert found.dtype == dtype and (found - exact).abs().max() <= tolerance
+
+
+def test_norms_under_autocast_of_cuda_stay_in_half():
+    with fake_cuda(grid_side=8), torch.autocast("cuda", torch.float16):
+        norm, tensor = nn.LayerNorm(64), torch.empty(3, 64, 64, dtype=torch.float16)
+        assert norm(tensor).dtype == torch.float32
+        assert layer_norm(norm, tensor).dtype == torch.float16
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7)])
