@@ -815,13 +815,10 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         check_vocabulary(classes)
         if self.text_encoder is not None:
             self.text_encoder.eval()
-        self.vocabulary = Sam3LiteVocabulary.encode(classes, processor, self._encode_text)
+        self.vocabulary = Sam3LiteVocabulary.encode(classes, processor, self)
         self.text_encoder = self.text_projection = None
         self.config.vocabulary = list(classes)
         return self
-
-    def _encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.get_text_features(input_ids.to(self.device), attention_mask.to(self.device)).pooler_output
 
     def restore_text_encoder(self, source: str | os.PathLike, **hub_arguments) -> Sam3LiteModel:
         """
