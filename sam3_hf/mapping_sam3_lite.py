@@ -63,7 +63,8 @@ class MappingRow:
 @dataclass
 class MappingReport:
     """
-    Account of a mapping: one [`MappingRow`] per tensor group. `str()` is a table.
+    Account of a mapping: one [`MappingRow`] per tensor group. `str()` is a table. It is of the model as the mapping
+    made it: training it later, or freezing its vocabulary, changes nothing here.
 
     Args:
         source: where the weights come from.

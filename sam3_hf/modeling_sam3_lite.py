@@ -789,6 +789,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         Puts the text features of some phrases into the place of the text encoder, for good: `vocabulary` instead of
         `text_encoder` and `text_projection`. Outputs for these phrases stay what they are; other phrases are errors.
         The features of "visual", which box prompts use, are always kept, also where it is none of the classes.
+        `mapping_report` stays that of the model with its text encoder.
 
         Args:
             classes: the phrases, at least one and none twice; their places in the list are the `class_ids` of
