@@ -16,9 +16,9 @@ from .modeling_sam3_lite import Sam3LiteModel
 from .processing_sam3_lite import Sam3LiteProcessor, enlarge_masks
 from .reading import ImageInput, read_image
 from .tiling import Part, Tile, cut_tiles, join_parts
+from .vocabulary_sam3_lite import encode_phrases
 
 PROMPTS_AT_ONCE = 16  # that the detector handles: bounds the memory of many prompts
-PHRASES_AT_ONCE = 64  # that the text encoder handles
 
 
 @dataclass
@@ -227,15 +227,13 @@ class Sam3LitePipeline:
             ValueError: a phrase is not in the fixed vocabulary of the model.
         """
         phrases = list(dict.fromkeys(phrases))
-        if phrases and self.model.vocabulary is not None:
+        if not phrases:
+            return {}
+        if self.model.vocabulary is not None:
             self.model.vocabulary.check(phrases, self.processor)
-        features = {}
-        for start in range(0, len(phrases), PHRASES_AT_ONCE):
-            chunk = phrases[start : start + PHRASES_AT_ONCE]
-            tokens = self.processor(text=chunk).to(self.model.device)
-            encoded = self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
-            features |= zip(chunk, zip(encoded, tokens["attention_mask"], strict=True), strict=True)
-        return features
+        tokens = self.processor(text=phrases).to(self.model.device)
+        features = encode_phrases(self.model, **tokens)
+        return dict(zip(phrases, zip(features, tokens["attention_mask"], strict=True), strict=True))
 
     @torch.no_grad()
     def detect(

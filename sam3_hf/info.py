@@ -49,7 +49,8 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
         - `parameters`, `bytes`: totals of the parts;
         - `flops_per_image`, `flops_per_prompt`: of the first prompt for an image, and of each further one. Texts are
           taken as encoded before; a multiplication and an addition are two FLOPs;
-        - `mapping`: `source`, `strategy` and `totals` of its mapping report, or None.
+        - `mapping`: `source`, `strategy` and `totals` of its mapping report, or None. Of the model as it was mapped:
+          the totals count a text encoder that a vocabulary has replaced since.
 
     Raises:
         ValueError: the source is no SAM 3 checkpoint, or incomplete, or its model card cannot be read.

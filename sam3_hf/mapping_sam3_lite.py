@@ -63,7 +63,8 @@ class MappingRow:
 @dataclass
 class MappingReport:
     """
-    Account of a mapping: one [`MappingRow`] per tensor group. `str()` is a table.
+    Account of a mapping: one [`MappingRow`] per tensor group. `str()` is a table. It is of the model as the mapping
+    made it: training it later, or freezing its vocabulary, changes nothing here.
 
     Args:
         source: where the weights come from.
@@ -409,8 +410,14 @@ def depth_map(source_types: list[bool], target_types: list[bool]) -> list[int]:
     return kept[::-1]
 
 
-def _layer_maps(source: Sam3LiteConfig, target: Sam3LiteConfig) -> dict[str, list[int]]:
-    """For each stack of layers, by its prefix, the source layers to keep."""
+def layer_maps(source: Sam3LiteConfig, target: Sam3LiteConfig) -> dict[str, list[int]]:
+    """
+    For each stack of layers, by its prefix, the source layers to keep.
+
+    Raises:
+        ValueError: the sizes cannot be mapped.
+    """
+    _check_sizes(source, target)
 
     def types(config: Sam3LiteConfig) -> list[bool]:
         vit = config.vision_config.backbone_config
@@ -498,8 +505,7 @@ class Mapper:
         if self.strategy == "skip":
             layers = {}
         else:
-            _check_sizes(self.checkpoint.config, self.config)
-            layers = _layer_maps(self.checkpoint.config, self.config) | self.layers
+            layers = layer_maps(self.checkpoint.config, self.config) | self.layers
             self._map_towers(layers)
         self.report.layers = layers
         for name in self.shapes:
@@ -881,4 +887,12 @@ def map_checkpoint(
     return mapper.state, mapper.report
 
 
-__all__ = ["REPORT_FILE", "STRATEGIES", "MappingReport", "MappingRow", "map_checkpoint", "parameter_sizes"]
+__all__ = [
+    "REPORT_FILE",
+    "STRATEGIES",
+    "MappingReport",
+    "MappingRow",
+    "layer_maps",
+    "map_checkpoint",
+    "parameter_sizes",
+]

@@ -166,6 +166,7 @@ def model_card(folder: str | os.PathLike) -> ModelCard:
         provenance=provenance,
         report=report,
         example=(folder / EXAMPLE_FILE).is_file(),
+        text_replaced=config.vocabulary is not None and report is not None and _has_text_encoder(report),
     )
 
 
@@ -187,7 +188,14 @@ def preset_card(preset: str) -> ModelCard:
     )
 
 
-def _render(sizes: dict, provenance: dict, report: dict | None, example: bool, preset: str | None = None) -> ModelCard:
+def _render(
+    sizes: dict,
+    provenance: dict,
+    report: dict | None,
+    example: bool,
+    preset: str | None = None,
+    text_replaced: bool = False,
+) -> ModelCard:
     origin, trained = Origin(**provenance["origin"]), "arguments" in provenance
     best = provenance.get("best")
     name = f"Lite SAM 3, preset {preset}" if preset else "Lite SAM 3, fine-tuned" if trained else "Lite SAM 3"
@@ -204,6 +212,7 @@ def _render(sizes: dict, provenance: dict, report: dict | None, example: bool, p
         phrases=json.dumps(concepts[:3] or ["red blood cell"], ensure_ascii=False),
         origin=_origin_text(origin, trained, preset, report),
         mapping=_mapping_rows(report),
+        text_replaced=text_replaced,
         dataset=_dataset_text(provenance["dataset"]) if trained else "",
         training=_settings(provenance) if trained else [],
         scores=[(key, f"{value:.4f}") for key, value in scores.items()],
@@ -343,6 +352,11 @@ def _mapping_rows(report: dict | None) -> list[tuple[str, int, str]]:
     return [
         (action, total["tensors"], f"{total['parameters'] / 1e6:.2f}M") for action, total in report["totals"].items()
     ]
+
+
+def _has_text_encoder(report: dict) -> bool:
+    """Whether the mapping made a model with a text encoder."""
+    return any(row["group"].startswith("text_encoder.") and row["target_shape"] for row in report["rows"])
 
 
 def _dataset_text(dataset: dict) -> str:

@@ -800,6 +800,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         Puts the text features of some phrases into the place of the text encoder, for good: `vocabulary` instead of
         `text_encoder` and `text_projection`. Outputs for these phrases stay what they are; other phrases are errors.
         The features of "visual", which box prompts use, are always kept, also where it is none of the classes.
+        `mapping_report` stays that of the model with its text encoder.
 
         Args:
             classes: the phrases, at least one and none twice; their places in the list are the `class_ids` of
@@ -826,13 +827,10 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         check_vocabulary(classes)
         if self.text_encoder is not None:
             self.text_encoder.eval()
-        self.vocabulary = Sam3LiteVocabulary.encode(classes, processor, self._encode_text)
+        self.vocabulary = Sam3LiteVocabulary.encode(classes, processor, self)
         self.text_encoder = self.text_projection = None
         self.config.vocabulary = list(classes)
         return self
-
-    def _encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.get_text_features(input_ids.to(self.device), attention_mask.to(self.device)).pooler_output
 
     def restore_text_encoder(self, source: str | os.PathLike, **hub_arguments) -> Sam3LiteModel:
         """

@@ -11,13 +11,32 @@ from .configuration_sam3_lite import MAX_TOKENS, VISUAL_PHRASE
 # Names of its buffers in the model that hold integers, whatever the precision of the model.
 INTEGER_BUFFERS = ("vocabulary.input_ids", "vocabulary.attention_mask")
 BUFFERS = ("vocabulary.features", *INTEGER_BUFFERS)
-PHRASES_AT_ONCE = 64  # bounds the memory of encoding a long vocabulary
+PHRASES_AT_ONCE = 64  # that the text encoder handles: bounds the memory of many phrases
 _LISTED = 50  # an error lists so many phrases at most
 
 
 def vocabulary_phrases(classes: list[str]) -> list[str]:
     """What a vocabulary stores: its classes and, after them, the phrase of prompts by boxes alone."""
     return list(dict.fromkeys([*classes, VISUAL_PHRASE]))
+
+
+@torch.no_grad()
+def encode_phrases(model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """
+    Text features of any number of phrases.
+
+    Args:
+        model: a [`Sam3LiteModel`].
+        input_ids, attention_mask: `(phrases, tokens)` int, on the device of its text encoder.
+
+    Returns:
+        `(phrases, tokens, hidden)`.
+
+    Raises:
+        ValueError: a phrase is not in the fixed vocabulary of the model.
+    """
+    chunks = zip(input_ids.split(PHRASES_AT_ONCE), attention_mask.split(PHRASES_AT_ONCE), strict=True)
+    return torch.cat([model.get_text_features(*chunk).pooler_output for chunk in chunks])
 
 
 class Sam3LiteVocabulary(nn.Module):
@@ -42,21 +61,19 @@ class Sam3LiteVocabulary(nn.Module):
         self.register_buffer("attention_mask", torch.zeros(rows, MAX_TOKENS, dtype=torch.long))
 
     @classmethod
-    @torch.no_grad()
-    def encode(cls, classes: list[str], processor, text_features) -> Sam3LiteVocabulary:
+    def encode(cls, classes: list[str], processor, model) -> Sam3LiteVocabulary:
         """
         Args:
             classes: the phrases.
             processor: turns them into tokens.
-            text_features: from `input_ids` and `attention_mask`, each `(phrases, 32)`, to `(phrases, 32, hidden)`.
+            model: gives their features.
 
         Returns:
             A vocabulary in the dtype and on the device of the features.
         """
-        tokens = processor(text=vocabulary_phrases(classes))
+        tokens = processor(text=vocabulary_phrases(classes)).to(model.device)
         input_ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        chunks = zip(input_ids.split(PHRASES_AT_ONCE), mask.split(PHRASES_AT_ONCE), strict=True)
-        features = torch.cat([text_features(*chunk) for chunk in chunks])
+        features = encode_phrases(model, input_ids, mask)
         vocabulary = cls(classes, features.shape[-1])
         vocabulary.features = features * mask.to(features).unsqueeze(-1)
         vocabulary.input_ids = input_ids.to(features.device)
@@ -149,4 +166,4 @@ def _listed(phrases: list[str]) -> str:
     return ", ".join(map(repr, phrases[:_LISTED])) + (f" and {rest} more" if rest > 0 else "")
 
 
-__all__ = ["Sam3LiteVocabulary", "vocabulary_phrases"]
+__all__ = ["Sam3LiteVocabulary", "encode_phrases", "vocabulary_phrases"]

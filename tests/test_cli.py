@@ -247,3 +247,13 @@ def test_calibration_options_that_would_be_ignored_are_errors(tmp_path):
     assert result.exit_code == 2 and "--calibration-images" in result.output
     result = run("source", tmp_path / "target", "--calibration-images", "generated", "--mapping", "select")
     assert result.exit_code == 2 and "exclude" in result.output
+
+
+def test_too_little_memory_to_calibrate_is_said_in_a_line(tmp_path, monkeypatch):
+    def calibrate(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("sam3_hf.commands.convert.calibrate_mapping", calibrate)
+    result = run("source", tmp_path / "target", "--calibration-images", "generated")
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert result.stderr.count("\n") == 1 and "a smaller --num-calibration-images." in result.stderr

@@ -367,6 +367,25 @@ def test_pickled_weights_on_the_hub_are_refused(hub, model, tmp_path):
     assert torch.equal(loaded.text_projection.weight, model.text_projection.weight)
 
 
+def test_the_card_says_that_a_vocabulary_replaced_the_text_encoder_that_was_mapped(model, tmp_path):
+    """The report and its counts are of the mapping; a mapping from a frozen model has no text encoder to count."""
+    model.to_sam3().save_pretrained(tmp_path / "standard")
+    mapped = Sam3LiteModel.from_pretrained(tmp_path / "standard", preset="same")
+    report = mapped.mapping_report.to_json()
+    mapped.save_pretrained(tmp_path / "full")
+    mapped.freeze_vocabulary(["cat"], Sam3LiteProcessor.from_config(mapped.config)).save_pretrained(
+        tmp_path / "frozen"
+    )
+    assert (tmp_path / "frozen" / "mapping_report.json").read_text() == report
+    fewer = mapped.config.changed(detr_decoder_layers=1)
+    Sam3LiteModel.from_pretrained(tmp_path / "frozen", config=fewer).save_pretrained(tmp_path / "smaller")
+    texts = {name: model_card(tmp_path / name).text for name in ("full", "frozen", "smaller")}
+    assert all("`mapping_report.json` accounts" in text for text in texts.values())
+    assert [name for name, text in texts.items() if "which a fixed vocabulary has replaced since" in text] == [
+        "frozen"
+    ]
+
+
 @pytest.mark.parametrize(("strategy", "data"), [("isometry", "without data"), ("calibrated", "on unlabelled images")])
 def test_the_card_says_what_the_mapping_needed(strategy, data):
     text = _origin_text(Origin("me/large", None, on_hub=True), False, None, {"strategy": strategy})

@@ -14,11 +14,12 @@ from test_train_run import TRAIN, train
 from transformers import AutoModel
 from typer.testing import CliRunner
 
-from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor, vocabulary_sam3_lite
 from sam3_hf.cli import app
 from sam3_hf.conversion_sam3_lite import open_checkpoint
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.model_card import RANDOM_WEIGHTS
+from sam3_hf.vocabulary_sam3_lite import encode_phrases
 
 sys.path.insert(0, str(TRAIN.parent))
 
@@ -184,6 +185,22 @@ def test_a_vocabulary_can_be_narrowed_but_not_widened(frozen, processor, images)
 def test_a_class_may_be_called_visual(model, processor):
     model.freeze_vocabulary(["visual", "cat"], processor)
     assert len(model.vocabulary.features) == 2
+
+
+@torch.no_grad()
+def test_many_phrases_are_encoded_a_few_at_a_time(model, processor, monkeypatch):
+    tokens = dict(processor(text=[f"phrase {i}" for i in range(5)]))
+    expected = model.get_text_features(**tokens).pooler_output
+    sizes, encode = [], model.get_text_features
+
+    def counted(input_ids, attention_mask):
+        sizes.append(len(input_ids))
+        return encode(input_ids, attention_mask)
+
+    monkeypatch.setattr(model, "get_text_features", counted)
+    monkeypatch.setattr(vocabulary_sam3_lite, "PHRASES_AT_ONCE", 2)
+    torch.testing.assert_close(encode_phrases(model, **tokens), expected)
+    assert sizes == [2, 2, 1]
 
 
 def test_what_is_left_of_the_model(model, frozen):

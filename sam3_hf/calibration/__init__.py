@@ -14,7 +14,15 @@ from transformers.utils import logging
 
 from ..configuration_sam3_lite import Sam3LiteConfig
 from ..conversion_sam3_lite import HUB_ARGUMENTS, Checkpoint, LoadedTensors
-from ..mapping_sam3_lite import Basis, MappingReport, TowerSignals, map_checkpoint, parameter_sizes, rotation
+from ..mapping_sam3_lite import (
+    Basis,
+    MappingReport,
+    TowerSignals,
+    layer_maps,
+    map_checkpoint,
+    parameter_sizes,
+    rotation,
+)
 from ..modeling_sam3_lite import Sam3LiteModel, resolve_dtype
 from ..processing_sam3_lite import Sam3LiteProcessor, tokenize
 from .detector import PromptBatch, refit_detr_encoder, refit_mask_embedder
@@ -214,8 +222,7 @@ class _Calibration:
         target = self.config.vision_config.backbone_config
         if source.num_hidden_layers == target.num_hidden_layers:
             return None, {}
-        _, report = self._map(self.config, signals, None)
-        start = report.layers[VIT_LAYERS]
+        start = layer_maps(self.teacher.config, self.config)[VIT_LAYERS]
         all_layers = self.config.changed(
             vision_num_hidden_layers=source.num_hidden_layers,
             vision_global_attn_indexes=list(source.global_attn_indexes),

@@ -15,6 +15,7 @@ from ..conversion_sam3_lite import is_training_checkpoint, open_checkpoint
 from ..model_card import origin_of, versions, write_card
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
+from .errors import one_line_errors
 
 
 def convert(
@@ -63,11 +64,8 @@ def convert(
             "num_images": num_calibration_images,
             "search_depth": search_depth,
         }
-    try:
+    with one_line_errors(memory_option="--num-calibration-images"):
         _convert(source, target, preset, dtype, mapping, fields, revision, ema, overwrite, report, calibration)
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 def _convert(source, target, preset, dtype, mapping, fields, revision, ema, overwrite, report, calibration):

@@ -8,12 +8,17 @@ import typer
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the command with status 1 and a line on stderr for the errors that a user can mend."""
+def one_line_errors(memory_option: str = "--batch-size") -> Iterator[None]:
+    """
+    Ends the command with status 1 and a line on stderr for the errors that a user can mend.
+
+    Args:
+        memory_option: what to pass a smaller number to when the memory of the GPU does not suffice.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        typer.echo("Error: the memory of the GPU does not suffice: pass a smaller --batch-size.", err=True)
+        typer.echo(f"Error: the memory of the GPU does not suffice: pass a smaller {memory_option}.", err=True)
         raise typer.Exit(1) from error
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..info import model_info
+from .errors import one_line_errors
 
 
 def info(
@@ -16,11 +17,8 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ):
     """Shows parts, parameters, bytes, FLOPs per image and per prompt, vocabulary and licence of a model."""
-    try:
+    with one_line_errors():
         facts = model_info(model, revision=revision)
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
     typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else as_text(facts))
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..hub import push_folder
+from .errors import one_line_errors
 
 
 class Approval(str, Enum):
@@ -28,9 +29,6 @@ def push(
 ):
     """Pushes weights, processor, configuration, reports, metrics and model card to the Hub in one commit."""
     approval = None if gated is None else gated.value
-    try:
+    with one_line_errors():
         commit = push_folder(folder, repo, private=private, gated=approval, revision=revision, commit_message=message)
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
     typer.echo(commit.commit_url)

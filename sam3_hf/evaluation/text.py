@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ..processing_sam3_lite import tokenize
-
-CHUNK = 64  # phrases encoded at once
+from ..vocabulary_sam3_lite import encode_phrases
 
 
 class PhraseFeatures:
@@ -27,10 +26,8 @@ class PhraseFeatures:
             model.vocabulary.check(phrases, processor)
         tokens = tokenize(processor.tokenizer, phrases)
         tokens = {key: value[:, : tokens["attention_mask"].sum(1).max()] for key, value in tokens.items()}
-        with torch.no_grad():
-            chunks = zip(tokens["input_ids"].split(CHUNK), tokens["attention_mask"].split(CHUNK), strict=True)
-            features = [model.get_text_features(ids.to(device), mask.to(device)).pooler_output for ids, mask in chunks]
-        self.features = torch.cat(features).float().cpu()  # (phrases, tokens, hidden)
+        features = encode_phrases(model, **{key: value.to(device) for key, value in tokens.items()})
+        self.features = features.float().cpu()  # (phrases, tokens, hidden)
         self.attention_mask = tokens["attention_mask"]  # (phrases, tokens)
         self.row = {phrase: row for row, phrase in enumerate(phrases)}
 
