@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -280,16 +281,17 @@ class Sam3LitePipeline:
         limit = settings.max_detections if settings.nms_iou is None and settings.tile_size is None else None
         found = self.model.find(vision, **inputs, threshold=settings.threshold, max_detections=limit)
         owners, scores, boxes = found.prompt_index.tolist(), found.scores.tolist(), found.boxes.float().cpu()
-        for row, owner in enumerate(owners):
-            place, prompt = asked[owner]
+        for place, rows in groupby(range(len(owners)), key=lambda row: asked[owners[row]][0]):
+            rows = list(rows)
             index, tile = group[place]
             height, width = tile.bottom - tile.top, tile.right - tile.left
-            box = boxes[row].clamp(0, 1) * boxes.new_tensor([width, height, width, height])
-            box = box + boxes.new_tensor([tile.left, tile.top, tile.left, tile.top])
-            logits = found.mask_logits[row : row + 1]
-            ((mask, top, left),) = enlarge_masks(logits, (height, width), settings.mask_threshold)
-            rle = encode_mask(mask, tile.top + top, tile.left + left, prepared[index].size)
-            yield place, Part(prompt.label, scores[row], box, rle, tile)
+            logits = found.mask_logits[rows[0] : rows[-1] + 1]
+            masks = enlarge_masks(logits, (height, width), settings.mask_threshold)
+            for row, (mask, top, left) in zip(rows, masks, strict=True):
+                box = boxes[row].clamp(0, 1) * boxes.new_tensor([width, height, width, height])
+                box = box + boxes.new_tensor([tile.left, tile.top, tile.left, tile.top])
+                rle = encode_mask(mask, tile.top + top, tile.left + left, prepared[index].size)
+                yield place, Part(asked[owners[row]][1].label, scores[row], box, rle, tile)
 
     def _inputs(self, asked, sizes: list[tuple[int, int]], text) -> dict[str, Tensor]:
         """What the model takes for prompts `asked` as (place, prompt), of images of these sizes."""

@@ -20,6 +20,8 @@ logger = logging.get_logger(__name__)
 _MERGES_FILE = Path(__file__).parent / "assets" / "clip_merges.txt.gz"
 # Masks are enlarged in bands of so many pixels: only their booleans are ever as large as the image.
 _PIXELS_AT_ONCE = 2**20
+# Their cells are looked at together, which on a GPU is one wait for so many of them.
+_MASKS_AT_ONCE = 32
 
 
 def clip_tokenizer(vocab_size: int = 49408) -> CLIPTokenizer:
@@ -283,25 +285,31 @@ def enlarge_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> It
     Yields:
         Mask `(rows, columns)` bool on the device of `logits`, and the row and column of its first pixel.
     """
-    if not len(logits):
-        return
-    low_y, high_y, weight_y = _interpolation(size[0], logits.shape[1], logits.device)
-    low_x, high_x, weight_x = _interpolation(size[1], logits.shape[2], logits.device)
-    probabilities = logits.float().sigmoid()
-    inside = probabilities > threshold
-    # What lies between cells that are all below the threshold is below it.
-    top, bottom = _reach(inside.any(2), low_y, high_y)
-    left, right = _reach(inside.any(1), low_x, high_x)
-    limits = torch.stack([top, bottom, left, right], dim=1).tolist()
-    for cells, (y1, y2, x1, x2) in zip(probabilities, limits, strict=True):
-        columns = torch.lerp(cells[:, low_x[x1:x2]], cells[:, high_x[x1:x2]], weight_x[x1:x2])  # (h, columns)
-        mask = torch.empty((y2 - y1, x2 - x1), dtype=torch.bool, device=logits.device)
-        step = max(1, _PIXELS_AT_ONCE // max(x2 - x1, 1))
-        for y in range(y1, y2, step):
-            rows = slice(y, min(y + step, y2))
-            pixels = torch.lerp(columns[low_y[rows]], columns[high_y[rows]], weight_y[rows, None])
-            mask[rows.start - y1 : rows.stop - y1] = pixels > threshold
-        yield mask, y1, x1
+    vertical = _interpolation(size[0], logits.shape[1], logits.device)
+    horizontal = _interpolation(size[1], logits.shape[2], logits.device)
+    for some in logits.split(_MASKS_AT_ONCE):
+        probabilities = some.float().sigmoid()
+        inside = probabilities > threshold
+        # What lies between cells that are all below the threshold is below it.
+        top, bottom = _reach(inside.any(2), *vertical[:2])
+        left, right = _reach(inside.any(1), *horizontal[:2])
+        limits = torch.stack([top, bottom, left, right], dim=1).tolist()
+        for cells, (y1, y2, x1, x2) in zip(probabilities, limits, strict=True):
+            rows = [table[y1:y2] for table in vertical]
+            columns = [table[x1:x2] for table in horizontal]
+            yield _enlarge(cells, rows, columns, threshold), y1, x1
+
+
+def _enlarge(cells: Tensor, rows: list[Tensor], columns: list[Tensor], threshold: float) -> Tensor:
+    """Where the interpolated `(h, w)` cells exceed the threshold, at the pixels whose `_interpolation` is given."""
+    (low_y, high_y, weight_y), (low_x, high_x, weight_x) = rows, columns
+    mask = torch.empty((len(low_y), len(low_x)), dtype=torch.bool, device=cells.device)
+    band = max(1, _PIXELS_AT_ONCE // max(len(low_x), 1))
+    wide = torch.lerp(cells[:, low_x], cells[:, high_x], weight_x)  # (h, columns)
+    for start in range(0, len(low_y), band):
+        part = slice(start, start + band)
+        mask[part] = torch.lerp(wide[low_y[part]], wide[high_y[part]], weight_y[part, None]) > threshold
+    return mask
 
 
 def _interpolation(pixels: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -215,6 +215,7 @@ def _evaluate_shares(process_id, folder, shares, results):
             for prediction, reference in share:
                 metric.add(prediction=prediction, reference=reference)
         results.put((process_id, [metric.compute() for metric in metrics]))
+    distributed.barrier()  # who leaves while another still talks can take it down
     distributed.destroy_process_group()
 
 

@@ -504,6 +504,7 @@ def run_shards(folder, rank):
         rows = slice(0, first) if rank == 0 else slice(first, None)
         results.append(loss_and_gradients(select_prompts(case, rows)))
     torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()  # who leaves while another still talks can take it down
     torch.distributed.destroy_process_group()
 
 

@@ -354,6 +354,7 @@ DDP_STEP = """
     sums = [torch.zeros_like(checksum) for _ in range(2)]
     dist.all_gather(sums, checksum)
     assert sums[0] == sums[1]
+    dist.barrier()  # who leaves while another still talks can take it down
     dist.destroy_process_group()
 """
 

@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.warning(
             "stopped after step %d of %d; to go on, run the same command with --resume auto", run.step, run.total_steps
         )
+    accelerator.wait_for_everyone()  # who leaves while another still talks can take it down
     accelerator.end_training()
     return 0 if finished else 128 + (stop.received or 0)
 
