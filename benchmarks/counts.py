@@ -23,14 +23,12 @@ import numpy as np
 import torch
 from common import STOCK, autocast, build, image_size_of, parser, report, training_batch
 from counting import Counter, fake_cuda, flops
-from train_step import stock_loss
+from train_step import STOCK_TOKENS, TOKENS, stock_loss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sam3_hf import Sam3LiteConfig, loss_sam3_lite
 from sam3_hf.loss_sam3_lite import Match
 
-TOKENS = 8  # of a phrase, in the model
-STOCK_TOKENS = 32
 
 
 @functools.cache

@@ -7,11 +7,15 @@ it: each call runs the vision encoder. The other rows ask for all prompts in one
 text features that were computed before, as a fixed vocabulary allows. Weights are random; the score threshold is set
 so that each prompt has `--detections` masks to enlarge. All prompts are therefore "found".
 
+`pipeline` is `Sam3LitePipeline` on the same files and prompts: the mask head runs for kept detections only, and masks
+are left run-length encoded.
+
 `vision MFU` is the arithmetic of the vision encoder over its time and over the ceiling, the fastest of a few large
 matrix products in the same precision and run.
 """
 
 import argparse
+import functools
 import tempfile
 from pathlib import Path
 
@@ -37,7 +41,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Sam3Processor
 
-from sam3_hf import Sam3LiteConfig, Sam3LiteProcessor
+from sam3_hf import Sam3LiteConfig, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.data.generated import CONCEPTS
 
 CEILING_SIDES = {"cuda": (4096, 8192), "cpu": (512, 1024)}
@@ -107,7 +111,7 @@ def measure(
     predictor = Predictor(name, DTYPES[arguments.precision], arguments.image_size, prompts, stored)
     if arguments.compile and not predictor.one_by_one:
         torch._dynamo.reset()  # it gives up on code that it has compiled for several models
-        predictor.model.compile()
+        predictor.model.compile(mode=arguments.compile)
     images = [Image.open(file).convert("RGB") for file in files]
     calls = predictor.inputs(images)
 
@@ -124,10 +128,7 @@ def measure(
     reset_peak()
     model_seconds = seconds_of(model_only, arguments.repeats)
     seconds = seconds_of(end_to_end, arguments.repeats)
-    pixels = calls[0]["pixel_values"]
-    vision = median(seconds_of(lambda: predictor.model.vision_encoder(pixels), arguments.repeats))
-    flops = vision_flops(predictor.model, pixels)
-    return {
+    row = {
         "model": name + (", stored text" if stored else ""),
         "images": len(files),
         "prompts per image": count,
@@ -136,11 +137,16 @@ def measure(
         "end to end p50 s": median(seconds),
         "end to end p95 s": percentile(seconds, 0.95),
         "end to end images/s": len(files) / median(seconds),
-        "vision s": vision,
-        "vision TFLOP": flops / 1e12,
-        "vision MFU": flops / vision / peak,
         "peak GB": peak_gb(),
     }
+    if not predictor.one_by_one and not stored:
+        pipeline = Sam3LitePipeline(predictor.model, predictor.processor)
+        run = functools.partial(pipeline, files, prompts, len(files), threshold=threshold)
+        row["pipeline p50 s"] = median(seconds_of(run, arguments.repeats))
+    pixels = calls[0]["pixel_values"]
+    vision = median(seconds_of(lambda: predictor.model.vision_encoder(pixels), arguments.repeats))
+    flops = vision_flops(predictor.model, pixels)
+    return row | {"vision s": vision, "vision TFLOP": flops / 1e12, "vision MFU": flops / vision / peak}
 
 
 def vision_flops(model: nn.Module, pixels: torch.Tensor) -> int:
@@ -169,7 +175,8 @@ def main() -> None:
     options.add_argument("--prompts", type=int, nargs="+", default=[1, 8], help="per image")
     options.add_argument("--detections", type=int, default=10, help="masks per prompt")
     options.add_argument("--repeats", type=int, default=10)
-    options.add_argument("--compile", action="store_true", help="all but the stock rows")
+    modes = ["default", "reduce-overhead", "max-autotune"]
+    options.add_argument("--compile", nargs="?", const="default", choices=modes, help="all but the stock rows")
     options.add_argument("--stored-text", action="store_true", help="also rows with stored text features")
     arguments = options.parse_args()
     peak = ceiling(DTYPES[arguments.precision])

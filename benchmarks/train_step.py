@@ -12,7 +12,8 @@ it gradient checkpointing.
 `seconds` is of whole steps without waiting between phases: forward, loss, backward, clipping, AdamW. The phases are of
 other steps, with the device idle between them. `detector` is the forward pass without vision and loss; mask logits of
 matched queries count as loss. `data` is decoding, augmenting and collating the batch's images from JPEG in the main
-process, which a run leaves to workers. Text features are stored, so there is no phase for them.
+process, which a run leaves to workers. `text` is encoding the phrases of the batch, which a run does once for all of
+its steps: it is no part of `seconds`. Compiled rows are not split.
 """
 
 import argparse
@@ -47,6 +48,7 @@ from sam3_hf import Sam3LiteConfig, modeling_sam3_lite
 from sam3_hf.data import PromptCollator, PromptSampling, TrainDataset, load_dataset_splits
 from sam3_hf.loss_sam3_lite import DetectionOutputs, sam3_lite_loss
 
+TOKENS, STOCK_TOKENS = 8, 32  # of a phrase: what it needs, and what the stock processor pads to
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # tried by --fit
 
 
@@ -131,6 +133,7 @@ def measure(arguments: argparse.Namespace, case: tuple, data_seconds: Callable[[
     name, precision, size, batch_size, prompts, checkpointing, compiled = case
     if name.startswith(STOCK) and (checkpointing or compiled):
         return None
+    text_seconds = seconds_of_text(name, precision, batch_size * prompts, arguments.repeats)
     reset_peak()
     trainer = Trainer(name, precision, size, checkpointing, compiled)
     pixels = trainer.model.config.vision_config.backbone_config.image_size
@@ -148,10 +151,20 @@ def measure(arguments: argparse.Namespace, case: tuple, data_seconds: Callable[[
             trainer.split_step(batch, phases)
         parts = phases.medians()
         parts["detector"] = parts.pop("forward") - parts["vision"] - parts["loss"]
-        parts["data"] = data_seconds(pixels, batch_size, prompts)
-        order = ("data", "vision", "detector", "loss", "backward", "optimizer")
+        parts |= {"data": data_seconds(pixels, batch_size, prompts), "text": text_seconds}
+        order = ("data", "text", "vision", "detector", "loss", "backward", "optimizer")
         row |= {phase: parts[phase] for phase in order}
     return row
+
+
+@torch.no_grad()
+def seconds_of_text(name: str, precision: str, phrases: int, repeats: int) -> float:
+    """Seconds to encode so many different phrases."""
+    model = build(name)
+    length = STOCK_TOKENS if name.startswith(STOCK) else TOKENS
+    tokens = torch.randint(1, 1000, (phrases, length), device=device())
+    with autocast(precision):
+        return median(seconds_of(lambda: model.get_text_features(tokens, torch.ones_like(tokens)), repeats))
 
 
 def data_timer(folder: Path, images: int) -> Callable[[int, int, int], float]:

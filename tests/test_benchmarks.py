@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-PHASES = {"data", "vision", "detector", "loss", "backward", "optimizer"}
+PHASES = {"data", "text", "vision", "detector", "loss", "backward", "optimizer"}
 
 
 def run(script: str, output: Path, *options: str) -> tuple[dict, str]:
