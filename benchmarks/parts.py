@@ -6,7 +6,8 @@ A row is one change in one pass: a part of the model and the stock way of doing 
 weights and inputs. All but seconds is stock / ours. Predicted, by counting what a call does on this device in eager
 mode: `FLOP` of matrix products and convolutions; `bytes` of all tensors that kernels read and write, each at its full
 size; `kernels` started; `kept`, the memory that a forward pass leaves behind for the backward pass, outputs included.
-Measured: `time`, the ratio of the medians of repeats that alternate between the two. `claims` names the columns that
+Measured: `time`, the ratio of the medians of repeats that alternate between the two; on a CPU of processor time, which
+other processes do not lengthen. `claims` names the columns that
 the change is there to lower; where inputs are small, the weights can outweigh it. What waiting for the device costs
 shows on a GPU only.
 
@@ -89,12 +90,14 @@ class Way:
         return Counted(numbers, outputs, gradients)
 
     def seconds(self) -> float:
+        """Of one call; without a GPU of processor time, which other processes on the machine do not lengthen."""
+        clock = time.perf_counter if device().type == "cuda" else time.process_time
         self.clear()
         settle()
-        start = time.perf_counter()
+        start = clock()
         self.backward(self.forward())
         settle()
-        return time.perf_counter() - start
+        return clock() - start
 
 
 @torch.no_grad()
