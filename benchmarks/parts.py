@@ -1,15 +1,14 @@
 """What each change of this package against stock SAM 3 gains: predicted by counts, and measured, in one run.
 
-    python benchmarks/parts.py --preset small --image-size 336 --prompts 4 --precisions fp32 bf16
+    python benchmarks/parts.py --preset small --image-size 336 --prompts 4 --precisions bf16
 
 A row is one change in one pass: a part of the model and the stock way of doing the same (`changes.py`), with equal
 weights and inputs. All but seconds is stock / ours. Predicted, by counting what a call does on this device in eager
 mode: `FLOP` of matrix products and convolutions; `bytes` of all tensors that kernels read and write, each at its full
 size; `kernels` started; `kept`, the memory that a forward pass leaves behind for the backward pass, outputs included.
 Measured: `time`, the ratio of the medians of repeats that alternate between the two; on a CPU of processor time, which
-other processes do not lengthen. `claims` names the columns that
-the change is there to lower; where inputs are small, the weights can outweigh it. What waiting for the device costs
-shows on a GPU only.
+other processes do not lengthen. `claims` names the columns that the change is there to lower; where inputs are small,
+the weights can outweigh it. What starting kernels and waiting for them costs shows on a GPU only.
 
 `difference` is the largest of an output, as part of its largest value (of masks, the pixels that differ, as part of
 all), `gradients` that of all gradients as one vector, by norm. The script fails, after its report, where one of them
