@@ -58,19 +58,29 @@ def fake_cuda(grid_side: int) -> Iterator[None]:
 
 
 class Counter(TorchDispatchMode):
-    """Kernels started, and bytes of the storages that live at once, from `base` bytes on."""
+    """
+    Kernels started, bytes of all tensors that they read and write, and bytes of the storages on a device that live at
+    once, from `base` bytes on.
+    """
 
-    def __init__(self, base: int = 0):
+    def __init__(self, base: int = 0, device: str = DEVICE):
         super().__init__()
-        self.kernels, self.live, self.peak = 0, base, base
+        self.kernels, self.moved, self.live, self.peak = 0, 0, base, base
+        self.device = device
         self.seen = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         outputs = function(*args, **(kwargs or {}))
-        if not function.is_view and function.namespace == "aten" and function not in NO_KERNEL:
+        if function.is_view:
+            return outputs
+        if function.namespace == "aten" and function not in NO_KERNEL:
             self.kernels += 1
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, outputs)) if isinstance(leaf, torch.Tensor)]
+            self.moved += sum(tensor.nbytes for tensor in tensors)
+        if function._schema.is_mutable:  # what it writes to was there before, as are weights that views are of
+            return outputs
         for tensor in tree_leaves(outputs):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == DEVICE:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device:
                 self._enter(tensor.untyped_storage())
         return outputs
 

@@ -7,8 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import parts  # noqa: E402
+from changes import Change  # noqa: E402
+
 PHASES = {"data", "text", "vision", "detector", "loss", "backward", "optimizer"}
 
 
@@ -97,3 +103,72 @@ def test_the_gpu_script_keeps_to_ten_minutes_and_knows_its_stages(tmp_path):
     assert seconds <= 600
     result = subprocess.run(["bash", BENCHMARKS / "gpu_all.sh", tmp_path, "typo"], capture_output=True, text=True)
     assert result.returncode == 1 and "no such stage: typo" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def parts_rows(tmp_path_factory) -> list[dict]:
+    return run("parts", tmp_path_factory.mktemp("parts") / "out.json", "--repeats", "1")[0]["rows"]
+
+
+def test_parts_compute_what_stock_does(parts_rows):
+    names = "ViT, vision encoder, text encoder: padding, text encoder: each, DETR encoder, DETR decoder, sub-pixel, "
+    names += "pixel decoder, masks: projection, masks of, loss, post-processing"
+    for name in names.split(", "):
+        passes = {(row["pass"], row["precision"]) for row in parts_rows if row["change"].startswith(name)}
+        precisions = {"fp32"} if name in ("loss", "post-processing") else {"fp32", "bf16"}
+        once = name.startswith(("text", "masks: ", "post"))
+        assert passes == {(p, n) for p in ("forward", "forward + backward")[: 1 if once else 2] for n in precisions}
+    for row in parts_rows:
+        assert 0 <= row["difference"] <= row["tolerance"] < 1
+        assert (row["gradients"] is None) == (row["kept"] is None) == (row["pass"] == "forward")
+        assert row["gradients"] is None or 0 <= row["gradients"] <= row["tolerance"]
+        assert row["time"] == pytest.approx(row["stock s"] / row["our s"])
+
+
+def test_parts_save_what_they_claim(parts_rows):
+    for row in parts_rows:
+        claims = row["claims"].split(", ")
+        assert claims and all(row[claim] > 1 for claim in claims), row
+    of = {row["change"].split(":")[0]: row for row in parts_rows if row["pass"] == "forward"}
+    assert of["vision encoder once per image"]["FLOP"] == pytest.approx(4, rel=0.01)  # prompts
+    assert of["sub-pixel convolution of an upsampled map"]["FLOP"] == 9 / 4
+    assert of["masks of 5 matched queries instead of all"]["FLOP"] > 50 / 5
+
+
+def test_a_change_is_counted_and_compared():
+    """The stock way takes a matrix product that nothing reads; figures by hand."""
+    first, second = torch.randn(8, 16), torch.randn(16, 4, requires_grad=True)
+
+    def product(times: int, scale: float) -> list[torch.Tensor]:
+        results = [first @ second for _ in range(times)]
+        return [results[0] * results[1] * scale]
+
+    def ways(scale: float) -> list[parts.Way]:
+        change = Change("two for three", lambda: product(3, 1), lambda: product(2, scale), inputs=(second,))
+        return [parts.Way(way, change, None, "fp32", training=True) for way in (change.stock, change.ours)]
+
+    stock, ours = (way.count() for way in ways(1))
+    flop, size, result = 2 * 8 * 16 * 4, 4 * (8 * 16 + 16 * 4), 4 * 8 * 4
+    assert stock.numbers["FLOP"] - ours.numbers["FLOP"] == flop
+    assert stock.numbers["bytes"] - ours.numbers["bytes"] == size + result
+    assert stock.numbers["kernels"] - ours.numbers["kernels"] == 1
+    assert ours.numbers["kept"] == 3 * result  # two matrix products, and the output
+    assert parts.gradient_difference(ours.gradients, stock.gradients) == 0
+    wrong = ways(1.5)[1].count()
+    assert parts.difference(wrong.outputs[0], stock.outputs[0]) == pytest.approx(0.5)
+    assert parts.gradient_difference(wrong.gradients, stock.gradients) == pytest.approx(0.5)
+
+
+def test_masks_differ_by_their_pixels():
+    stock = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0]])
+    assert parts.difference(stock.bool(), stock) == 0
+    assert parts.difference(torch.tensor([[1, 1, 1, 0, 1, 0, 0, 0]]), stock) == 0.5
+
+
+@pytest.mark.parametrize("found", [{"difference": 0.2}, {"gradients": 0.2}, {"difference": float("nan")}])
+def test_parts_tell_what_is_not_equal(found):
+    row = {"change": "ViT", "pass": "forward", "precision": "fp32", "difference": 0.0, "gradients": 0.0}
+    row["tolerance"] = 0.1
+    assert parts.mistakes([row]) == [] and parts.mistakes([{**row, "gradients": None}]) == []
+    (line,) = parts.mistakes([{**row, **found}])
+    assert line.startswith("ViT (forward, fp32): outputs differ by")
