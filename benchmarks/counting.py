@@ -2,7 +2,7 @@
 
 Operations run as they would in eager mode on CUDA, with its autocast rules; attention is counted as the
 memory-efficient kernel. What a kernel needs inside of itself, and what the allocator wastes, is not counted. The
-backward pass cannot run: autograd asks the device for a context.
+backward pass cannot run there, as autograd asks the device for a context, but does on fake CPU tensors.
 """
 
 import weakref
@@ -36,9 +36,9 @@ def efficient_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_cau
 
 
 @contextmanager
-def fake_cuda(grid_side: int) -> Iterator[None]:
+def fake_cpu(grid_side: int) -> Iterator[None]:
     """
-    Tensors made within are fake, and on a CUDA device that does not exist.
+    Tensors made within are fake.
 
     Args:
         grid_side: patches per side of the image, which stock `Sam3DetrDecoder` would read back from the device.
@@ -47,11 +47,17 @@ def fake_cuda(grid_side: int) -> Iterator[None]:
     def coordinates(_, height, width, dtype, device):
         return (torch.arange(grid_side, device=device, dtype=dtype) / grid_side,) * 2
 
+    with mock.patch.object(Sam3DetrDecoder, "_get_coords", coordinates), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+@contextmanager
+def fake_cuda(grid_side: int) -> Iterator[None]:
+    """Tensors made within are fake, and on a CUDA device that does not exist; see `fake_cpu`."""
     with (
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", efficient_attention),
-        mock.patch.object(Sam3DetrDecoder, "_get_coords", coordinates),
-        FakeTensorMode(allow_non_fake_inputs=True),
+        fake_cpu(grid_side),
         torch.device(DEVICE),
     ):
         yield
@@ -76,7 +82,8 @@ class Counter(TorchDispatchMode):
         if function.namespace == "aten" and function not in NO_KERNEL:
             self.kernels += 1
             tensors = [leaf for leaf in tree_leaves((args, kwargs, outputs)) if isinstance(leaf, torch.Tensor)]
-            self.moved += sum(tensor.nbytes for tensor in tensors)
+            # What a broadcast tensor has once in memory, the cache serves from then on.
+            self.moved += sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors)
         if function._schema.is_mutable:  # what it writes to was there before, as are weights that views are of
             return outputs
         for tensor in tree_leaves(outputs):

@@ -7,33 +7,53 @@ These are counts, not measurements: see `counting.py` for what they leave out. R
 `transformers.Sam3Model`, one call per prompt in inference; in training under the loss of `train_step.py`.
 
 Inference is of one image in half precision, with text features of 8 tokens given; `text TFLOP` is what computing them
-would add: for stock, 32 tokens per phrase, the length its processor pads to. Training is of forward pass and loss with
-a frozen text encoder; matching is replaced by the first queries of each prompt. `GB` is the most that weights, AdamW's
-moments and all else hold until the backward pass starts, which frees more than it adds; `GB per image` is what another
-image adds, and `images in` a card what that leaves room for, beside `--reserve`.
+would add: for stock, 32 tokens per phrase, the length its processor pads to. `masks` says for how many queries of each
+prompt there are masks: all, or the number of `--kept` ones, as `Sam3LitePipeline` has it; for 0 the mask head does not
+run. `GB moved` is what all kernels read and write, one by one.
+
+Training is of one image with a frozen text encoder; matching is replaced by the first queries of each prompt. `TFLOP`
+are those of forward pass, loss and backward pass. `GB` is the most that weights, AdamW's moments and all else hold
+until the backward pass starts, which frees more than it adds; `GB per image` is what another image adds, and `images
+in` a card what that leaves room for, beside `--reserve`. `kernels` and `GB moved` are of forward pass and loss.
 """
 
 import argparse
 import functools
 import itertools
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
 from common import STOCK, autocast, build, image_size_of, parser, report, training_batch
-from counting import Counter, fake_cuda, flops
+from counting import Counter, fake_cpu, fake_cuda, flops
+from torch import Tensor
 from train_step import STOCK_TOKENS, TOKENS, stock_loss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from sam3_hf import Sam3LiteConfig, loss_sam3_lite
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel, loss_sam3_lite
 from sam3_hf.loss_sam3_lite import Match
+from sam3_hf.modeling_sam3_lite import PROMPTS_SEGMENTED_AT_ONCE
 
+
+class Call(NamedTuple):
+    """What a call of the model does on an image."""
+
+    vision: int  # operations
+    total: int
+    text: int  # of one phrase, beside the total
+    kernels: int
+    moved: int  # bytes
 
 
 @functools.cache
-def count_call(name: str, image_size: int | None, prompts: int) -> tuple[int, int, int, int]:
-    """Operations of the vision encoder, of a whole call, of encoding one phrase, and kernels of a call."""
+def count_call(name: str, image_size: int | None, prompts: int, kept: int | None) -> Call:
+    """
+    Args:
+        kept: masks per prompt; None: of all queries.
+    """
     with fake_cuda(grid_side(name, image_size)), torch.no_grad():
         torch.set_default_dtype(torch.float16)
         model = build(name, image_size)
@@ -45,53 +65,61 @@ def count_call(name: str, image_size: int | None, prompts: int) -> tuple[int, in
         with flops() as counter, Counter() as count:
             vision = model.vision_encoder(pixels)
             vision_flops = counter.get_total_flops()
-            features = BaseModelOutputWithPooling(pooler_output=text)
-            model(vision_embeds=vision, text_embeds=features, attention_mask=mask)
+            if kept is None:
+                features = BaseModelOutputWithPooling(pooler_output=text)
+                model(vision_embeds=vision, text_embeds=features, attention_mask=mask)
+            else:
+                find(model, vision.fpn_hidden_states, text, mask, kept)
         total = counter.get_total_flops()
         tokens = STOCK_TOKENS if name.startswith(STOCK) else TOKENS
         with flops() as counter:
             model.text_encoder.text_model(torch.zeros(1, tokens, dtype=torch.long))
-    return vision_flops, total, counter.get_total_flops(), count.kernels
+    return Call(vision_flops, total, counter.get_total_flops(), count.kernels, count.moved)
 
 
-def inference(arguments: argparse.Namespace, name: str, prompts: int) -> dict:
+def find(model: Sam3LiteModel, levels: tuple[Tensor, ...], text: Tensor, mask: Tensor, kept: int) -> None:
+    """What `Sam3LiteModel.find` does for one image if each prompt keeps the first `kept` of its queries."""
+    index = torch.zeros(len(text), dtype=torch.long)
+    found = model.detect(levels, index, text, mask.bool(), None, None, False)
+    if not kept:
+        return
+    shared = model.mask_decoder.shared_maps(levels, len(text))
+    for rows in index.split(PROMPTS_SEGMENTED_AT_ONCE):
+        some = torch.arange(len(rows))
+        pixels = model._mask_features(levels, rows, found.of_prompts(some), shared)
+        places = torch.empty(len(rows) * kept, dtype=torch.long)
+        with counted_matches([kept] * len(rows)):
+            model.mask_decoder.matched_masks(found.queries[some], pixels, places, places)
+
+
+def counted_matches(counts: list[int]) -> AbstractContextManager:
+    """Within, `torch.bincount` gives these numbers: fake tensors cannot be read."""
+    return mock.patch.object(torch, "bincount", lambda *_, **__: SimpleNamespace(tolist=lambda: counts))
+
+
+def inference(arguments: argparse.Namespace, name: str, prompts: int, kept: int | None) -> dict:
     calls, asked = (prompts, 1) if name.startswith(STOCK) else (1, prompts)
-    vision, total, text, kernels = count_call(name, arguments.image_size, asked)
+    call = count_call(name, arguments.image_size, asked, kept)
     return {
         "model": name,
         "prompts": prompts,
-        "vision TFLOP": calls * vision / 1e12,
-        "detector and masks TFLOP": calls * (total - vision) / 1e12,
-        "TFLOP": calls * total / 1e12,
-        "text TFLOP": prompts * text / 1e12,
-        "kernels": calls * kernels,
+        "masks": "all" if kept is None else kept,
+        "vision TFLOP": calls * call.vision / 1e12,
+        "detector and masks TFLOP": calls * (call.total - call.vision) / 1e12,
+        "TFLOP": calls * call.total / 1e12,
+        "text TFLOP": prompts * call.text / 1e12,
+        "kernels": calls * call.kernels,
+        "GB moved": calls * call.moved / 1e9,
     }
 
 
-def absent_class(arguments: argparse.Namespace, name: str) -> dict:
-    """What another class costs as part of the vision pass: its detector alone, and with masks."""
-    found = {}
-    with fake_cuda(grid_side(name, arguments.image_size)), torch.no_grad():
-        torch.set_default_dtype(torch.float16)
-        model = build(name, arguments.image_size)
-        torch.set_default_dtype(torch.float32)
-        size = image_size_of(model)
-        hidden = model.config.detr_encoder_config.hidden_size
-        with flops() as counter:
-            levels = model.get_vision_features(torch.empty(1, 3, size, size, dtype=torch.float16)).fpn_hidden_states
-        vision = counter.get_total_flops()
-        for prompts in (8, 9):
-            index = torch.zeros(prompts, dtype=torch.long)
-            text = torch.empty(prompts, TOKENS, hidden, dtype=torch.float16)
-            with flops() as counter:
-                detected = model.detect(levels, index, text, None, None, None, False)
-                detector = counter.get_total_flops()
-                bias = None
-                pixels, _ = model.mask_decoder(levels, detected.encoded, index, detected.prompt_features, bias)
-                model.mask_decoder.masks(detected.queries, pixels)
-            found[prompts] = detector, counter.get_total_flops()
-    detector, both = (found[9][i] - found[8][i] for i in range(2))
-    return {"model": name, "class without masks / vision": detector / vision, "with masks / vision": both / vision}
+def another_class(arguments: argparse.Namespace, name: str) -> dict:
+    """What another class costs as part of the vision pass: absent, found, and with masks of all queries."""
+    row = {"model": name}
+    for column, kept in (("absent", 0), ("10 found", 10), ("all masks", None)):
+        fewer, more = (count_call(name, arguments.image_size, prompts, kept) for prompts in (8, 9))
+        row[f"{column} / vision"] = (more.total - fewer.total) / fewer.vision
+    return row
 
 
 def fixed_matches(logits, boxes, targets, config, one_to_many) -> list[Match]:
@@ -106,27 +134,40 @@ def fixed_matches(logits, boxes, targets, config, one_to_many) -> list[Match]:
     return matches
 
 
-def step_memory(name: str, image_size: int | None, precision: str, images: int, prompts: int, checkpointing: bool):
-    """Bytes at the peak of forward pass and loss, and their kernels."""
-    with fake_cuda(grid_side(name, image_size)):
-        model = build(name, image_size).train()
-        model.text_encoder = model.text_projection = None
+class FakeStep:
+    """A training step on fake tensors; to be made and run within `fake_cuda` or `fake_cpu`."""
+
+    def __init__(self, name: str, image_size: int | None, images: int, prompts: int, checkpointing: bool):
+        self.name = name
+        self.model = build(name, image_size).train()
+        self.model.text_encoder = self.model.text_projection = None
         if checkpointing:
-            model.gradient_checkpointing_enable()
-        loss_config = Sam3LiteConfig.from_preset(name.removeprefix(STOCK)).loss_config
-        batch = training_batch(model, images, prompts, objects=5)
-        counts = [len(label["boxes"]) for label in batch["labels"] if len(label["boxes"])]
-        known = SimpleNamespace(tolist=lambda: counts)  # reading a tensor back is what fake ones cannot
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        with (
-            mock.patch.object(loss_sam3_lite, "match_queries", fixed_matches),
-            mock.patch.object(torch, "bincount", lambda *_, **__: known),
-            Counter(3 * weights) as counter,  # with AdamW's two moments
-            autocast(precision),
-        ):
-            loss = stock_loss(model, batch, loss_config) if name.startswith(STOCK) else model(**batch).loss
-        del loss
-    return counter.peak, counter.kernels
+            self.model.gradient_checkpointing_enable()
+        self.loss_config = Sam3LiteConfig.from_preset(name.removeprefix(STOCK)).loss_config
+        self.batch = training_batch(self.model, images, prompts, objects=5)
+
+    def loss(self) -> Tensor:
+        counts = [len(label["boxes"]) for label in self.batch["labels"] if len(label["boxes"])]
+        with mock.patch.object(loss_sam3_lite, "match_queries", fixed_matches), counted_matches(counts):
+            if self.name.startswith(STOCK):
+                return stock_loss(self.model, self.batch, self.loss_config)
+            return self.model(**self.batch).loss
+
+
+def step_memory(name: str, image_size: int | None, precision: str, *case) -> Counter:
+    """What forward pass and loss hold and do."""
+    with fake_cuda(grid_side(name, image_size)):
+        step = FakeStep(name, image_size, *case)
+        weights = sum(parameter.nbytes for parameter in step.model.parameters())
+        with Counter(3 * weights) as counter, autocast(precision):  # with AdamW's two moments
+            step.loss()
+    return counter
+
+
+def step_flops(name: str, image_size: int | None, *case) -> int:
+    with fake_cpu(grid_side(name, image_size)), flops() as counter:
+        FakeStep(name, image_size, *case).loss().backward()
+    return counter.get_total_flops()
 
 
 def grid_side(name: str, image_size: int | None) -> int:
@@ -138,14 +179,15 @@ def training(arguments: argparse.Namespace, case: tuple) -> dict | None:
     name, precision, prompts, checkpointing = case
     if name.startswith(STOCK) and checkpointing:
         return None
-    (one, kernels), (two, _) = (
-        step_memory(name, arguments.image_size, precision, images, prompts, checkpointing) for images in (1, 2)
-    )
+    size = arguments.image_size
+    one, two = (step_memory(name, size, precision, images, prompts, checkpointing) for images in (1, 2))
+    first, more = one.peak / 1e9, (two.peak - one.peak) / 1e9
     row = {"model": name, "precision": precision, "prompts per image": prompts, "checkpointing": checkpointing}
-    row |= {"GB": one / 1e9, "GB per image": (two - one) / 1e9, "kernels": kernels}
+    row |= {"TFLOP": step_flops(name, size, 1, prompts, checkpointing) / 1e12, "kernels": one.kernels}
+    row |= {"GB moved": one.moved / 1e9, "GB": first, "GB per image": more}
     for card in arguments.cards:
-        left = card - arguments.reserve - one / 1e9
-        row[f"images in {card:g} GB"] = 0 if left < 0 else 1 + int(left / ((two - one) / 1e9))
+        left = card - arguments.reserve - first
+        row[f"images in {card:g} GB"] = 0 if left < 0 else 1 + int(left / more)
     return row
 
 
@@ -155,18 +197,25 @@ def main() -> None:
     options.add_argument("--models", nargs="+", default=["stock-tiny-standard", "tiny"], help="presets, stock-PRESET")
     options.add_argument("--image-size", type=int, help="side of the input in pixels; default: the presets'")
     options.add_argument("--prompts", nargs="+", type=int, default=[1, 8], help="per image")
+    options.add_argument("--kept", nargs="*", type=int, default=[10], help="masks per prompt; beside those of all")
     options.add_argument("--precisions", nargs="+", choices=["fp32", "fp16"], default=["fp32"], help="of training")
     options.add_argument("--checkpointing", nargs="+", choices=["off", "on"], default=["off"])
     options.add_argument("--cards", nargs="+", type=float, default=[8, 12, 16, 24], help="GB of GPUs to fill")
     options.add_argument("--reserve", type=float, default=1.0, help="GB for the CUDA context and fragmentation")
     arguments = options.parse_args()
     if arguments.what == "inference":
-        rows = [inference(arguments, name, count) for count in arguments.prompts for name in arguments.models]
+        rows = [
+            inference(arguments, name, count, kept)
+            for count in arguments.prompts
+            for name in arguments.models
+            for kept in (None, *arguments.kept)
+            if kept is None or not name.startswith(STOCK)
+        ]
         for row in rows:
             base = next((r for r in rows if r["prompts"] == row["prompts"] and r["model"].startswith(STOCK)), None)
             row["stock / this"] = base and base["TFLOP"] / row["TFLOP"]
     elif arguments.what == "class":
-        rows = [absent_class(arguments, name) for name in arguments.models if not name.startswith(STOCK)]
+        rows = [another_class(arguments, name) for name in arguments.models if not name.startswith(STOCK)]
     else:
         checkpointing = [value == "on" for value in arguments.checkpointing]
         cases = itertools.product(arguments.models, arguments.precisions, arguments.prompts, checkpointing)

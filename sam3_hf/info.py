@@ -112,8 +112,9 @@ def count_flops(config: Sam3LiteConfig) -> dict[str, int]:
             (module,) = PARTS[part]
             flops[part] = sum(counter.get_flop_counts()[type(getattr(model, module)).__name__].values())
         with FlopCounterMode(display=False) as counter:
-            pixels, _ = model.mask_decoder(levels, found.encoded, owner, text, None)
+            pixels = model.mask_decoder(levels, found.encoded, owner, text, None)
             model.mask_decoder.masks(found.queries, pixels)
+            model.mask_decoder.semantic_projection(pixels)
         flops["mask decoder"] = counter.get_total_flops()
     return flops | {"geometry encoder": _geometry_flops(config)}
 

@@ -37,6 +37,16 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
     the queries instead of to every pixel, which gives the same products.
     """
 
+    def shared_maps(self, levels: tuple[Tensor, ...], num_prompts: int) -> tuple[Tensor, ...] | None:
+        """
+        What all prompts of an image have in common, for `forward` of some of them at a time: convolutions of the
+        image's own maps `(images, hidden, h, w)`, coarse to fine. None if there are too few prompts to gain from it.
+        """
+        if num_prompts < PROMPTS_THAT_SHARE * len(levels[0]):
+            return None
+        pairs = zip(reversed(levels[:-1]), self.pixel_decoder.conv_layers, strict=True)
+        return tuple(conv(level) for level, conv in pairs)
+
     def forward(
         self,
         levels: tuple[Tensor, ...],
@@ -44,7 +54,8 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
         image_index: Tensor,
         prompt: Tensor,
         prompt_bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        shared: tuple[Tensor, ...] | None = None,
+    ) -> Tensor:
         """
         Args:
             levels: vision maps `(images, hidden, h, w)`, fine to coarse, each half as large as the one before.
@@ -52,26 +63,27 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
             image_index: `(prompts,)` int.
             prompt: `(prompts, tokens, hidden)`.
             prompt_bias: additive mask `(prompts, 1, 1, tokens)`.
+            shared: from `shared_maps` of all prompts, where these are some of them.
 
         Returns:
-            Pixel features `(prompts, hidden, h, w)` at the finest level, for `masks` and `matched_masks`, and semantic
-            logits `(prompts, 1, h, w)`.
+            Pixel features `(prompts, hidden, h, w)` at the finest level, for `masks`, `matched_masks` and
+            `semantic_projection`.
         """
         attended, _ = self.prompt_cross_attn(
             query=self.prompt_cross_attn_norm(encoded), key=prompt, value=prompt, attention_mask=prompt_bias
         )
         encoded = encoded + self.prompt_cross_attn_dropout(attended)
         pixels = encoded.transpose(1, 2).unflatten(2, levels[-1].shape[-2:])
-        pixel_decoder = self.pixel_decoder
-        finer = reversed(levels[:-1])
-        for level, conv, norm in zip(finer, pixel_decoder.conv_layers, pixel_decoder.norms, strict=True):
-            if len(image_index) < PROMPTS_THAT_SHARE * len(level):
+        shared = shared or self.shared_maps(levels, len(image_index))
+        for i, (conv, norm) in enumerate(zip(self.pixel_decoder.conv_layers, self.pixel_decoder.norms, strict=True)):
+            if shared is None:
+                level = levels[-2 - i]
                 pixels = conv(F.interpolate(pixels, scale_factor=2.0, mode="nearest") + level[image_index])
             else:
-                own = conv(level)
+                own = shared[i]
                 pixels = conv_of_upsampled(conv, pixels) + (own if len(own) == 1 else own[image_index])
             pixels = F.relu(group_norm(norm, pixels))
-        return pixels, self.semantic_projection(pixels)
+        return pixels
 
     def masks(self, queries: Tensor, pixels: Tensor) -> Tensor:
         """

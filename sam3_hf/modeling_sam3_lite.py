@@ -1067,7 +1067,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             input_boxes_labels,
         )
         found = self._run_detector(levels, prompts)
-        output = self._predictions(found, masks=None, semantic=None)
+        output = self._predictions(found)
         scores = output.pred_logits.sigmoid() * output.presence_logits.sigmoid()  # (prompts, queries)
         prompt, query = (scores > threshold).nonzero(as_tuple=True)
         if max_detections is not None:
@@ -1089,9 +1089,10 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         """Mask logits `(matches, h, w)` of single queries; `prompt` and `query` `(matches,)`, sorted by prompt."""
         masks = [levels[0].new_zeros((0, *levels[0].shape[-2:]))]
         segmented = prompt.unique()
+        shared = self.mask_decoder.shared_maps(levels, len(segmented))
         for start in range(0, len(segmented), PROMPTS_SEGMENTED_AT_ONCE):
             rows = segmented[start : start + PROMPTS_SEGMENTED_AT_ONCE]
-            pixels, _ = self._mask_features(levels, image_index[rows], found.of_prompts(rows))
+            pixels = self._mask_features(levels, image_index[rows], found.of_prompts(rows), shared)
             own = torch.isin(prompt, rows)
             row = torch.searchsorted(rows, prompt[own])
             masks.append(self.mask_decoder.matched_masks(found.queries[rows], pixels, row, query[own]))
@@ -1184,35 +1185,40 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         return (self._compiled_detect or self.detect)(levels, *prompts, one_to_many)
 
     def _mask_features(
-        self, levels: tuple[Tensor, ...], image_index: Tensor, found: DetectorOutput
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        levels: tuple[Tensor, ...],
+        image_index: Tensor,
+        found: DetectorOutput,
+        shared: tuple[Tensor, ...] | None = None,
+    ) -> Tensor:
         bias = additive_mask(found.prompt_mask, levels[-1].dtype)
-        return self.mask_decoder(levels, found.encoded, image_index, found.prompt_features, bias)
+        return self.mask_decoder(levels, found.encoded, image_index, found.prompt_features, bias, shared)
 
     def _forward_in_chunks(
         self, levels: tuple[Tensor, ...], prompts: Prompts, prompt_chunk_size: int | None
     ) -> Sam3LiteOutput:
         num_prompts = len(prompts.image_index)
         size = prompt_chunk_size or max(num_prompts, 1)
+        shared = self.mask_decoder.shared_maps(levels, num_prompts) if size < num_prompts else None
         chunks = []
         for start in range(0, num_prompts, size):
             chunk = Prompts(*(tensor if tensor is None else tensor[start : start + size] for tensor in prompts))
             found = self._run_detector(levels, chunk)
-            pixels, semantic = self._mask_features(levels, chunk.image_index, found)
-            chunks.append(self._predictions(found, self.mask_decoder.masks(found.queries, pixels), semantic))
+            pixels = self._mask_features(levels, chunk.image_index, found, shared)
+            chunks.append(self._predictions(found, pixels))
         if not chunks:
             raise ValueError("There are no prompts: `input_ids` or `text_embeds` has no rows.")
         if len(chunks) == 1:
             return chunks[0]
         return Sam3LiteOutput(**{name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
 
-    def _predictions(self, found: DetectorOutput, masks: Tensor | None, semantic: Tensor | None) -> Sam3LiteOutput:
+    def _predictions(self, found: DetectorOutput, pixels: Tensor | None = None) -> Sam3LiteOutput:
         return Sam3LiteOutput(
-            pred_masks=masks,
+            pred_masks=None if pixels is None else self.mask_decoder.masks(found.queries, pixels),
             pred_boxes=box_cxcywh_to_xyxy(found.boxes[-1]),
             pred_logits=found.logits[-1],
             presence_logits=found.presence_logits[-1].unsqueeze(-1),
-            semantic_seg=semantic,
+            semantic_seg=None if pixels is None else self.mask_decoder.semantic_projection(pixels),
         )
 
     def _forward_with_labels(
@@ -1222,7 +1228,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         found = self._run_detector(levels, prompts, one_to_many)
         chosen = self._prompts_to_segment(labels)
         index = chosen.to(prompts.image_index.device, non_blocking=True)
-        pixels, semantic = self._mask_features(levels, prompts.image_index[index], found.of_prompts(index))
+        pixels = self._mask_features(levels, prompts.image_index[index], found.of_prompts(index))
+        semantic = self.mask_decoder.semantic_projection(pixels)
         semantic = semantic.new_zeros(len(labels), *semantic.shape[1:]).index_copy(0, index, semantic)
         row_of_prompt = torch.zeros(len(labels), dtype=torch.long).index_copy(0, chosen, torch.arange(len(chosen)))
         count = self.config.detr_decoder_config.num_queries
@@ -1247,9 +1254,9 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         if self.training:
             if prompts.input_boxes is None:
                 loss = loss + (self._idle_geometry(levels[-1]) * 0).sum()
-            outputs = self._predictions(found, masks=None, semantic=None)
+            outputs = self._predictions(found)
         else:
-            outputs = self._predictions(found, self.mask_decoder.masks(found.queries, pixels), semantic)
+            outputs = self._predictions(found, pixels)
         outputs.loss, outputs.loss_dict = loss, loss_dict
         return outputs
 
