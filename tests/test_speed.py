@@ -216,6 +216,19 @@ def test_mask_head_equals_stock_with_gradients(model, image_index):
             torch.testing.assert_close(ours_input.grad, twin.grad, rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_groups_of_prompts_share_the_convolutions_of_their_image(model, inputs):
+    features = model.get_text_features(inputs["input_ids"]).pooler_output
+    vision = model.get_vision_features(inputs["pixel_values"][:1])
+
+    def convolutions(**how) -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(vision_embeds=vision, text_embeds=torch.cat([features, features]), **how)
+        return counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+
+    assert convolutions() == convolutions(prompt_chunk_size=2) == convolutions(prompt_chunk_size=1)
+
+
 @pytest.mark.parametrize("image_index", [[1, 0], [0, 0, 1]])
 def test_detr_encoder_equals_stock_with_gradients(model, image_index):
     ours = model.detr_encoder.train()
