@@ -13,7 +13,7 @@ run. `GB moved` is what all kernels read and write, one by one.
 
 Training is of one image with a frozen text encoder; matching is replaced by the first queries of each prompt. `TFLOP`
 are those of forward pass, loss and backward pass. `GB` is the most that weights, AdamW's moments and all else hold
-until the backward pass starts, which frees more than it adds; `GB per image` is what another image adds, and `images
+until the backward pass starts, which frees more than it adds; `GB per image` is what a third image adds, and `images
 in` a card what that leaves room for, beside `--reserve`. `kernels` and `GB moved` are of forward pass and loss.
 """
 
@@ -180,14 +180,15 @@ def training(arguments: argparse.Namespace, case: tuple) -> dict | None:
     if name.startswith(STOCK) and checkpointing:
         return None
     size = arguments.image_size
-    one, two = (step_memory(name, size, precision, images, prompts, checkpointing) for images in (1, 2))
-    first, more = one.peak / 1e9, (two.peak - one.peak) / 1e9
+    one, two, three = (step_memory(name, size, precision, images, prompts, checkpointing) for images in (1, 2, 3))
+    first, second, more = one.peak / 1e9, two.peak / 1e9, (three.peak - two.peak) / 1e9
     row = {"model": name, "precision": precision, "prompts per image": prompts, "checkpointing": checkpointing}
     row |= {"TFLOP": step_flops(name, size, 1, prompts, checkpointing) / 1e12, "kernels": one.kernels}
     row |= {"GB moved": one.moved / 1e9, "GB": first, "GB per image": more}
     for card in arguments.cards:
-        left = card - arguments.reserve - first
-        row[f"images in {card:g} GB"] = 0 if left < 0 else 1 + int(left / more)
+        space = card - arguments.reserve
+        fits = 2 + int((space - second) / more) if space >= second else int(space >= first)
+        row[f"images in {card:g} GB"] = fits
     return row
 
 

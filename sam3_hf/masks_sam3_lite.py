@@ -74,14 +74,16 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
         )
         encoded = encoded + self.prompt_cross_attn_dropout(attended)
         pixels = encoded.transpose(1, 2).unflatten(2, levels[-1].shape[-2:])
-        shared = shared or self.shared_maps(levels, len(image_index))
+        apart = shared is not None or len(image_index) >= PROMPTS_THAT_SHARE * len(levels[0])
         for i, (conv, norm) in enumerate(zip(self.pixel_decoder.conv_layers, self.pixel_decoder.norms, strict=True)):
-            if shared is None:
-                level = levels[-2 - i]
-                pixels = conv(F.interpolate(pixels, scale_factor=2.0, mode="nearest") + level[image_index])
+            level = levels[-2 - i]
+            if apart:
+                pixels = conv_of_upsampled(conv, pixels)
+                own = conv(level) if shared is None else shared[i]
+                pixels += own if len(own) == 1 else own[image_index]
+                del own  # as large as the map of a prompt
             else:
-                own = shared[i]
-                pixels = conv_of_upsampled(conv, pixels) + (own if len(own) == 1 else own[image_index])
+                pixels = conv(F.interpolate(pixels, scale_factor=2.0, mode="nearest") + level[image_index])
             pixels = F.relu(group_norm(norm, pixels))
         return pixels
 
