@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -52,6 +51,7 @@ from .loss_sam3_lite import DetectionOutputs, sam3_lite_loss
 from .mapping_sam3_lite import MappingReport, map_checkpoint, parameter_sizes
 from .masks_sam3_lite import Sam3LiteMaskDecoder
 from .precision_sam3_lite import layer_norm, matmul_precision
+from .recomputation_sam3_lite import recomputed
 from .vision_sam3_lite import Sam3LiteViTModel
 from .vocabulary_sam3_lite import Sam3LiteVocabulary
 
@@ -335,19 +335,16 @@ class Sam3LiteDetrEncoderLayer(GradientCheckpointingLayer, Sam3DetrEncoderLayer)
             vision, attended = vision[image_index], attended[image_index]
         vision = vision + self.dropout(attended)
 
-        normed = layer_norm(self.layer_norm2, vision)
-        attended, _ = self.cross_attn(query=normed, key=prompt, value=prompt, attention_mask=prompt_bias)
-        vision = vision + self.dropout(attended)
+        def attend_to_prompt(vision: Tensor) -> Tensor:
+            normed = layer_norm(self.layer_norm2, vision)
+            return self.cross_attn(query=normed, key=prompt, value=prompt, attention_mask=prompt_bias)[0]
 
         def transform(vision: Tensor) -> Tensor:
             return self.mlp(layer_norm(self.layer_norm3, vision))
 
-        if vision.requires_grad:
-            # Eight times as wide as the model inside; what comes again is the first of its two products.
-            transformed = checkpoint(transform, vision, use_reentrant=False, preserve_rng_state=self.mlp.dropout.p > 0)
-        else:
-            transformed = transform(vision)
-        return vision + self.dropout(transformed)
+        # What is wide, or made for a few tokens only, costs more memory to keep than time to make again.
+        vision = vision + self.dropout(recomputed(attend_to_prompt, vision))
+        return vision + self.dropout(recomputed(transform, vision, random=self.mlp.dropout.p > 0))
 
 
 class Sam3LiteDetrEncoder(Sam3DetrEncoder):
@@ -430,12 +427,8 @@ class Sam3LiteDetrDecoderLayer(GradientCheckpointingLayer, Sam3DetrDecoderLayer)
         def attend_to_vision(query: Tensor) -> Tensor:
             return self.vision_cross_attn(query, vision_keys, vision_features, attention_mask=vision_bias())[0]
 
-        query = hidden_states + query_pos
-        if self.training:
-            # Masks, and what they are made from, are a third of all that a prompt would keep for the backward pass.
-            attended = checkpoint(attend_to_vision, query, use_reentrant=False, preserve_rng_state=False)
-        else:
-            attended = attend_to_vision(query)
+        # Masks, and what they are made from, are a third of all that a prompt would keep for the backward pass.
+        attended = recomputed(attend_to_vision, hidden_states + query_pos)
         hidden_states = self.vision_cross_attn_layer_norm(hidden_states + self.vision_cross_attn_dropout(attended))
         return self.mlp_layer_norm(hidden_states + self.mlp_dropout(self.mlp(hidden_states)))
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,6 +22,7 @@ from transformers.models.sam3.modeling_sam3 import (
 )
 
 from .precision_sam3_lite import matmul_precision
+from .recomputation_sam3_lite import recomputed
 
 
 class Rotation(NamedTuple):
@@ -40,18 +40,13 @@ def rotate(tensor: Tensor, rotation: Rotation) -> Tensor:
 
 def mlp_without_activations(mlp: Sam3MLP, normed: Tensor) -> Tensor:
     """
-    `mlp(normed)`, keeping for the backward pass what goes into the activation, but not what comes out of it. That is
-    computed again, and nothing else: a recomputation ends with the last tensor that it has to give back, before the
-    second matrix product.
+    `mlp(normed)`, keeping for the backward pass what goes into the activation, but not what comes out of it.
     """
-    hidden = mlp.fc1(normed)
 
     def rest(hidden: Tensor) -> Tensor:
         return mlp.fc2(mlp.activation_fn(mlp.dropout(hidden)))
 
-    if not hidden.requires_grad:
-        return rest(hidden)
-    return checkpoint(rest, hidden, use_reentrant=False, preserve_rng_state=mlp.dropout.p > 0)
+    return recomputed(rest, mlp.fc1(normed), random=mlp.dropout.p > 0)
 
 
 class Sam3LiteViTAttention(Sam3ViTRoPEAttention):

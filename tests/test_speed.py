@@ -23,6 +23,7 @@ from sam3_hf import Sam3LiteConfig, Sam3LiteModel, modeling_sam3_lite, vision_sa
 from sam3_hf.masks_sam3_lite import conv_of_upsampled
 from sam3_hf.modeling_sam3_lite import additive_mask
 from sam3_hf.precision_sam3_lite import group_norm, layer_norm
+from sam3_hf.recomputation_sam3_lite import recomputed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from counting import fake_cuda  # noqa: E402
@@ -151,6 +152,14 @@ def test_detr_encoder_keeps_nothing_wider_than_the_model(model):
     assert shapes and not activations
 
 
+@pytest.mark.parametrize("random", [False, True])
+def test_random_numbers_come_again_where_the_function_draws_some(random):
+    tensor = torch.ones(100, requires_grad=True)
+    output = recomputed(lambda x: F.dropout(x, 0.5).square(), tensor, random=random)
+    output.sum().backward()
+    assert torch.equal(tensor.grad, 2 * output) == random
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm, ours", [(nn.LayerNorm(64), layer_norm), (nn.GroupNorm(8, 64), group_norm)])
 def test_norms_in_half_are_as_exact_as_those_of_autocast(norm, ours, dtype):
@@ -265,12 +274,13 @@ def test_prompts_of_one_image_train_as_those_of_copies_of_it(model, inputs):
     assert_same_gradients(together[1], apart[1])
 
 
-def test_recomputed_attention_masks_change_no_gradient_and_keep_less(model, inputs, monkeypatch):
+def test_recomputation_changes_no_gradient_and_keeps_less(model, inputs, monkeypatch):
     model.train()
     six = {name: torch.cat([value, value]) for name, value in inputs.items()}
     recomputed = loss_and_gradients(model, six)
     less = saved_bytes(lambda: model(**inputs, labels=make_labels()).loss)
-    monkeypatch.setattr(modeling_sam3_lite, "checkpoint", lambda function, *args, **options: function(*args))
+    for module in (modeling_sam3_lite, vision_sam3_lite):
+        monkeypatch.setattr(module, "recomputed", lambda function, tensor, random=False: function(tensor))
     kept = loss_and_gradients(model, six)
     assert recomputed[0] == pytest.approx(kept[0], rel=1e-6)
     assert_same_gradients(recomputed[1], kept[1])
