@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -91,6 +92,23 @@ def report(arguments: argparse.Namespace, rows: list[dict], **more) -> None:
     with arguments.output.open("x", encoding="utf-8") as file:
         json.dump({"environment": record, "settings": settings, **more, "rows": rows}, file, indent=1, default=str)
         file.write("\n")
+
+
+@contextmanager
+def reporting(arguments: argparse.Namespace) -> Iterator[tuple[list[dict], dict]]:
+    """
+    Rows and more for `report` to fill, reported at the end: also where SIGTERM ends the benchmark early, as `timeout`
+    does, with `complete` false.
+    """
+    rows: list[dict] = []
+    more: dict = {"complete": False}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield rows, more
+        more["complete"] = True
+    finally:
+        if rows:
+            report(arguments, rows, **more)
 
 
 def table(rows: list[dict]) -> str:

@@ -3,7 +3,8 @@
 #
 #     benchmarks/gpu_all.sh RESULTS_FOLDER [ceiling_and_inference|many_prompts|training|compiled|memory|scaling|loader|parts] ...
 #
-# Each benchmark writes a JSON file into the folder and is ended, without one, after its share of the time.
+# Each benchmark writes a JSON file into the folder and is ended after its share of the time: inference, train_step and
+# scaling then write the rows that they have, the others nothing.
 set -u
 cd "$(dirname "$0")/.."
 folder=${1:?give a folder for the results}
@@ -23,7 +24,7 @@ bench() { # seconds, name of the result, script, arguments
 }
 
 ceiling_and_inference() {
-    bench 65 inference_few inference --precision fp16 --prompts 1 4 8 --repeats 5 --stored-text \
+    bench 60 inference_few inference --precision fp16 --prompts 1 4 8 --repeats 5 --stored-text \
         --models stock-standard standard lite
     bench 25 inference_batch4 inference --precision fp16 --images 4 --prompts 1 --repeats 5 --models standard lite
 }
@@ -32,7 +33,7 @@ many_prompts() {
         --models stock-standard lite
 }
 training() {
-    bench 80 training_fp16 train_step --precisions fp16 --batch-sizes 4 --prompts 1 4 --repeats 3 \
+    bench 70 training_fp16 train_step --precisions fp16 --batch-sizes 4 --prompts 1 4 --repeats 3 \
         --models stock-standard standard lite depth16 small
     bench 35 training_fp32 train_step --precisions fp32 --batch-sizes 2 --prompts 1 --repeats 3 \
         --models stock-standard standard lite
@@ -42,16 +43,18 @@ training() {
         --models lite
 }
 compiled() {
-    bench 80 training_compiled train_step --precisions fp16 --batch-sizes 4 --prompts 4 --repeats 3 --compile on \
+    bench 65 training_compiled train_step --precisions fp16 --batch-sizes 4 --prompts 4 --repeats 3 --compile on \
         --models lite
     bench 50 inference_compiled inference --precision fp16 --prompts 1 8 --repeats 5 --compile --models lite
+    bench 45 inference_cuda_graphs inference --precision fp16 --prompts 1 --repeats 5 --compile reduce-overhead \
+        --models lite
 }
 memory() {
-    bench 55 memory_lite train_step --precisions fp16 --prompts 4 --checkpointing off on --fit 8 12 16 24 \
+    bench 45 memory_lite train_step --precisions fp16 --prompts 4 --checkpointing off on --fit 8 12 16 24 \
         --models lite
 }
 scaling() {
-    bench 35 scaling scaling --model lite --precision fp16 --image-sizes 336 672 1008 --prompts 1 8 32 \
+    bench 30 scaling scaling --model lite --precision fp16 --image-sizes 336 672 1008 --prompts 1 8 32 \
         --objects 1 20 --queries 100 200 --repeats 3
 }
 loader() {

@@ -32,7 +32,7 @@ from common import (
     parser,
     peak_gb,
     percentile,
-    report,
+    reporting,
     reset_peak,
     seconds_of,
 )
@@ -180,8 +180,8 @@ def main() -> None:
     options.add_argument("--stored-text", action="store_true", help="also rows with stored text features")
     arguments = options.parse_args()
     peak = ceiling(DTYPES[arguments.precision])
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, reporting(arguments) as (rows, more):
+        more["ceiling_tflops"] = peak / 1e12
         first = Sam3LiteConfig.from_preset(arguments.models[0].removeprefix(STOCK)).image_size
         data = jpeg_dataset(Path(folder), max(arguments.images), arguments.image_size or first)
         files = sorted((data / "train").glob("*.jpg"))
@@ -191,7 +191,6 @@ def main() -> None:
                     rows.append(measure(arguments, name, count, False, files[:images], peak))
                     if arguments.stored_text and not name.startswith(STOCK):
                         rows.append(measure(arguments, name, count, True, files[:images], peak))
-    report(arguments, rows, ceiling_tflops=peak / 1e12)
 
 
 if __name__ == "__main__":

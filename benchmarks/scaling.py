@@ -5,7 +5,8 @@
 One size changes at a time; the others are `--base-prompts`, `--base-objects` of each present concept, and the preset's
 pixels and queries. Inference is of one image by the model alone; a step is forward, loss, backward and AdamW with a
 frozen text encoder. `class_over_vision` is the cost of one more prompt, from the fewest to the most measured, as a
-part of the vision pass; masks of every prompt included.
+part of the vision pass, masks of every prompt included; `absent_class_over_vision` that of one that nothing is found
+for, as `Sam3LiteModel.find` has it, where the mask head does not run. `nothing found s` is without the vision pass.
 
 Data-parallel scaling is a calculation, not a measurement: from the measured step and backward pass, the bytes of the
 float32 gradients, and the speed of a link. A ring moves `2 (n - 1) / n` times the gradients; `overlapped` hides that
@@ -13,9 +14,10 @@ behind the backward pass, as DDP does at best.
 """
 
 import argparse
+from collections.abc import Iterator
 
 import torch
-from common import DTYPES, Phases, build, image_size_of, median, parser, report, seconds_of, training_batch
+from common import DTYPES, Phases, build, image_size_of, median, parser, reporting, seconds_of, training_batch
 from torch.utils.flop_counter import FlopCounterMode
 from train_step import Trainer
 
@@ -34,8 +36,11 @@ def inference_seconds(arguments: argparse.Namespace, pixels: int | None, prompts
     whole = median(seconds_of(lambda: model(**inputs), arguments.repeats))
     with FlopCounterMode(display=False) as counter:
         model(**inputs)
+    features = model.get_vision_features(inputs.pop("pixel_values"))
+    nothing = median(seconds_of(lambda: model.find(features, **inputs, threshold=1.0), arguments.repeats))
     size = image_size_of(model)
-    return {"pixels": size, "vision s": vision, "model s": whole, "TFLOP": counter.get_total_flops() / 1e12}
+    seconds = {"vision s": vision, "model s": whole, "nothing found s": nothing}
+    return {"pixels": size, **seconds, "TFLOP": counter.get_total_flops() / 1e12}
 
 
 def step_seconds(arguments: argparse.Namespace, pixels: int | None, prompts: int, objects: int) -> float:
@@ -44,8 +49,7 @@ def step_seconds(arguments: argparse.Namespace, pixels: int | None, prompts: int
     return median(seconds_of(lambda: trainer.step(batch), arguments.repeats))
 
 
-def rows_of(arguments: argparse.Namespace) -> list[dict]:
-    rows = []
+def measurements(arguments: argparse.Namespace) -> Iterator[dict]:
     base = {"image_sizes": None, "prompts": arguments.base_prompts, "objects": arguments.base_objects, "queries": None}
     for axis in AXES:
         for value in getattr(arguments, axis):
@@ -55,17 +59,16 @@ def rows_of(arguments: argparse.Namespace) -> list[dict]:
                 row |= inference_seconds(arguments, sizes["image_sizes"], sizes["prompts"], sizes["queries"])
             if axis != "queries":
                 row["step s"] = step_seconds(arguments, sizes["image_sizes"], sizes["prompts"], sizes["objects"])
-            rows.append(row)
-    return rows
+            yield row
 
 
-def class_over_vision(rows: list[dict]) -> float | None:
-    """Cost of another prompt as a part of the vision pass; None with fewer than two numbers of prompts."""
+def class_over_vision(rows: list[dict], column: str) -> float | None:
+    """What another prompt adds to a column, as a part of the vision pass; None with fewer than two prompt counts."""
     counts = sorted((row for row in rows if row["axis"] == "prompts"), key=lambda row: row["value"])
     if len(counts) < 2:
         return None
     first, last = counts[0], counts[-1]
-    return (last["model s"] - first["model s"]) / (last["value"] - first["value"]) / first["vision s"]
+    return (last[column] - first[column]) / (last["value"] - first["value"]) / first["vision s"]
 
 
 def data_parallel(arguments: argparse.Namespace) -> list[dict]:
@@ -103,8 +106,12 @@ def main() -> None:
     options.add_argument("--gpus", type=int, nargs="*", default=[2, 4, 8])
     options.add_argument("--links", type=float, nargs="*", default=[12.5, 25, 400], help="GB/s in one direction")
     arguments = options.parse_args()
-    rows = rows_of(arguments)
-    report(arguments, rows, class_over_vision=class_over_vision(rows), data_parallel=data_parallel(arguments))
+    with reporting(arguments) as (rows, more):
+        for row in measurements(arguments):
+            rows.append(row)
+        for name, column in (("class_over_vision", "model s"), ("absent_class_over_vision", "nothing found s")):
+            more[name] = class_over_vision(rows, column)
+        more["data_parallel"] = data_parallel(arguments)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from common import (
     median,
     parser,
     peak_gb,
-    report,
+    reporting,
     reset_peak,
     seconds_of,
     training_batch,
@@ -220,13 +220,13 @@ def main() -> None:
     switches = [[value == "on" for value in choice] for choice in (arguments.checkpointing, arguments.compile)]
     sizes, batches, prompts = arguments.image_sizes, arguments.batch_sizes, arguments.prompts
     cases = itertools.product(arguments.models, arguments.precisions, sizes, batches, prompts, *switches)
-    if arguments.fit:
-        rows = [fit(arguments, case, gigabytes) for case in cases for gigabytes in arguments.fit]
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            timer = data_timer(Path(folder), images=max(batches))
-            rows = [row for case in cases if (row := measure(arguments, case, timer)) is not None]
-    report(arguments, rows)
+    with tempfile.TemporaryDirectory() as folder, reporting(arguments) as (rows, _):
+        timer = data_timer(Path(folder), images=max(batches))
+        for case in cases:
+            if arguments.fit:
+                rows.extend(fit(arguments, case, gigabytes) for gigabytes in arguments.fit)
+            elif (row := measure(arguments, case, timer)) is not None:
+                rows.append(row)
 
 
 if __name__ == "__main__":

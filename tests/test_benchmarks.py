@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,7 @@ def test_scaling(tmp_path):
     record, _ = run("scaling", tmp_path / "out.json", *sizes, "--repeats", "1", "--gpus", "2", "--links", "10")
     flops = {(row["axis"], row["value"]): row.get("TFLOP") for row in record["rows"]}
     assert flops["prompts", 3] > flops["prompts", 1] and flops["queries", 100] > flops["queries", 50]
+    assert record["absent_class_over_vision"] > 0 < record["class_over_vision"] and record["complete"]
     (row,) = record["data_parallel"]
     assert row["exchange s"] == pytest.approx(row["gradient MB"] / 1e4)  # half of the gradients each way at n = 2
     assert 0 < row["efficiency, nothing overlapped"] <= row["efficiency, overlapped"] <= 1
@@ -75,12 +78,14 @@ def test_loader(tmp_path):
 
 
 def test_counts_of_inference_and_training(tmp_path):
-    record, _ = run("counts", tmp_path / "inference.json", "inference", "--prompts", "1", "8")
-    of = {(row["model"], row["prompts"]): row for row in record["rows"]}
+    record, _ = run("counts", tmp_path / "inference.json", "inference", "--prompts", "1", "8", "--kept", "0", "5")
+    of = {(row["model"], row["prompts"]): row for row in record["rows"] if row["masks"] == "all"}
     stock, ours = (of[name, 8] for name in ("stock-tiny-standard", "tiny"))
     assert stock["TFLOP"] == pytest.approx(8 * of["stock-tiny-standard", 1]["TFLOP"])
     assert ours["vision TFLOP"] == of["tiny", 1]["vision TFLOP"]
     assert ours["stock / this"] == pytest.approx(stock["TFLOP"] / ours["TFLOP"])
+    kept = {row["masks"]: row["TFLOP"] for row in record["rows"] if row["model"] == "tiny" and row["prompts"] == 8}
+    assert kept[0] < kept[5] < kept["all"]
 
     options = ["training", "--models", "tiny", "--precisions", "fp32", "fp16", "--prompts", "2"]
     record, _ = run("counts", tmp_path / "training.json", *options, "--checkpointing", "off", "on")
@@ -95,6 +100,25 @@ def test_results_are_not_overwritten(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode != 0 and "exists already" in result.stderr
     assert output.read_text() == "{}"
+
+
+def test_rows_are_kept_where_a_benchmark_is_ended_early(tmp_path):
+    script = f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(BENCHMARKS)!r})
+        from common import parser, reporting
+
+        with reporting(parser("test").parse_args()) as (rows, _):
+            rows.append({{"seconds": 1.5}})
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+    """
+    output = tmp_path / "out.json"
+    command = [sys.executable, "-c", textwrap.dedent(script), "--output", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 128 + signal.SIGTERM and "| 1.5 |" in result.stdout
+    record = json.loads(output.read_text())
+    assert record["rows"] == [{"seconds": 1.5}] and record["complete"] is False
 
 
 def test_the_gpu_script_keeps_to_ten_minutes_and_knows_its_stages(tmp_path):
