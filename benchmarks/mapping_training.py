@@ -37,7 +37,7 @@ def fine_tune(
             arguments have an `ema_decay`; returns whether to end.
     """
     settings, processor = arguments.optimization, Sam3LiteProcessor.from_config(model.config)
-    optimizer = build_optimizer(model, settings)
+    optimizer = build_optimizer(model, settings, fused=accelerator.device.type == "cuda")
     schedule = Schedule(optimizer, settings)
     prepared, optimizer = prepare(accelerator, model, optimizer)
     text = TokenizedText(processor)

@@ -86,7 +86,7 @@ class Trainer:
             torch._dynamo.reset()  # it gives up on code that it has compiled for several models
             model.compile()
         self.parameters = list(model.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, fused=device().type == "cuda")
         self.scaler = torch.amp.GradScaler(device().type, enabled=precision == "fp16")
 
     def forward(self, batch: dict) -> Tensor:

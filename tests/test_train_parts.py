@@ -145,7 +145,7 @@ def test_optimizer_groups_cover_each_trained_parameter_once():
     settings = OptimizationArguments(
         learning_rate=1.0, vision_learning_rate=0.5, vit_layer_decay=0.9, weight_decay=0.1
     )
-    optimizer = build_optimizer(model, settings)
+    optimizer = build_optimizer(model, settings, fused=False)
     found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert len(found) == sum(len(group["params"]) for group in optimizer.param_groups)
     for name, parameter in model.named_parameters():
@@ -161,15 +161,37 @@ def test_optimizer_groups_cover_each_trained_parameter_once():
 
 def test_a_part_with_learning_rate_0_stands_still():
     model = Sam3LiteModel(micro_config())
-    optimizer = build_optimizer(model, OptimizationArguments(learning_rate=1.0, vision_learning_rate=0.0))
+    optimizer = build_optimizer(model, OptimizationArguments(learning_rate=1.0, vision_learning_rate=0.0), fused=False)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert rates[id(parameter)] == (0.0 if name.startswith("vision_encoder.") else 1.0), name
 
 
+def test_fused_steps_are_those_of_plain_adamw_and_overflows_change_nothing():
+    """As on a GPU, where a loss scaler tells the optimizer to leave out a step."""
+    weights = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        optimizer = build_optimizer(model, OptimizationArguments(learning_rate=0.1), fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        for factor in (1.0, math.inf, 3.0):
+            scaler.scale(model(torch.ones(2, 4)).square().sum() * factor).backward()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            before = model.weight.detach().clone()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            assert norm.isfinite() != torch.equal(model.weight, before)
+        assert scaler.get_scale() == 2.0**7
+        weights.append(model.weight.detach())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+
+
 def test_schedule_warms_up_and_follows_a_cosine():
     settings = OptimizationArguments(warmup_ratio=0.1, final_learning_rate_ratio=0.2)
-    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    parameters = [torch.torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": [parameters[0]], "lr": 1.0}, {"params": [parameters[1]], "lr": 0.5}])
     schedule = Schedule(optimizer, settings)
     scales = [schedule.scale(step, 100) for step in range(1, 101)]

@@ -13,9 +13,14 @@ VIT = "vision_encoder.backbone."
 VIT_LAYER = re.compile(re.escape(VIT) + r"layers\.(\d+)\.")
 
 
-def build_optimizer(model: nn.Module, arguments: OptimizationArguments) -> torch.optim.AdamW:
-    """AdamW over the parameters that require a gradient, grouped by learning rate and weight decay."""
-    return torch.optim.AdamW(parameter_groups(model, arguments), lr=arguments.learning_rate)
+def build_optimizer(model: nn.Module, arguments: OptimizationArguments, fused: bool) -> torch.optim.AdamW:
+    """
+    AdamW over the parameters that require a gradient, grouped by learning rate and weight decay.
+
+    Args:
+        fused: one pass over weights, gradients and moments, without copies of them; what a GPU wants.
+    """
+    return torch.optim.AdamW(parameter_groups(model, arguments), lr=arguments.learning_rate, fused=fused)
 
 
 def parameter_groups(model: nn.Module, arguments: OptimizationArguments) -> list[dict]:

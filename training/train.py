@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     processor = Sam3LiteProcessor.from_config(model.config)
     train_data, valid_data = load_data(accelerator, arguments, model.config.image_size)
     text = build_text(accelerator, arguments, model, processor, train_data)
-    optimizer = build_optimizer(model, arguments.optimization)
+    optimizer = build_optimizer(model, arguments.optimization, fused=accelerator.device.type == "cuda")
     schedule = Schedule(optimizer, arguments.optimization)
     model, optimizer = prepare(accelerator, model, optimizer)
 
@@ -135,7 +135,7 @@ def train_step(run: Run, batches: list[dict], stop: bool) -> tuple[dict[str, flo
                 check_finite(run, loss, norm, losses, batches)
             run.optimizer.step()
             run.optimizer.zero_grad()
-    if run.optimizer.step_was_skipped:
+    if accelerator.scaler is not None and not math.isfinite(norm):
         count_overflow(run, loss, norm, batches)
     else:
         run.overflows_in_a_row = 0
