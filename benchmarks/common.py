@@ -27,6 +27,8 @@ from sam3_hf.data.generated import write_dataset
 STOCK = "stock-"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RESULTS = Path(__file__).parent / "results"
+# What a result depends on, as git takes it.
+CODE = ("../sam3_hf", "../training", ".", ":(exclude)results", ":(exclude)*.md")
 
 
 def environment() -> dict:
@@ -48,7 +50,7 @@ def environment() -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": git("rev-parse", "--short", "HEAD"),
-        "changed_files": len(git("status", "--porcelain", "--", "../sam3_hf", "../training", ".").splitlines()),
+        "changed_files": len(git("status", "--porcelain", "--", *CODE).splitlines()),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
