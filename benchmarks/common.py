@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import platform
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
 from sam3_hf.conversion_sam3_lite import stock_config
 from sam3_hf.data.generated import write_dataset
+
+torch.backends.cudnn.allow_tf32 = False  # fp32 is float32, in convolutions too
 
 STOCK = "stock-"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -261,6 +264,13 @@ def jpeg_dataset(folder: Path, count: int, image_size: int) -> Path:
 def peak_gb() -> float | None:
     """Most memory that tensors held since the last reset; None without a GPU."""
     return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+
+
+def start_afresh() -> None:
+    """Drops models and compiled code of the row before; compiled functions refer to their models in a circle."""
+    torch._dynamo.reset()
+    gc.collect()
+    reset_peak()
 
 
 def reset_peak() -> None:

@@ -25,8 +25,8 @@ NO_KERNEL = {ATEN._unsafe_view.default, ATEN.empty.memory_format, ATEN.empty_lik
 
 def efficient_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
     """`scaled_dot_product_attention` by the kernel that CUDA would choose where there is a mask."""
-    if torch.is_autocast_enabled(DEVICE):
-        dtype = torch.get_autocast_dtype(DEVICE)
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         attn_mask = None if attn_mask is None else attn_mask.to(dtype)
     if attn_mask is not None:
@@ -47,7 +47,11 @@ def fake_cpu(grid_side: int) -> Iterator[None]:
     def coordinates(_, height, width, dtype, device):
         return (torch.arange(grid_side, device=device, dtype=dtype) / grid_side,) * 2
 
-    with mock.patch.object(Sam3DetrDecoder, "_get_coords", coordinates), FakeTensorMode(allow_non_fake_inputs=True):
+    with (
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", efficient_attention),
+        mock.patch.object(Sam3DetrDecoder, "_get_coords", coordinates),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
         yield
 
 
@@ -56,7 +60,6 @@ def fake_cuda(grid_side: int) -> Iterator[None]:
     """Tensors made within are fake, and on a CUDA device that does not exist; see `fake_cpu`."""
     with (
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
-        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", efficient_attention),
         fake_cpu(grid_side),
         torch.device(DEVICE),
     ):

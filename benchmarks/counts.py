@@ -12,9 +12,10 @@ prompt there are masks: all, or the number of `--kept` ones, as `Sam3LitePipelin
 run. `GB moved` is what all kernels read and write, one by one.
 
 Training is of one image with a frozen text encoder; matching is replaced by the first queries of each prompt. `TFLOP`
-are those of forward pass, loss and backward pass. `GB` is the most that weights, AdamW's moments and all else hold
-until the backward pass starts, which frees more than it adds; `GB per image` is what a third image adds, and `images
-in` a card what that leaves room for, beside `--reserve`. `kernels` and `GB moved` are of forward pass and loss.
+are those of forward pass, loss and backward pass; `kernels` and `GB moved` of forward pass and loss. `GB` is the most
+that weights, AdamW's moments and all else hold at once: up to the loss by the rules of CUDA, and what the backward
+pass adds to that on a CPU, whose autocast differs in little. `GB per image` is what a third image adds, and `images
+in` a card what that leaves room for, beside `--reserve`.
 """
 
 import argparse
@@ -154,20 +155,31 @@ class FakeStep:
             return self.model(**self.batch).loss
 
 
-def step_memory(name: str, image_size: int | None, precision: str, *case) -> Counter:
-    """What forward pass and loss hold and do."""
+class Step(NamedTuple):
+    """What a training step does up to the optimizer's part."""
+
+    flop: int
+    kernels: int  # of forward pass and loss
+    moved: int  # bytes; of forward pass and loss
+    peak: int  # bytes, with AdamW's two moments
+
+
+def count_step(name: str, image_size: int | None, precision: str, *case) -> Step:
     with fake_cuda(grid_side(name, image_size)):
         step = FakeStep(name, image_size, *case)
         weights = sum(parameter.nbytes for parameter in step.model.parameters())
-        with Counter(3 * weights) as counter, autocast(precision):  # with AdamW's two moments
+        with Counter(3 * weights) as forward, autocast(precision):
             step.loss()
-    return counter
-
-
-def step_flops(name: str, image_size: int | None, *case) -> int:
-    with fake_cpu(grid_side(name, image_size)), flops() as counter:
-        FakeStep(name, image_size, *case).loss().backward()
-    return counter.get_total_flops()
+    with fake_cpu(grid_side(name, image_size)):
+        step = FakeStep(name, image_size, *case)
+        with Counter(device="cpu") as whole:
+            with autocast(precision):
+                loss = step.loss()
+            before = whole.peak
+            loss.backward()
+        with flops() as arithmetic:  # which keeps tensors alive
+            step.loss().backward()
+    return Step(arithmetic.get_total_flops(), forward.kernels, forward.moved, forward.peak + whole.peak - before)
 
 
 def grid_side(name: str, image_size: int | None) -> int:
@@ -179,12 +191,13 @@ def training(arguments: argparse.Namespace, case: tuple) -> dict | None:
     name, precision, prompts, checkpointing = case
     if name.startswith(STOCK) and checkpointing:
         return None
-    size = arguments.image_size
-    one, two, three = (step_memory(name, size, precision, images, prompts, checkpointing) for images in (1, 2, 3))
+    one, two, three = (
+        count_step(name, arguments.image_size, precision, images, prompts, checkpointing) for images in (1, 2, 3)
+    )
     first, second, more = one.peak / 1e9, two.peak / 1e9, (three.peak - two.peak) / 1e9
     row = {"model": name, "precision": precision, "prompts per image": prompts, "checkpointing": checkpointing}
-    row |= {"TFLOP": step_flops(name, size, 1, prompts, checkpointing) / 1e12, "kernels": one.kernels}
-    row |= {"GB moved": one.moved / 1e9, "GB": first, "GB per image": more}
+    row |= {"TFLOP": one.flop / 1e12, "kernels": one.kernels, "GB moved": one.moved / 1e9}
+    row |= {"GB": first, "GB per image": more}
     for card in arguments.cards:
         space = card - arguments.reserve
         fits = 2 + int((space - second) / more) if space >= second else int(space >= first)

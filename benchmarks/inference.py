@@ -15,7 +15,6 @@ matrix products in the same precision and run.
 """
 
 import argparse
-import functools
 import tempfile
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from common import (
     reporting,
     reset_peak,
     seconds_of,
+    start_afresh,
 )
 from PIL import Image
 from torch import nn
@@ -106,22 +106,23 @@ def threshold_for(outputs: list, detections: int) -> float:
 def measure(
     arguments: argparse.Namespace, name: str, count: int, stored: bool, files: list[Path], peak: float
 ) -> dict:
-    reset_peak()
+    start_afresh()
     prompts = [f"{CONCEPTS[i % len(CONCEPTS)]} {i}" for i in range(count)]  # all different
     predictor = Predictor(name, DTYPES[arguments.precision], arguments.image_size, prompts, stored)
     if arguments.compile and not predictor.one_by_one:
-        torch._dynamo.reset()  # it gives up on code that it has compiled for several models
         predictor.model.compile(mode=arguments.compile)
     images = [Image.open(file).convert("RGB") for file in files]
     calls = predictor.inputs(images)
 
     def model_only() -> list:
+        torch.compiler.cudagraph_mark_step_begin()
         return [predictor.model(**call) for call in calls]
 
     threshold = threshold_for(model_only(), arguments.detections)
 
     def end_to_end() -> list[dict]:
         pictures = [Image.open(file).convert("RGB") for file in files]
+        torch.compiler.cudagraph_mark_step_begin()
         outputs = [predictor.model(**call) for call in predictor.inputs(pictures)]
         return predictor.masks(outputs, pictures, threshold)
 
@@ -141,8 +142,12 @@ def measure(
     }
     if not predictor.one_by_one and not stored:
         pipeline = Sam3LitePipeline(predictor.model, predictor.processor)
-        run = functools.partial(pipeline, files, prompts, len(files), threshold=threshold)
-        row["pipeline p50 s"] = median(seconds_of(run, arguments.repeats))
+
+        def piped() -> None:
+            torch.compiler.cudagraph_mark_step_begin()
+            pipeline(files, prompts, len(files), threshold=threshold)
+
+        row["pipeline p50 s"] = median(seconds_of(piped, arguments.repeats))
     pixels = calls[0]["pixel_values"]
     vision = median(seconds_of(lambda: predictor.model.vision_encoder(pixels), arguments.repeats))
     flops = vision_flops(predictor.model, pixels)

@@ -9,7 +9,7 @@ that training reports: if they are not well above, the GPU waits.
 import tempfile
 from pathlib import Path
 
-from common import jpeg_dataset, parser, report
+from common import jpeg_dataset, parser, reporting
 
 from sam3_hf.data import (
     BatchKeys,
@@ -45,11 +45,10 @@ def main() -> None:
             source = jpeg_dataset(Path(folder), arguments.generated_images, arguments.image_size)
         rows = load_dataset_splits(source)["train"]
         dataset = TrainDataset(rows, arguments.image_size, PromptSampling(prompts_per_image=arguments.prompts))
-        rates = []
-        for workers in arguments.workers:
-            rate = throughput(dataset, arguments.batch_size, arguments.batches, workers)
-            rates.append({"workers": workers, "images/s": rate, "images/s per process": rate / max(workers, 1)})
-    report(arguments, rates)
+        with reporting(arguments) as (rates, _):
+            for workers in arguments.workers:
+                rate = throughput(dataset, arguments.batch_size, arguments.batches, workers)
+                rates.append({"workers": workers, "images/s": rate, "images/s per process": rate / max(workers, 1)})
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ Precisions but fp32 are autocast; the loss and post-processing are in float32 al
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from changes import FLOAT32, UNDER_AUTOCAST, Change, Setting, models
-from common import DTYPES, autocast, device, median, parser, report, settle
+from common import DTYPES, autocast, device, median, parser, reporting, settle
 from counting import Counter, flops
 from torch import Tensor, nn
 
@@ -167,16 +167,15 @@ def measure(change: Change, precision: str, training: bool, repeats: int) -> dic
     }
 
 
-def rows_of(arguments: argparse.Namespace) -> list[dict]:
+def measurements(arguments: argparse.Namespace) -> Iterator[dict]:
     both = models(arguments.preset, arguments.image_size)
     settings = {name: Setting(*both, arguments.prompts, DTYPES[name]) for name in {"fp32", *arguments.precisions}}
-    rows = []
     for change_in in (*UNDER_AUTOCAST, *FLOAT32):
         for precision in arguments.precisions if change_in in UNDER_AUTOCAST else ["fp32"]:
             change = change_in(settings[precision])
             passes = [False] if change.training_claims is None else [False, True]
-            rows += [measure(change, precision, training, arguments.repeats) for training in passes]
-    return rows
+            for training in passes:
+                yield measure(change, precision, training, arguments.repeats)
 
 
 def mistakes(rows: list[dict]) -> list[str]:
@@ -199,9 +198,9 @@ def main() -> None:
     )
     options.add_argument("--repeats", type=int, default=3, help="of each way to time; default: %(default)s")
     arguments = options.parse_args()
-    torch.backends.cudnn.allow_tf32 = False  # so that float32 is what it says, as it is in matrix products
-    rows = rows_of(arguments)
-    report(arguments, rows)
+    with reporting(arguments) as (rows, _):
+        for row in measurements(arguments):
+            rows.append(row)
     wrong = mistakes(rows)
     if wrong:
         sys.exit("Not what stock SAM 3 computes:\n" + "\n".join(wrong))

@@ -46,6 +46,7 @@ def inference_seconds(arguments: argparse.Namespace, pixels: int | None, prompts
 def step_seconds(arguments: argparse.Namespace, pixels: int | None, prompts: int, objects: int) -> float:
     trainer = Trainer(arguments.model, arguments.precision, pixels, checkpointing=False, compiled=False)
     batch = training_batch(trainer.model, arguments.batch_size, prompts, objects)
+    trainer.warm_up(batch)
     return median(seconds_of(lambda: trainer.step(batch), arguments.repeats))
 
 
@@ -74,6 +75,7 @@ def class_over_vision(rows: list[dict], column: str) -> float | None:
 def data_parallel(arguments: argparse.Namespace) -> list[dict]:
     trainer = Trainer(arguments.model, arguments.precision, None, checkpointing=False, compiled=False)
     batch = training_batch(trainer.model, arguments.batch_size, arguments.base_prompts, arguments.base_objects)
+    trainer.warm_up(batch)
     step = median(seconds_of(lambda: trainer.step(batch), arguments.repeats))
     phases = Phases()
     for _ in range(arguments.repeats):

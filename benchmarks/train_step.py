@@ -17,6 +17,7 @@ its steps: it is no part of `seconds`. Compiled rows are not split.
 """
 
 import argparse
+import functools
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from common import (
     reporting,
     reset_peak,
     seconds_of,
+    start_afresh,
     training_batch,
 )
 from torch import Tensor, nn
@@ -49,6 +51,7 @@ from sam3_hf.data import PromptCollator, PromptSampling, TrainDataset, load_data
 from sam3_hf.loss_sam3_lite import DetectionOutputs, sam3_lite_loss
 
 TOKENS, STOCK_TOKENS = 8, 32  # of a phrase: what it needs, and what the stock processor pads to
+MAX_OVERFLOWS = 40  # halvings of the loss scale
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # tried by --fit
 
 
@@ -83,7 +86,6 @@ class Trainer:
         if checkpointing:
             model.gradient_checkpointing_enable()
         if compiled:
-            torch._dynamo.reset()  # it gives up on code that it has compiled for several models
             model.compile()
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, fused=device().type == "cuda")
@@ -105,6 +107,20 @@ class Trainer:
     def step(self, batch: dict) -> None:
         self.scaler.scale(self.forward(batch)).backward()
         self.update()
+
+    def warm_up(self, batch: dict) -> None:
+        """
+        Steps until the optimizer takes one: the loss scale starts too high for random weights.
+
+        Raises:
+            RuntimeError: it never does.
+        """
+        for _ in range(MAX_OVERFLOWS):
+            scale = self.scaler.get_scale()
+            self.step(batch)
+            if self.scaler.get_scale() >= scale:
+                return
+        raise RuntimeError(f"{self.name}: gradients are not finite at a loss scale of {self.scaler.get_scale()}.")
 
     def split_step(self, batch: dict, phases: Phases) -> None:
         """A step with each phase timed on its own."""
@@ -134,14 +150,15 @@ def measure(arguments: argparse.Namespace, case: tuple, data_seconds: Callable[[
     if name.startswith(STOCK) and (checkpointing or compiled):
         return None
     text_seconds = seconds_of_text(name, precision, batch_size * prompts, arguments.repeats)
-    reset_peak()
+    start_afresh()
     trainer = Trainer(name, precision, size, checkpointing, compiled)
     pixels = trainer.model.config.vision_config.backbone_config.image_size
     batch = training_batch(trainer.model, batch_size, prompts, arguments.objects)
     row = {"model": name, "precision": precision, "pixels": pixels, "images": batch_size, "prompts per image": prompts}
     row |= {"checkpointing": checkpointing, "compiled": compiled}
     try:
-        seconds = median(seconds_of(lambda: trainer.step(batch), arguments.repeats, warmup=2))
+        trainer.warm_up(batch)
+        seconds = median(seconds_of(lambda: trainer.step(batch), arguments.repeats))
     except torch.OutOfMemoryError:
         return {**row, "seconds": None, "peak GB": "out of memory"}
     row |= {"seconds": seconds, "images/s": batch_size / seconds, "peak GB": peak_gb()}
@@ -157,6 +174,7 @@ def measure(arguments: argparse.Namespace, case: tuple, data_seconds: Callable[[
     return row
 
 
+@functools.cache
 @torch.no_grad()
 def seconds_of_text(name: str, precision: str, phrases: int, repeats: int) -> float:
     """Seconds to encode so many different phrases."""
@@ -171,6 +189,7 @@ def data_timer(folder: Path, images: int) -> Callable[[int, int, int], float]:
     """Seconds to load a batch, by its image size, number of images and of prompts per image."""
     splits = {}
 
+    @functools.cache
     def seconds(pixels: int, batch_size: int, prompts: int) -> float:
         if pixels not in splits:
             splits[pixels] = load_dataset_splits(jpeg_dataset(folder / str(pixels), images, pixels))["train"]
@@ -184,6 +203,7 @@ def data_timer(folder: Path, images: int) -> Callable[[int, int, int], float]:
 def fit(arguments: argparse.Namespace, case: tuple, gigabytes: float) -> dict:
     """The largest batch whose step fits into so much GPU memory."""
     name, precision, size, _, prompts, checkpointing, compiled = case
+    start_afresh()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(gigabytes * 1e9 / total, 1.0))
     largest, peak = 0, None
@@ -192,8 +212,8 @@ def fit(arguments: argparse.Namespace, case: tuple, gigabytes: float) -> dict:
         for batch_size in BATCHES:
             reset_peak()
             batch = training_batch(trainer.model, batch_size, prompts, arguments.objects)
-            for _ in range(2):  # the first step makes the optimizer's state
-                trainer.step(batch)
+            trainer.warm_up(batch)
+            trainer.step(batch)
             largest, peak = batch_size, peak_gb()
     except torch.OutOfMemoryError:
         pass  # which ends the search

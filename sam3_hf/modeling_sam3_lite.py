@@ -562,6 +562,7 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
     config_class = Sam3LiteConfig
     base_model_prefix = "sam3_lite"
     supports_gradient_checkpointing = True
+    _supports_flex_attn = False  # Transformers reads additive masks there as one value per image and pair of positions
     # `Trainer` must scale the loss by the accumulation steps itself: ours is already normalised per batch.
     accepts_loss_kwargs = False
     _no_split_modules = [
@@ -889,15 +890,16 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
 
     def compile(self, **kwargs):
         """
-        Compiles the vision encoder, the detector and the mask head in place, each as one graph. Matching, on the CPU,
-        stays outside. Copies and pickles of the model are not compiled.
+        Compiles the vision encoder and the detector in place, each as one graph. Matching, on the CPU, stays outside,
+        as does the mask head, whose number of prompts changes from call to call. Copies and pickles of the model are
+        not compiled.
 
         Args:
-            kwargs: passed to `torch.compile`.
+            kwargs: passed to `torch.compile`. With CUDA graphs (`mode="reduce-overhead"`), call
+                `torch.compiler.cudagraph_mark_step_begin()` before each use of the model: it has several graphs.
         """
         self.vision_encoder.compile(**kwargs)
         self._compiled_detect = torch.compile(self.detect, **kwargs)
-        self.mask_decoder.compile(**kwargs)
 
     def __getstate__(self) -> dict:
         # As `nn.Module` does with what it compiled: a copy that kept it would run the weights of the original.
@@ -1082,10 +1084,14 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         """Mask logits `(matches, h, w)` of single queries; `prompt` and `query` `(matches,)`, sorted by prompt."""
         masks = [levels[0].new_zeros((0, *levels[0].shape[-2:]))]
         segmented = prompt.unique()
-        shared = self.mask_decoder.shared_maps(levels, len(segmented))
+        images, owner = image_index[segmented].unique(return_inverse=True)
+        if len(images) < len(levels[0]):
+            levels = tuple(level[images] for level in levels)
+        shared = self.mask_decoder.shared_maps(levels, len(segmented)) if len(segmented) else None
         for start in range(0, len(segmented), PROMPTS_SEGMENTED_AT_ONCE):
-            rows = segmented[start : start + PROMPTS_SEGMENTED_AT_ONCE]
-            pixels = self._mask_features(levels, image_index[rows], found.of_prompts(rows), shared)
+            group = slice(start, start + PROMPTS_SEGMENTED_AT_ONCE)
+            rows = segmented[group]
+            pixels = self._mask_features(levels, owner[group], found.of_prompts(rows), shared)
             own = torch.isin(prompt, rows)
             row = torch.searchsorted(rows, prompt[own])
             masks.append(self.mask_decoder.matched_masks(found.queries[rows], pixels, row, query[own]))
@@ -1198,20 +1204,22 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             chunk = Prompts(*(tensor if tensor is None else tensor[start : start + size] for tensor in prompts))
             found = self._run_detector(levels, chunk)
             pixels = self._mask_features(levels, chunk.image_index, found, shared)
-            chunks.append(self._predictions(found, pixels))
+            chunks.append(self._predictions(found, pixels, self.mask_decoder.semantic_projection(pixels)))
         if not chunks:
             raise ValueError("There are no prompts: `input_ids` or `text_embeds` has no rows.")
         if len(chunks) == 1:
             return chunks[0]
         return Sam3LiteOutput(**{name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
 
-    def _predictions(self, found: DetectorOutput, pixels: Tensor | None = None) -> Sam3LiteOutput:
+    def _predictions(
+        self, found: DetectorOutput, pixels: Tensor | None = None, semantic: Tensor | None = None
+    ) -> Sam3LiteOutput:
         return Sam3LiteOutput(
             pred_masks=None if pixels is None else self.mask_decoder.masks(found.queries, pixels),
             pred_boxes=box_cxcywh_to_xyxy(found.boxes[-1]),
             pred_logits=found.logits[-1],
             presence_logits=found.presence_logits[-1].unsqueeze(-1),
-            semantic_seg=None if pixels is None else self.mask_decoder.semantic_projection(pixels),
+            semantic_seg=semantic,
         )
 
     def _forward_with_labels(
@@ -1249,7 +1257,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
                 loss = loss + (self._idle_geometry(levels[-1]) * 0).sum()
             outputs = self._predictions(found)
         else:
-            outputs = self._predictions(found, pixels)
+            outputs = self._predictions(found, pixels, semantic)
         outputs.loss, outputs.loss_dict = loss, loss_dict
         return outputs
 

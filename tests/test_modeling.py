@@ -274,6 +274,11 @@ def test_gradient_checkpointing_saves_memory_in_every_part(config, box_inputs, p
     assert saved_bytes(True) < saved_bytes(False)
 
 
+def test_flex_attention_is_refused(config):
+    with pytest.raises(ValueError, match="does not support"):
+        Sam3LiteModel._from_config(copy.deepcopy(config), attn_implementation="flex_attention")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("boxes", [False, True])
 def test_compiles_without_graph_breaks(config, model, box_inputs, boxes):

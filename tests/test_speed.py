@@ -238,6 +238,31 @@ def test_groups_of_prompts_share_the_convolutions_of_their_image(model, inputs):
     assert convolutions() == convolutions(prompt_chunk_size=2) == convolutions(prompt_chunk_size=1)
 
 
+@torch.no_grad()
+def test_mask_head_leaves_out_images_in_which_nothing_is_found(model, inputs, monkeypatch):
+    features = model.get_text_features(inputs["input_ids"][:2]).pooler_output[[0, 0, 1, 1]]
+    vision = model.get_vision_features(inputs["pixel_values"])
+    prompts = {"text_embeds": features, "image_index": torch.tensor([0, 1, 1, 2])}
+    expected = model(vision_embeds=vision, **prompts).pred_masks
+    seen, share, predict = [], model.mask_decoder.shared_maps, model._predictions
+
+    def watched(levels, num_prompts):
+        seen.append(len(levels[0]))
+        return share(levels, num_prompts)
+
+    def present_in_the_second(found, *args):
+        output = predict(found, *args)
+        output.presence_logits[:] = torch.tensor([-50.0, 50.0, 50.0, -50.0])[:, None]
+        output.pred_logits[:] = torch.arange(output.pred_logits.shape[1]) - 5.5
+        return output
+
+    monkeypatch.setattr(model.mask_decoder, "shared_maps", watched)
+    monkeypatch.setattr(model, "_predictions", present_in_the_second)
+    found = model.find(vision, **prompts, attention_mask=torch.ones(features.shape[:2]), threshold=0.5)
+    assert seen == [1] and found.prompt_index.unique().tolist() == [1, 2]
+    torch.testing.assert_close(found.mask_logits, expected[1:3, 6:].flatten(0, 1), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("image_index", [[1, 0], [0, 0, 1]])
 def test_detr_encoder_equals_stock_with_gradients(model, image_index):
     ours = model.detr_encoder.train()
@@ -274,16 +299,28 @@ def test_prompts_of_one_image_train_as_those_of_copies_of_it(model, inputs):
     assert_same_gradients(together[1], apart[1])
 
 
-def test_recomputation_changes_no_gradient_and_keeps_less(model, inputs, monkeypatch):
+RECOMPUTED = {  # what is made again of a step, by the function that makes it
+    "rest": vision_sam3_lite,
+    "attend_to_prompt": modeling_sam3_lite,
+    "transform": modeling_sam3_lite,
+    "attend_to_vision": modeling_sam3_lite,
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recomputation_changes_no_gradient_and_keeps_less(model, inputs, monkeypatch, name):
     model.train()
-    six = {name: torch.cat([value, value]) for name, value in inputs.items()}
-    recomputed = loss_and_gradients(model, six)
+    six = {key: torch.cat([value, value]) for key, value in inputs.items()}
+    made_again = loss_and_gradients(model, six)
     less = saved_bytes(lambda: model(**inputs, labels=make_labels()).loss)
-    for module in (modeling_sam3_lite, vision_sam3_lite):
-        monkeypatch.setattr(module, "recomputed", lambda function, tensor, random=False: function(tensor))
+
+    def all_but_one(function, tensor: torch.Tensor, random: bool = False) -> torch.Tensor:
+        return function(tensor) if function.__name__ == name else recomputed(function, tensor, random)
+
+    monkeypatch.setattr(RECOMPUTED[name], "recomputed", all_but_one)
     kept = loss_and_gradients(model, six)
-    assert recomputed[0] == pytest.approx(kept[0], rel=1e-6)
-    assert_same_gradients(recomputed[1], kept[1])
+    assert made_again[0] == pytest.approx(kept[0], rel=1e-6)
+    assert_same_gradients(made_again[1], kept[1])
     assert less < saved_bytes(lambda: model(**inputs, labels=make_labels()).loss)
 
 
