@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.sam3.modeling_sam3 import Sam3MaskDecoder
 
-from .precision_sam3_lite import group_norm
+from .precision_sam3_lite import GroupNorm
 
 # From this many prompts per image on, convolving the image's own map apart from the prompts' costs less than
 # convolving their sums: 9 + 4 * prompts against 9 * prompts multiplications per pixel and pair of channels.
@@ -36,6 +36,11 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
     The stock mask head, split so that masks can be computed for some queries only. `instance_projection` is applied to
     the queries instead of to every pixel, which gives the same products.
     """
+
+    def __init__(self, config):
+        super().__init__(config)
+        norms = self.pixel_decoder.norms
+        self.pixel_decoder.norms = nn.ModuleList([GroupNorm(norm.num_groups, norm.num_channels) for norm in norms])
 
     def shared_maps(self, levels: tuple[Tensor, ...], num_prompts: int) -> tuple[Tensor, ...] | None:
         """
@@ -84,7 +89,7 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
                 del own  # as large as the map of a prompt
             else:
                 pixels = conv(F.interpolate(pixels, scale_factor=2.0, mode="nearest") + level[image_index])
-            pixels = F.relu(group_norm(norm, pixels))
+            pixels = F.relu(norm(pixels))
         return pixels
 
     def masks(self, queries: Tensor, pixels: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ from .conversion_sam3_lite import (
 from .loss_sam3_lite import DetectionOutputs, sam3_lite_loss
 from .mapping_sam3_lite import MappingReport, map_checkpoint, parameter_sizes
 from .masks_sam3_lite import Sam3LiteMaskDecoder
-from .precision_sam3_lite import layer_norm, matmul_precision
+from .precision_sam3_lite import LayerNorm, matmul_precision
 from .recomputation_sam3_lite import recomputed
 from .vision_sam3_lite import Sam3LiteViTModel
 from .vocabulary_sam3_lite import Sam3LiteVocabulary
@@ -309,6 +309,11 @@ class Sam3LiteGeometryEncoder(Sam3GeometryEncoder):
 class Sam3LiteDetrEncoderLayer(GradientCheckpointingLayer, Sam3DetrEncoderLayer):
     """The stock layer with gradient checkpointing, and with self-attention once per image where prompts share one."""
 
+    def __init__(self, config):
+        super().__init__(config)
+        for name in ("layer_norm1", "layer_norm2", "layer_norm3"):
+            setattr(self, name, LayerNorm(config.hidden_size))
+
     def forward(
         self,
         vision: Tensor,
@@ -328,7 +333,7 @@ class Sam3LiteDetrEncoderLayer(GradientCheckpointingLayer, Sam3DetrEncoderLayer)
         Returns:
             `(prompts, height * width, hidden)`.
         """
-        normed = matmul_precision(layer_norm(self.layer_norm1, vision))
+        normed = matmul_precision(self.layer_norm1(vision))
         with_position = normed + matmul_precision(vision_position)
         attended, _ = self.self_attn(query=with_position, key=with_position, value=normed)
         if image_index is not None:
@@ -336,11 +341,11 @@ class Sam3LiteDetrEncoderLayer(GradientCheckpointingLayer, Sam3DetrEncoderLayer)
         vision = vision + self.dropout(attended)
 
         def attend_to_prompt(vision: Tensor) -> Tensor:
-            normed = layer_norm(self.layer_norm2, vision)
+            normed = self.layer_norm2(vision)
             return self.cross_attn(query=normed, key=prompt, value=prompt, attention_mask=prompt_bias)[0]
 
         def transform(vision: Tensor) -> Tensor:
-            return self.mlp(layer_norm(self.layer_norm3, vision))
+            return self.mlp(self.layer_norm3(vision))
 
         # What is wide, or made for a few tokens only, costs more memory to keep than time to make again.
         vision = vision + self.dropout(recomputed(attend_to_prompt, vision))

@@ -20,19 +20,23 @@ def matmul_precision(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
-def group_norm(norm: nn.GroupNorm, tensor: Tensor) -> Tensor:
+class GroupNorm(nn.GroupNorm):
     """
-    `norm(tensor)` in the dtype of the tensor. Autocast would make it, and keep for the backward pass, float32 tensors
-    of which products see half. Sums are float32 inside the kernel in any case.
+    In the dtype of its input. Autocast would make it, and keep for the backward pass, float32 tensors of which
+    products see half. Sums are float32 inside the kernel in any case.
     """
-    with _without_autocast(tensor):
-        return F.group_norm(tensor, norm.num_groups, *_affine(norm, tensor), norm.eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        with _without_autocast(input):
+            return F.group_norm(input, self.num_groups, *_affine(self, input), self.eps)
 
 
-def layer_norm(norm: nn.LayerNorm, tensor: Tensor) -> Tensor:
-    """As `group_norm`."""
-    with _without_autocast(tensor):
-        return F.layer_norm(tensor, norm.normalized_shape, *_affine(norm, tensor), norm.eps)
+class LayerNorm(nn.LayerNorm):
+    """As `GroupNorm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with _without_autocast(input):
+            return F.layer_norm(input, self.normalized_shape, *_affine(self, input), self.eps)
 
 
 def _affine(norm: nn.GroupNorm | nn.LayerNorm, tensor: Tensor) -> tuple[Tensor, Tensor]:

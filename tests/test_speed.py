@@ -22,7 +22,7 @@ from transformers.models.sam3.modeling_sam3 import (
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, modeling_sam3_lite, vision_sam3_lite
 from sam3_hf.masks_sam3_lite import conv_of_upsampled
 from sam3_hf.modeling_sam3_lite import additive_mask
-from sam3_hf.precision_sam3_lite import group_norm, layer_norm
+from sam3_hf.precision_sam3_lite import GroupNorm, LayerNorm
 from sam3_hf.recomputation_sam3_lite import recomputed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -161,25 +161,26 @@ def test_random_numbers_come_again_where_the_function_draws_some(random):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("norm, ours", [(nn.LayerNorm(64), layer_norm), (nn.GroupNorm(8, 64), group_norm)])
+@pytest.mark.parametrize("norm, ours", [(nn.LayerNorm(64), LayerNorm(64)), (nn.GroupNorm(8, 64), GroupNorm(8, 64))])
 def test_norms_in_half_are_as_exact_as_those_of_autocast(norm, ours, dtype):
     """Autocast on CUDA makes float32 of half, of which the next product makes half again."""
     shake(norm)
+    ours.load_state_dict(norm.state_dict())
     tensor = torch.randn(3, 64, 64, dtype=dtype) * 5 + 2
     exact = copy.deepcopy(norm).double()(tensor.double())
     as_autocast = norm(tensor.float()).to(dtype)
     tolerance = 2 * torch.finfo(dtype).eps * exact.abs().max()
     assert (as_autocast - exact).abs().max() <= tolerance
     with torch.autocast("cpu", dtype=dtype):
-        found = ours(norm, tensor)
+        found = ours(tensor)
     assert found.dtype == dtype and (found - exact).abs().max() <= tolerance
 
 
 def test_norms_under_autocast_of_cuda_stay_in_half():
     with fake_cuda(grid_side=8), torch.autocast("cuda", torch.float16):
-        norm, tensor = nn.LayerNorm(64), torch.empty(3, 64, 64, dtype=torch.float16)
-        assert norm(tensor).dtype == torch.float32
-        assert layer_norm(norm, tensor).dtype == torch.float16
+        tensor = torch.empty(3, 64, 64, dtype=torch.float16)
+        assert nn.LayerNorm(64)(tensor).dtype == torch.float32
+        assert LayerNorm(64)(tensor).dtype == torch.float16
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7)])
