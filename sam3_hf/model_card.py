@@ -15,9 +15,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .configuration_sam3_lite import MAX_TOKENS, PRESETS, Sam3LiteConfig
+from .configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
 from .conversion_sam3_lite import source_config
-from .mapping_sam3_lite import REPORT_FILE, parameter_sizes
+from .info import preset_of
+from .mapping_sam3_lite import REPORT_FILE
 from .modeling_sam3_lite import Sam3LiteModel
 from .version import __version__
 
@@ -162,6 +163,7 @@ def model_card(folder: str | os.PathLike) -> ModelCard:
     provenance = provenance or {"origin": asdict(folder_origin(folder)), "versions": versions()}
     shapes, dtypes, size = _weights(folder)
     return _render(
+        config.vocabulary,
         sizes=_sizes(config, shapes, f"{size / 1e6:.0f} MB of safetensors, {' and '.join(dtypes)}"),
         provenance=provenance,
         report=report,
@@ -180,6 +182,7 @@ def preset_card(preset: str) -> ModelCard:
     miniature = preset.startswith("tiny")
     origin = RANDOM_WEIGHTS if miniature else Origin("facebook/sam3", True, on_hub=True)
     return _render(
+        config.vocabulary,
         sizes=_sizes(config, shapes, f"{megabytes:.0f} MB in FP16"),
         provenance={"origin": asdict(origin), "versions": {"sam3-hf": __version__}},
         report=None,
@@ -189,6 +192,7 @@ def preset_card(preset: str) -> ModelCard:
 
 
 def _render(
+    vocabulary: list[str] | None,
     sizes: dict,
     provenance: dict,
     report: dict | None,
@@ -200,7 +204,7 @@ def _render(
     best = provenance.get("best")
     name = f"Lite SAM 3, preset {preset}" if preset else "Lite SAM 3, fine-tuned" if trained else "Lite SAM 3"
     scores = {key: best["scores"][key] for key in SCORES if key in best["scores"]} if best else {}
-    concepts = provenance["dataset"]["concepts"] if trained else []
+    phrases = vocabulary or (provenance["dataset"]["concepts"] if trained else ["red blood cell"])
     return ModelCard.from_template(
         _metadata(name, origin, provenance.get("dataset"), scores),
         template_path=str(ASSETS / "model_card.md"),
@@ -209,7 +213,7 @@ def _render(
         example=example,
         sizes=sizes,
         placeholder=PLACEHOLDER,
-        phrases=json.dumps(concepts[:3] or ["red blood cell"], ensure_ascii=False),
+        phrases=json.dumps(phrases[:3], ensure_ascii=False),
         origin=_origin_text(origin, trained, preset, report),
         mapping=_mapping_rows(report),
         text_replaced=text_replaced,
@@ -263,10 +267,7 @@ def _summary(trained: bool) -> str:
 
 
 def _sizes(config: Sam3LiteConfig, shapes: dict[str, tuple[int, ...]], weights: str) -> dict:
-    vit = config.vision_config.backbone_config
-    preset = next(
-        (n for n in PRESETS if parameter_sizes(Sam3LiteConfig.from_preset(n)) == parameter_sizes(config)), ""
-    )
+    vit, preset = config.vision_config.backbone_config, preset_of(config)
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     text = sum(count for name, count in counts.items() if name.startswith("text_encoder."))
     return {

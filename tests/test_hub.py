@@ -386,6 +386,13 @@ def test_the_card_says_that_a_vocabulary_replaced_the_text_encoder_that_was_mapp
     ]
 
 
+def test_the_card_of_a_frozen_preset_names_it_and_asks_for_what_it_knows(tmp_path):
+    model = Sam3LiteModel(Sam3LiteConfig.from_preset("tiny"))
+    model.freeze_vocabulary(["cat"], Sam3LiteProcessor.from_config(model.config)).save_pretrained(tmp_path)
+    text = model_card(tmp_path).text
+    assert "`tiny`" in text and 'phrases = ["cat"]' in text
+
+
 @pytest.mark.parametrize(("strategy", "data"), [("isometry", "without data"), ("calibrated", "on unlabelled images")])
 def test_the_card_says_what_the_mapping_needed(strategy, data):
     text = _origin_text(Origin("me/large", None, on_hub=True), False, None, {"strategy": strategy})

@@ -32,6 +32,8 @@ def evaluate(
     """Scores a model on a split: COCO AP, cgF1 and presence, for each concept and together. FP16 on a GPU."""
     try:
         with one_line_errors():
+            if output is not None:
+                output.mkdir(parents=True, exist_ok=True)  # what cannot be written should fail before the scoring
             scores = _scores(model, data, split, image_folder, category_map, batch_size, workers, revision)
     except ModuleNotFoundError as error:
         typer.echo(f"Error: {error.name} is not installed; evaluating needs sam3-hf[train].", err=True)
@@ -105,7 +107,6 @@ def _cell(value: float | int) -> str:
 def _write(scores: dict, output: Path) -> None:
     from ..evaluation.plots import plot_confusion, plot_precision_recall
 
-    output.mkdir(parents=True, exist_ok=True)
     (output / "metrics.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     kind = "segm" if "segm_AP" in scores else "bbox"
     name = f"{Path(scores['model']).name}, {scores['split']}, {'masks' if kind == 'segm' else 'boxes'}, IoU 0.5"
