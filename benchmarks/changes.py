@@ -22,6 +22,7 @@ from sam3_hf.loss_sam3_lite import DetectionOutputs, global_normalizers, pack_la
 from sam3_hf.masks_sam3_lite import conv_of_upsampled
 from sam3_hf.modeling_sam3_lite import TOKEN_BLOCK, additive_mask
 from sam3_hf.processing_sam3_lite import clip_tokenizer, enlarge_masks, tokenize
+from sam3_hf.recomputation_sam3_lite import recomputed
 
 NO_DROPOUT = {f"{part}_config": {"dropout": 0.0} for part in ("detr_encoder", "detr_decoder", "mask_decoder")}
 TOKENS = 8
@@ -94,12 +95,26 @@ class Setting:
 def vit(setting: Setting) -> Change:
     stock, ours = setting.both("vision_encoder.backbone")
     return Change(
-        "ViT: windows once per run of layers, shared rotary tables, GELU recomputed",
+        "ViT: windows once per run of layers, shared rotary tables, norm and GELU of MLPs recomputed",
         lambda: [stock(setting.pixel_values).last_hidden_state],
         lambda: [ours(setting.pixel_values).last_hidden_state],
         (stock, ours),
         claims=("bytes", "kernels"),
         training_claims=("bytes", "kernels", "kept"),
+    )
+
+
+def neck(setting: Setting) -> Change:
+    """The pyramid from the map of the ViT."""
+    stock, ours = (part.fpn_layers for part in setting.both("vision_encoder.neck"))
+    grid = setting.leaf(1, stock[2].proj1.in_channels, setting.side, setting.side)
+    return Change(
+        "neck: all but its last convolutions recomputed",
+        lambda: [layer(grid) for layer in stock[:3]],
+        lambda: [recomputed(layer, grid) for layer in ours],
+        (stock, ours),
+        (grid,),
+        training_claims=("kept",),
     )
 
 
@@ -345,6 +360,7 @@ def enlarging(setting: Setting) -> Change:
 
 UNDER_AUTOCAST = (
     vit,
+    neck,
     vision,
     padding,
     repeats,

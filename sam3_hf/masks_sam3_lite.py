@@ -82,6 +82,8 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
         apart = shared is not None or len(image_index) >= PROMPTS_THAT_SHARE * len(levels[0])
         for i, (conv, norm) in enumerate(zip(self.pixel_decoder.conv_layers, self.pixel_decoder.norms, strict=True)):
             level = levels[-2 - i]
+            # All maps are; but on CUDA, norms of older PyTorch return another layout. Here a copy costs least.
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
             if apart:
                 pixels = conv_of_upsampled(conv, pixels)
                 own = conv(level) if shared is None else shared[i]

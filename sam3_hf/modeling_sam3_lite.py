@@ -191,7 +191,7 @@ class Sam3LiteVisionModel(Sam3VisionModel):
         patch_size = self.config.backbone_config.patch_size
         height, width = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
         grid = hidden_states.view(hidden_states.shape[0], height, width, -1).permute(0, 3, 1, 2)
-        levels = tuple(layer(grid) for layer in self.neck.fpn_layers)
+        levels = tuple(recomputed(layer, grid) for layer in self.neck.fpn_layers)
         return Sam3VisionEncoderOutput(last_hidden_state=hidden_states, fpn_hidden_states=levels)
 
 

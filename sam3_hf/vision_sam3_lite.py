@@ -38,15 +38,16 @@ def rotate(tensor: Tensor, rotation: Rotation) -> Tensor:
     return torch.addcmul(tensor * rotation.cos, swapped, rotation.signed_sin)
 
 
-def mlp_without_activations(mlp: Sam3MLP, normed: Tensor) -> Tensor:
-    """
-    `mlp(normed)`, keeping for the backward pass what goes into the activation, but not what comes out of it.
-    """
+def normed_mlp(norm: nn.LayerNorm, mlp: Sam3MLP, stream: Tensor) -> Tensor:
+    """`mlp(norm(stream))`, keeping for the backward pass only the stream and what goes into the activation."""
+
+    def widen(stream: Tensor) -> Tensor:
+        return mlp.fc1(matmul_precision(norm(stream)))
 
     def rest(hidden: Tensor) -> Tensor:
         return mlp.fc2(mlp.activation_fn(mlp.dropout(hidden)))
 
-    return recomputed(rest, mlp.fc1(normed), random=mlp.dropout.p > 0)
+    return recomputed(rest, recomputed(widen, stream), random=mlp.dropout.p > 0)
 
 
 class Sam3LiteViTAttention(Sam3ViTRoPEAttention):
@@ -92,8 +93,7 @@ class Sam3LiteViTLayer(Sam3ViTLayer):
         if inside is not None:
             normed = normed * inside
         hidden_states = hidden_states + self.attention(normed, rotation)
-        normed = matmul_precision(self.layer_norm2(hidden_states))
-        return hidden_states + self.dropout(mlp_without_activations(self.mlp, normed))
+        return hidden_states + self.dropout(normed_mlp(self.layer_norm2, self.mlp, hidden_states))
 
 
 class Sam3LiteViTModel(Sam3ViTModel):

@@ -150,9 +150,12 @@ def test_parts_compute_what_stock_does(parts_rows):
 
 
 def test_parts_save_what_they_claim(parts_rows):
+    claimed = set()
     for row in parts_rows:
-        claims = row["claims"].split(", ")
-        assert claims and all(row[claim] > 1 for claim in claims), row
+        claims = row["claims"].split(", ") if row["claims"] else []
+        assert all(row[claim] > 1 for claim in claims), row
+        claimed |= {row["change"]} if claims else set()
+    assert claimed == {row["change"] for row in parts_rows}
     of = {row["change"].split(":")[0]: row for row in parts_rows if row["pass"] == "forward"}
     assert of["vision encoder once per image"]["FLOP"] == pytest.approx(4, rel=0.01)  # prompts
     assert of["sub-pixel convolution of an upsampled map"]["FLOP"] == 9 / 4

@@ -25,6 +25,7 @@ from ..mapping_sam3_lite import (
 )
 from ..modeling_sam3_lite import Sam3LiteModel, resolve_dtype
 from ..processing_sam3_lite import Sam3LiteProcessor, tokenize
+from ..vocabulary_sam3_lite import encode_phrases
 from .detector import PromptBatch, refit_detr_encoder, refit_mask_embedder
 from .images import batches, draw_images, load_pixels
 from .refit import DETR_ENCODER_SITES, VIT_SITES
@@ -265,7 +266,7 @@ class _Calibration:
         tokens = tokenize(self.processor.tokenizer, list(prompts))
         longest = tokens["attention_mask"].sum(1).max()
         ids, mask = (tokens[key][:, :longest].to(model.device) for key in ("input_ids", "attention_mask"))
-        features = model.get_text_features(ids, mask).pooler_output
+        features = encode_phrases(model, ids, mask)
         generator = torch.Generator().manual_seed(self.seed)
         count = min(PROMPTS_PER_IMAGE, len(prompts))
         asked = []
