@@ -95,7 +95,7 @@ class Setting:
 def vit(setting: Setting) -> Change:
     stock, ours = setting.both("vision_encoder.backbone")
     return Change(
-        "ViT: windows once per run of layers, shared rotary tables, norm and GELU of MLPs recomputed",
+        "ViT: windows once per run of layers, shared rotary tables, less kept",
         lambda: [stock(setting.pixel_values).last_hidden_state],
         lambda: [ours(setting.pixel_values).last_hidden_state],
         (stock, ours),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+Result = TypeVar("Result")
 
-def recomputed(function: Callable[[Tensor], Tensor], tensor: Tensor, random: bool = False) -> Tensor:
+
+def recomputed(function: Callable[..., Result], *tensors: Tensor, random: bool = False) -> Result:
     """
-    `function(tensor)`, of which nothing but the argument is kept for the backward pass. That computes it again up to
-    the last tensor that it needs: a matrix product at the end is not among it.
+    `function(*tensors)`, of which nothing but the arguments is kept for the backward pass. That computes it again, up
+    to the last tensor that it needs: a matrix product at the end is not among it.
 
     Args:
         random: the function draws random numbers.
     """
-    if not tensor.requires_grad:
-        return function(tensor)
-    return checkpoint(function, tensor, use_reentrant=False, preserve_rng_state=random)
+    if not any(tensor.requires_grad for tensor in tensors):
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=random)

@@ -10,7 +10,6 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.sam3.modeling_sam3 import (
-    Sam3MLP,
     Sam3SinePositionEmbedding,
     Sam3ViTEmbeddings,
     Sam3ViTLayer,
@@ -38,20 +37,11 @@ def rotate(tensor: Tensor, rotation: Rotation) -> Tensor:
     return torch.addcmul(tensor * rotation.cos, swapped, rotation.signed_sin)
 
 
-def normed_mlp(norm: nn.LayerNorm, mlp: Sam3MLP, stream: Tensor) -> Tensor:
-    """`mlp(norm(stream))`, keeping for the backward pass only the stream and what goes into the activation."""
-
-    def widen(stream: Tensor) -> Tensor:
-        return mlp.fc1(matmul_precision(norm(stream)))
-
-    def rest(hidden: Tensor) -> Tensor:
-        return mlp.fc2(mlp.activation_fn(mlp.dropout(hidden)))
-
-    return recomputed(rest, recomputed(widen, stream), random=mlp.dropout.p > 0)
-
-
 class Sam3LiteViTAttention(Sam3ViTRoPEAttention):
-    """The stock attention, with rotary positions applied in the precision of the products they feed."""
+    """
+    The stock attention, with rotary positions applied in the precision of the products they feed, and without the
+    output projection, which is left to the layer.
+    """
 
     def forward(self, hidden_states: Tensor, rotation: Rotation) -> Tensor:
         """`(windows, height, width, hidden)` to the same, each window attending to itself."""
@@ -71,7 +61,7 @@ class Sam3LiteViTAttention(Sam3ViTRoPEAttention):
             scaling=self.scaling,
             is_causal=self.is_causal,
         )
-        return self.o_proj(attended.reshape(windows, height, width, -1))
+        return attended.reshape(windows, height, width, -1)
 
 
 class Sam3LiteViTLayer(Sam3ViTLayer):
@@ -92,8 +82,19 @@ class Sam3LiteViTLayer(Sam3ViTLayer):
         normed = matmul_precision(self.layer_norm1(hidden_states))
         if inside is not None:
             normed = normed * inside
-        hidden_states = hidden_states + self.attention(normed, rotation)
-        return hidden_states + self.dropout(normed_mlp(self.layer_norm2, self.mlp, hidden_states))
+        attended = self.attention(normed, rotation)
+        mlp = self.mlp
+
+        def widen(stream: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+            stream = stream + self.attention.o_proj(attended)
+            return stream, mlp.fc1(matmul_precision(self.layer_norm2(stream)))
+
+        def rest(wide: Tensor) -> Tensor:
+            return mlp.fc2(mlp.activation_fn(mlp.dropout(wide)))
+
+        # The float32 stream and what is wide cost more memory to keep than time to make again.
+        hidden_states, wide = recomputed(widen, hidden_states, attended)
+        return hidden_states + self.dropout(recomputed(rest, wide, random=mlp.dropout.p > 0))
 
 
 class Sam3LiteViTModel(Sam3ViTModel):
