@@ -100,7 +100,7 @@ def vit(setting: Setting) -> Change:
         lambda: [ours(setting.pixel_values).last_hidden_state],
         (stock, ours),
         claims=("bytes", "kernels"),
-        training_claims=("bytes", "kernels", "kept"),
+        training_claims=("kernels", "kept"),
     )
 
 
