@@ -65,24 +65,26 @@ class Sam3LiteViTAttention(Sam3ViTRoPEAttention):
 
 
 class Sam3LiteViTLayer(Sam3ViTLayer):
-    """The stock layer on tokens that are in windows already, or on the whole grid as one window."""
+    """The stock layer on tokens that are in windows already, or that it puts into windows for its attention only."""
 
     def __init__(self, config, window_size: int = 0):
         super().__init__(config, window_size)
         self.attention = Sam3LiteViTAttention(config)
 
-    def forward(self, hidden_states: Tensor, rotation: Rotation, inside: Tensor | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, rotation: Rotation, window: int) -> Tensor:
         """
         Args:
-            hidden_states: `(windows, height, width, hidden)`.
-            rotation: of the positions of a window.
-            inside: `(windows, height, width, 1)`, 0 where a window reaches over the edge of the image, 1 elsewhere;
-                None if no window does. There, keys and values are those of a zero vector, as in the stock layer.
+            hidden_states: `(images, height, width, hidden)`, or windows of it `(windows, size, size, hidden)`.
+            rotation: of the positions that attend to each other.
+            window: side of the windows to cut for the attention, 0 for none. They reach over the edge if they must:
+                there, keys and values are those of a zero vector, as in the stock layer.
         """
         normed = matmul_precision(self.layer_norm1(hidden_states))
-        if inside is not None:
-            normed = normed * inside
-        attended = self.attention(normed, rotation)
+        if window:
+            windows, padded = window_partition(normed, window)
+            attended = window_unpartition(self.attention(windows, rotation), window, padded, normed.shape[1:3])
+        else:
+            attended = self.attention(normed, rotation)
         mlp = self.mlp
 
         def widen(stream: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,9 +101,9 @@ class Sam3LiteViTLayer(Sam3ViTLayer):
 
 class Sam3LiteViTModel(Sam3ViTModel):
     """
-    The stock ViT with tokens put into windows once per run of windowed layers instead of in each of them, one rotary
-    table per kind of layer instead of one per layer, and positions told apart from the first step of a training from
-    scratch.
+    The stock ViT with tokens put into windows once per run of windowed layers instead of in each of them, where the
+    windows fit; one rotary table per kind of layer instead of one per layer; and positions told apart from the first
+    step of a training from scratch.
     """
 
     def __init__(self, config):
@@ -141,21 +143,24 @@ class Sam3LiteViTModel(Sam3ViTModel):
         """
         height, width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
         window = self.config.window_size
-        grid = self.layer_norm(self.embeddings(pixel_values).unflatten(1, (height, width)))
-        inside, hidden_states, padded, rotations = None, grid, None, {}
-        if height % window or width % window:
-            inside, _ = window_partition(matmul_precision(grid.new_ones(len(grid), height, width, 1)), window)
+        # Windows that reach over the edge are for the attention only: all else would compute what is cut off again.
+        fits = height % window == 0 and width % window == 0
+        hidden_states = self.layer_norm(self.embeddings(pixel_values).unflatten(1, (height, width)))
+        in_windows, rotations = False, {}
         for layer in self.layers:
             size = layer.window_size
             if size not in rotations:
                 rotations[size] = self.rotation(layer, hidden_states)
-            if size and padded is None:
-                hidden_states, padded = window_partition(hidden_states, size)
-            elif padded is not None and not size:
-                hidden_states, padded = window_unpartition(hidden_states, window, padded, (height, width)), None
-            hidden_states = layer(hidden_states, rotations[size], inside if size else None)
-        if padded is not None:
-            hidden_states = window_unpartition(hidden_states, window, padded, (height, width))
+            if fits and in_windows != bool(size):
+                in_windows = not in_windows
+                hidden_states = (
+                    window_partition(hidden_states, size)[0]
+                    if in_windows
+                    else window_unpartition(hidden_states, window, (height, width), (height, width))
+                )
+            hidden_states = layer(hidden_states, rotations[size], 0 if fits else size)
+        if in_windows:
+            hidden_states = window_unpartition(hidden_states, window, (height, width), (height, width))
         return BaseModelOutput(last_hidden_state=hidden_states.flatten(1, 2))
 
     @staticmethod

@@ -104,6 +104,17 @@ def test_tokens_go_into_windows_once_per_run_of_windowed_layers(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("window", [4, 3])
+def test_vit_computes_no_more_than_stock(window):
+    """Nor for the tokens that fill windows over the edge: 17 beside 64 with windows of 3."""
+    counts = []
+    for model in vits(vit_config(vision_window_size=window)):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(1, 3, 64, 64))
+        counts.append(counter.get_total_flops())
+    assert counts[0] <= counts[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_vit_starts_fewer_kernels_and_keeps_less_under_autocast(dtype):
     models = vits(vit_config())

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.models.sam3.modeling_sam3 import window_unpartition
 
 from .least_squares import LeastSquares
 
@@ -47,18 +46,8 @@ def inputs_of(modules: list[nn.Module], call: Callable[[], Tensor]) -> tuple[lis
 
 
 def observe(layer: nn.Module, modules: list[str], call: Callable[[], Tensor]) -> tuple[list[Tensor], Tensor]:
-    """What modules of a layer get in a call, in the layout of the stream, and the stream that the call returns."""
-    inputs, stream = inputs_of([layer.get_submodule(name) for name in modules], call)
-    return [_out_of_windows(layer, tensor, stream) for tensor in inputs], stream
-
-
-def _out_of_windows(layer: nn.Module, tensor: Tensor, stream: Tensor) -> Tensor:
-    """Layers with windows see `(windows, size, size, features)`; their stream is `(images, height, width, ...)`."""
-    if tensor.shape[:-1] == stream.shape[:-1]:
-        return tensor
-    size, (height, width) = layer.window_size, stream.shape[1:3]
-    padded = tuple(-(-side // size) * size for side in (height, width))
-    return window_unpartition(tensor, size, padded, (height, width))
+    """What modules of a layer get in a call, and the stream that the call returns."""
+    return inputs_of([layer.get_submodule(name) for name in modules], call)
 
 
 def fit_site(layer: nn.Module, site: Site, calls: list[Callable[[], Tensor]], targets: list[Tensor], ridge: float):

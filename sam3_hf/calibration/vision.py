@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.sam3.modeling_sam3 import window_partition, window_unpartition
 
 from ..mapping_sam3_lite import Basis
 from .refit import VIT_SITES, Run, refit_neck, refit_stack
@@ -45,14 +44,7 @@ def layer_runner(backbone: nn.Module) -> Run:
     """Runs single layers of a ViT on its stream `(images, height, width, channels)`."""
 
     def run(layer: nn.Module, grid: Tensor, _: int) -> Tensor:
-        rotation, size = backbone.rotation(layer, grid), layer.window_size
-        if not size:
-            return layer(grid, rotation, None)
-        windows, padded = window_partition(grid, size)
-        inside = None
-        if padded != tuple(grid.shape[1:3]):
-            inside, _ = window_partition(grid.new_ones(*grid.shape[:3], 1), size)
-        return window_unpartition(layer(windows, rotation, inside), size, padded, grid.shape[1:3])
+        return layer(grid, backbone.rotation(layer, grid), layer.window_size)
 
     return run
 
