@@ -40,7 +40,8 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
     def __init__(self, config):
         super().__init__(config)
         norms = self.pixel_decoder.norms
-        self.pixel_decoder.norms = nn.ModuleList([GroupNorm(norm.num_groups, norm.num_channels) for norm in norms])
+        norms = [GroupNorm(norm.num_groups, norm.num_channels, norm.eps) for norm in norms]
+        self.pixel_decoder.norms = nn.ModuleList(norms)
 
     def shared_maps(self, levels: tuple[Tensor, ...], num_prompts: int) -> tuple[Tensor, ...] | None:
         """
@@ -82,7 +83,7 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
         apart = shared is not None or len(image_index) >= PROMPTS_THAT_SHARE * len(levels[0])
         for i, (conv, norm) in enumerate(zip(self.pixel_decoder.conv_layers, self.pixel_decoder.norms, strict=True)):
             level = levels[-2 - i]
-            # All maps are; but on CUDA, norms of older PyTorch return another layout. Here a copy costs least.
+            # Maps are channels-last already, except behind a CUDA GroupNorm of older PyTorch.
             pixels = pixels.contiguous(memory_format=torch.channels_last)
             if apart:
                 pixels = conv_of_upsampled(conv, pixels)

@@ -224,7 +224,7 @@ def _render(
         "were chosen by them. AP is COCO's, cgF1 and IL_MCC are SAM 3's; all in parts of 1."
         if best
         else "",
-        limits=_limits(sizes, origin, trained, _mapped(preset, report)),
+        limits=_limits(sizes, vocabulary, origin, trained, _mapped(preset, report)),
         licence=_licence_text(origin),
         versions=", ".join(f"{key} {value}" for key, value in provenance["versions"].items()),
     )
@@ -376,10 +376,13 @@ def _settings(provenance: dict) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows]
 
 
-def _limits(sizes: dict, origin: Origin, trained: bool, mapped: bool) -> list[str]:
+def _limits(sizes: dict, vocabulary: list[str] | None, origin: Origin, trained: bool, mapped: bool) -> list[str]:
     limits = []
+    if vocabulary is not None:
+        limits.append("Its vocabulary is fixed: it refuses phrases that `model.config.vocabulary` does not list.")
     if trained:
-        limits.append("It was trained on the concepts above; other phrases may find nothing, or the wrong things.")
+        if vocabulary is None:
+            limits.append("It was trained on the concepts above; other phrases may find nothing, or the wrong things.")
         if origin == RANDOM_WEIGHTS:
             limits.append("It started from random weights: it knows no word that was not in its training data.")
     elif origin == RANDOM_WEIGHTS:

@@ -312,7 +312,7 @@ class Sam3LiteDetrEncoderLayer(GradientCheckpointingLayer, Sam3DetrEncoderLayer)
     def __init__(self, config):
         super().__init__(config)
         for name in ("layer_norm1", "layer_norm2", "layer_norm3"):
-            setattr(self, name, LayerNorm(config.hidden_size))
+            setattr(self, name, LayerNorm(config.hidden_size, getattr(self, name).eps))
 
     def forward(
         self,
@@ -349,7 +349,7 @@ class Sam3LiteDetrEncoderLayer(GradientCheckpointingLayer, Sam3DetrEncoderLayer)
 
         # What is wide, or made for a few tokens only, costs more memory to keep than time to make again.
         vision = vision + self.dropout(recomputed(attend_to_prompt, vision))
-        return vision + self.dropout(recomputed(transform, vision, random=self.mlp.dropout.p > 0))
+        return vision + self.dropout(recomputed(transform, vision))
 
 
 class Sam3LiteDetrEncoder(Sam3DetrEncoder):

@@ -22,8 +22,8 @@ def matmul_precision(tensor: Tensor) -> Tensor:
 
 class GroupNorm(nn.GroupNorm):
     """
-    In the dtype of its input. Autocast would make it, and keep for the backward pass, float32 tensors of which
-    products see half. Sums are float32 inside the kernel in any case.
+    In the dtype of its input. Autocast would run it in float32, and keep float32 tensors for the backward pass, though
+    the next product reads half. Sums are float32 inside the kernel in any case.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Result = TypeVar("Result")
 
 
-def recomputed(function: Callable[..., Result], *tensors: Tensor, random: bool = False) -> Result:
+def recomputed(function: Callable[..., Result], *tensors: Tensor) -> Result:
     """
-    `function(*tensors)`, of which nothing but the arguments is kept for the backward pass. That computes it again, up
-    to the last tensor that it needs: a matrix product at the end is not among it.
-
-    Args:
-        random: the function draws random numbers.
+    `function(*tensors)`, of which nothing but the arguments is kept for the backward pass. That computes it again with
+    the same random numbers, up to the last tensor that it needs: a matrix product at the end is not among it.
     """
-    if not any(tensor.requires_grad for tensor in tensors):
+    if not torch.is_grad_enabled():
         return function(*tensors)
-    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=random)
+    return checkpoint(function, *tensors, use_reentrant=False)

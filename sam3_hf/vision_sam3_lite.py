@@ -96,7 +96,7 @@ class Sam3LiteViTLayer(Sam3ViTLayer):
 
         # The float32 stream and what is wide cost more memory to keep than time to make again.
         hidden_states, wide = recomputed(widen, hidden_states, attended)
-        return hidden_states + self.dropout(recomputed(rest, wide, random=mlp.dropout.p > 0))
+        return hidden_states + self.dropout(recomputed(rest, wide))
 
 
 class Sam3LiteViTModel(Sam3ViTModel):

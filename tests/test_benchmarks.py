@@ -135,7 +135,9 @@ def parts_rows(tmp_path_factory) -> list[dict]:
 
 
 def test_parts_compute_what_stock_does(parts_rows):
-    names = "ViT, vision encoder, text encoder: padding, text encoder: each, DETR encoder, DETR decoder, sub-pixel, "
+    names = (
+        "ViT, neck, vision encoder, text encoder: padding, text encoder: each, DETR encoder, DETR decoder, sub-pixel, "
+    )
     names += "pixel decoder, masks: projection, masks of, loss, post-processing"
     for name in names.split(", "):
         passes = {(row["pass"], row["precision"]) for row in parts_rows if row["change"].startswith(name)}

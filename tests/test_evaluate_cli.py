@@ -187,7 +187,7 @@ def test_errors_are_one_line(folder, data, tmp_path):
         (["--model", folder, "--data", data, "--split", "test"], "no split test: --split takes train, validation"),
         (["--model", folder, "--data", tmp_path / "nowhere"], "nowhere"),
         (["--model", tmp_path, "--data", data], str(tmp_path)),
-        (["--model", folder, "--data", data, "--output", folder / "config.json"], str(folder / "config.json")),
+        (["--model", folder, "--data", data, "--output", folder / "config.json"], "no folder that can be written"),
     ):
         result = run(*arguments)
         assert result.exit_code == 1

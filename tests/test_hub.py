@@ -390,7 +390,7 @@ def test_the_card_of_a_frozen_preset_names_it_and_asks_for_what_it_knows(tmp_pat
     model = Sam3LiteModel(Sam3LiteConfig.from_preset("tiny"))
     model.freeze_vocabulary(["cat"], Sam3LiteProcessor.from_config(model.config)).save_pretrained(tmp_path)
     text = model_card(tmp_path).text
-    assert "`tiny`" in text and 'phrases = ["cat"]' in text
+    assert "`tiny`" in text and 'phrases = ["cat"]' in text and "Its vocabulary is fixed" in text
 
 
 @pytest.mark.parametrize(("strategy", "data"), [("isometry", "without data"), ("calibrated", "on unlabelled images")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -33,14 +34,15 @@ def evaluate(
     try:
         with one_line_errors():
             if output is not None:
-                output.mkdir(parents=True, exist_ok=True)  # what cannot be written should fail before the scoring
+                _check_writable(output)  # before the scoring, not after it
             scores = _scores(model, data, split, image_folder, category_map, batch_size, workers, revision)
     except ModuleNotFoundError as error:
         typer.echo(f"Error: {error.name} is not installed; evaluating needs sam3-hf[train].", err=True)
         raise typer.Exit(1) from error
     typer.echo(table(scores))
     if output is not None:
-        _write(scores, output)
+        with one_line_errors():
+            _write(scores, output)
 
 
 def _scores(source, data, split, image_folder, category_map, batch_size, workers, revision) -> dict:
@@ -104,9 +106,20 @@ def _cell(value: float | int) -> str:
     return "-" if value == -1 else f"{value:.3f}"  # COCO writes -1 where there is nothing to find
 
 
+def _check_writable(folder: Path) -> None:
+    """
+    Raises:
+        OSError: the folder cannot be written, or not be made.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"{existing} is no folder that can be written: choose another --output.")
+
+
 def _write(scores: dict, output: Path) -> None:
     from ..evaluation.plots import plot_confusion, plot_precision_recall
 
+    output.mkdir(parents=True, exist_ok=True)
     (output / "metrics.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     kind = "segm" if "segm_AP" in scores else "bbox"
     name = f"{Path(scores['model']).name}, {scores['split']}, {'masks' if kind == 'segm' else 'boxes'}, IoU 0.5"
