@@ -1,5 +1,6 @@
 """The benchmarks run as their users run them, at sizes that take seconds."""
 
+import importlib
 import json
 import os
 import signal
@@ -127,6 +128,22 @@ def test_the_gpu_script_keeps_to_ten_minutes_and_knows_its_stages(tmp_path):
     assert seconds <= 600
     result = subprocess.run(["bash", BENCHMARKS / "gpu_all.sh", tmp_path, "typo"], capture_output=True, text=True)
     assert result.returncode == 1 and "no such stage: typo" in result.stderr
+
+
+def test_the_benchmarks_take_the_options_of_the_gpu_script(tmp_path, monkeypatch, capsys):
+    """Each with one option more, so that it ends where options are read, and with the name of that option alone."""
+    recorder = tmp_path / "python"
+    recorder.write_text('#!/bin/bash\nprintf "%s\\n" "$*" >> "$CALLS"\n')
+    recorder.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(recorder), "CALLS": str(tmp_path / "calls")}
+    subprocess.run(["bash", BENCHMARKS / "gpu_all.sh", tmp_path / "results"], env=environment, check=True)
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert {Path(script).stem for script, *_ in calls} == {"inference", "train_step", "scaling", "loader", "parts"}
+    for script, *options in calls:
+        monkeypatch.setattr(sys, "argv", [script, *options, "--no-such-option"])
+        with pytest.raises(SystemExit, match="2"):
+            importlib.import_module(Path(script).stem).main()
+        assert capsys.readouterr().err.endswith("error: unrecognized arguments: --no-such-option\n"), options
 
 
 @pytest.fixture(scope="module")
