@@ -9,14 +9,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import parts
 import pytest
 import torch
+from changes import Change
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import parts  # noqa: E402
-from changes import Change  # noqa: E402
 
 PHASES = {"data", "text", "vision", "detector", "loss", "backward", "optimizer"}
 

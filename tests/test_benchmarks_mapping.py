@@ -1,26 +1,21 @@
 """benchmarks/mapping_quality.py from end to end, and its figures on values worked out by hand."""
 
 import json
-import sys
 from pathlib import Path
 
+import mapping_quality
+import mapping_students
 import pytest
 import torch
 from conftest import micro_config, shake
+from mapping_measures import SCORES, energy_curve, presence_auc, residual_streams
+from mapping_students import IDENTITY, STRATEGIES, student_config
+from mapping_table import best_learning_rate, steps_cell, steps_to_share, table
+from mapping_training import flatness_penalty
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "training")]
-
-import mapping_quality  # noqa: E402
-import mapping_students  # noqa: E402
-from mapping_measures import SCORES, energy_curve, presence_auc, residual_streams  # noqa: E402
-from mapping_students import IDENTITY, STRATEGIES, student_config  # noqa: E402
-from mapping_table import best_learning_rate, steps_cell, steps_to_share, table  # noqa: E402
-from mapping_training import flatness_penalty  # noqa: E402
-
-from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor  # noqa: E402
-from sam3_hf.calibration import calibrate_mapping  # noqa: E402
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf.calibration import calibrate_mapping
 
 RECIPE = """
 data: generated

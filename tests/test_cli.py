@@ -11,20 +11,18 @@ import torch
 import torch.distributed.checkpoint
 from accelerate import Accelerator
 from accelerate.commands import accelerate_cli
+from checkpoints import FROZEN, save_checkpoint, write_frozen
 from conftest import micro_config, shake
 from huggingface_hub import ModelCard
+from optim import MovingAverage
+from phrases import FrozenText
 from transformers import AutoModel
 from typer.testing import CliRunner
 
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf.cli import app
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "training"))
-
-from checkpoints import FROZEN, save_checkpoint, write_frozen  # noqa: E402
-from optim import MovingAverage  # noqa: E402
-from phrases import FrozenText  # noqa: E402
-
-from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor  # noqa: E402
-from sam3_hf.cli import app  # noqa: E402
 
 
 def run(*arguments):

@@ -1,13 +1,12 @@
 """What is computed in another way than in stock SAM 3: equal outputs and gradients, and less of what it saves."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_labels, micro_config, shake, stock_config
+from counting import fake_cuda
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,9 +23,6 @@ from sam3_hf.masks_sam3_lite import conv_of_upsampled
 from sam3_hf.modeling_sam3_lite import additive_mask
 from sam3_hf.precision_sam3_lite import GroupNorm, LayerNorm
 from sam3_hf.recomputation_sam3_lite import recomputed
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from counting import fake_cuda  # noqa: E402
 
 
 class Kernels(TorchDispatchMode):

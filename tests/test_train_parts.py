@@ -5,35 +5,32 @@ import logging
 import math
 import os
 import signal
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoints
 import pytest
+import starting
 import torch
+from arguments import OptimizationArguments, parse_arguments
 from conftest import micro_config
+from optim import MovingAverage, Schedule, build_optimizer, vit_scale
+from phrases import FrozenText, TokenizedText
+from reporting import Metrics, truncate_metrics
+from run import Run
 from safetensors.torch import save_file
+from stopping import StopSignal
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from train import MAX_OVERFLOWS, check_finite, count_overflow
+
+from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf.data import BatchKeys, epoch_order
+from sam3_hf.evaluation import prediction_row
+from sam3_hf.evaluation.loop import outputs_by_chunk, prediction_rows, prompt_chunks
+from sam3_hf.modeling_sam3_lite import Sam3LiteOutput
 
 TRAINING = Path(__file__).parents[1] / "training"
-sys.path.insert(0, str(TRAINING))
-
-import checkpoints  # noqa: E402
-import starting  # noqa: E402
-from arguments import OptimizationArguments, parse_arguments  # noqa: E402
-from optim import MovingAverage, Schedule, build_optimizer, vit_scale  # noqa: E402
-from phrases import FrozenText, TokenizedText  # noqa: E402
-from reporting import Metrics, truncate_metrics  # noqa: E402
-from run import Run  # noqa: E402
-from stopping import StopSignal  # noqa: E402
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # noqa: E402
-from train import MAX_OVERFLOWS, check_finite, count_overflow  # noqa: E402
-
-from sam3_hf import Sam3LiteModel, Sam3LiteProcessor  # noqa: E402
-from sam3_hf.data import BatchKeys, epoch_order  # noqa: E402
-from sam3_hf.evaluation import prediction_row  # noqa: E402
-from sam3_hf.evaluation.loop import outputs_by_chunk, prediction_rows, prompt_chunks  # noqa: E402
-from sam3_hf.modeling_sam3_lite import Sam3LiteOutput  # noqa: E402
 
 
 def write_yaml(tmp_path: Path, text: str) -> str:
@@ -191,7 +188,7 @@ def test_fused_steps_are_those_of_plain_adamw_and_overflows_change_nothing():
 
 def test_schedule_warms_up_and_follows_a_cosine():
     settings = OptimizationArguments(warmup_ratio=0.1, final_learning_rate_ratio=0.2)
-    parameters = [torch.torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": [parameters[0]], "lr": 1.0}, {"params": [parameters[1]], "lr": 0.5}])
     schedule = Schedule(optimizer, settings)
     scales = [schedule.scale(step, 100) for step in range(1, 101)]

@@ -1,16 +1,18 @@
 """A fixed vocabulary in the place of the text encoder: the same outputs, everywhere that a full model goes."""
 
 import copy
-import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+import starting
 import torch
 from accelerate import Accelerator
 from conftest import make_labels, micro_config, shake
+from export import export_final
+from phrases import TokenizedText
 from test_modeling import PREDICTIONS, largest_difference, run_in_a_fresh_process
-from test_train_run import TRAIN, train
+from test_train_run import train
 from transformers import AutoModel
 from typer.testing import CliRunner
 
@@ -20,12 +22,6 @@ from sam3_hf.conversion_sam3_lite import open_checkpoint
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.model_card import RANDOM_WEIGHTS
 from sam3_hf.vocabulary_sam3_lite import encode_phrases
-
-sys.path.insert(0, str(TRAIN.parent))
-
-import starting  # noqa: E402
-from export import export_final  # noqa: E402
-from phrases import TokenizedText  # noqa: E402
 
 CLASSES = ["red blood cell", "cat", "a long phrase of many words"]
 
