@@ -39,9 +39,9 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
 
     def __init__(self, config):
         super().__init__(config)
-        norms = self.pixel_decoder.norms
-        norms = [GroupNorm(norm.num_groups, norm.num_channels, norm.eps) for norm in norms]
-        self.pixel_decoder.norms = nn.ModuleList(norms)
+        self.pixel_decoder.norms = nn.ModuleList(
+            GroupNorm(norm.num_groups, norm.num_channels, norm.eps) for norm in self.pixel_decoder.norms
+        )
 
     def shared_maps(self, levels: tuple[Tensor, ...], num_prompts: int) -> tuple[Tensor, ...] | None:
         """
@@ -80,18 +80,17 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
         )
         encoded = encoded + self.prompt_cross_attn_dropout(attended)
         pixels = encoded.transpose(1, 2).unflatten(2, levels[-1].shape[-2:])
-        apart = shared is not None or len(image_index) >= PROMPTS_THAT_SHARE * len(levels[0])
+        if shared is None:
+            shared = self.shared_maps(levels, len(image_index))
         for i, (conv, norm) in enumerate(zip(self.pixel_decoder.conv_layers, self.pixel_decoder.norms, strict=True)):
-            level = levels[-2 - i]
             # Maps are channels-last already, except behind a CUDA GroupNorm of older PyTorch.
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-            if apart:
-                pixels = conv_of_upsampled(conv, pixels)
-                own = conv(level) if shared is None else shared[i]
-                pixels += own if len(own) == 1 else own[image_index]
-                del own  # as large as the map of a prompt
-            else:
+            if shared is None:
+                level = levels[-2 - i]
                 pixels = conv(F.interpolate(pixels, scale_factor=2.0, mode="nearest") + level[image_index])
+            else:
+                pixels = conv_of_upsampled(conv, pixels)
+                pixels += shared[i] if len(shared[i]) == 1 else shared[i][image_index]
             pixels = F.relu(norm(pixels))
         return pixels
 

@@ -204,7 +204,8 @@ def _render(
     best = provenance.get("best")
     name = f"Lite SAM 3, preset {preset}" if preset else "Lite SAM 3, fine-tuned" if trained else "Lite SAM 3"
     scores = {key: best["scores"][key] for key in SCORES if key in best["scores"]} if best else {}
-    phrases = vocabulary or (provenance["dataset"]["concepts"] if trained else ["red blood cell"])
+    concepts = provenance["dataset"]["concepts"] if trained else []
+    phrases = vocabulary or concepts or ["red blood cell"]
     return ModelCard.from_template(
         _metadata(name, origin, provenance.get("dataset"), scores),
         template_path=str(ASSETS / "model_card.md"),

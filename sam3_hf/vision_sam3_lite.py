@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -146,21 +147,17 @@ class Sam3LiteViTModel(Sam3ViTModel):
         # Windows that reach over the edge are for the attention only: all else would compute what is cut off again.
         fits = height % window == 0 and width % window == 0
         hidden_states = self.layer_norm(self.embeddings(pixel_values).unflatten(1, (height, width)))
-        in_windows, rotations = False, {}
-        for layer in self.layers:
-            size = layer.window_size
+        rotations = {}
+        for size, layers in groupby(self.layers, key=lambda layer: layer.window_size):
+            layers = list(layers)
             if size not in rotations:
-                rotations[size] = self.rotation(layer, hidden_states)
-            if fits and in_windows != bool(size):
-                in_windows = not in_windows
-                hidden_states = (
-                    window_partition(hidden_states, size)[0]
-                    if in_windows
-                    else window_unpartition(hidden_states, window, (height, width), (height, width))
-                )
-            hidden_states = layer(hidden_states, rotations[size], 0 if fits else size)
-        if in_windows:
-            hidden_states = window_unpartition(hidden_states, window, (height, width), (height, width))
+                rotations[size] = self.rotation(layers[0], hidden_states)
+            if size and fits:
+                hidden_states, _ = window_partition(hidden_states, size)
+            for layer in layers:
+                hidden_states = layer(hidden_states, rotations[size], 0 if fits else size)
+            if size and fits:
+                hidden_states = window_unpartition(hidden_states, size, (height, width), (height, width))
         return BaseModelOutput(last_hidden_state=hidden_states.flatten(1, 2))
 
     @staticmethod
