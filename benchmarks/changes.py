@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from common import build, device, image_size_of, training_batch
+from common import TOKENS, build, device, image_size_of, training_batch
 from torch import Tensor, nn
 from transformers import Sam3ImageProcessor
 from transformers.models.sam3.modeling_sam3 import inverse_sigmoid
@@ -25,7 +25,6 @@ from sam3_hf.processing_sam3_lite import clip_tokenizer, enlarge_masks, tokenize
 from sam3_hf.recomputation_sam3_lite import recomputed
 
 NO_DROPOUT = {f"{part}_config": {"dropout": 0.0} for part in ("detr_encoder", "detr_decoder", "mask_decoder")}
-TOKENS = 8
 KINDS = ("", "red ", "small ", "broken ")
 THINGS = ("car", "blood cell", "traffic light", "dog on a leash", "bottle", "person in a boat", "screw", "leaf")
 OBJECTS = 5  # of a present concept

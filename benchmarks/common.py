@@ -28,6 +28,7 @@ from sam3_hf.data.generated import write_dataset
 torch.backends.cudnn.allow_tf32 = False  # fp32 is float32, in convolutions too
 
 STOCK = "stock-"
+TOKENS = 8  # of a phrase of a few words
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RESULTS = Path(__file__).parent / "results"
 # What a result depends on, as git takes it.
@@ -224,7 +225,7 @@ def image_size_of(model: nn.Module) -> int:
     return model.config.vision_config.backbone_config.image_size
 
 
-def training_batch(model: nn.Module, images: int, prompts: int, objects: int, tokens: int = 8) -> dict:
+def training_batch(model: nn.Module, images: int, prompts: int, objects: int) -> dict:
     """Random inputs of a training step: every second prompt is of a present concept, with boxes and masks.
 
     Args:
@@ -243,8 +244,8 @@ def training_batch(model: nn.Module, images: int, prompts: int, objects: int, to
         labels.append({"boxes": torch.tensor(boxes, dtype=torch.float32, device=place), "masks": masks})
     return {
         "pixel_values": torch.randn(images, 3, size, size, device=place),
-        "text_embeds": torch.randn(count, tokens, model.config.detr_encoder_config.hidden_size, device=place),
-        "attention_mask": torch.ones(count, tokens, dtype=torch.long, device=place),
+        "text_embeds": torch.randn(count, TOKENS, model.config.detr_encoder_config.hidden_size, device=place),
+        "attention_mask": torch.ones(count, TOKENS, dtype=torch.long, device=place),
         "image_index": torch.arange(images, device=place).repeat_interleave(prompts),
         "labels": labels,
     }

@@ -28,10 +28,10 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import STOCK, autocast, build, image_size_of, parser, report, training_batch
+from common import STOCK, TOKENS, autocast, build, image_size_of, parser, report, training_batch
 from counting import Counter, fake_cpu, fake_cuda, flops
 from torch import Tensor
-from train_step import STOCK_TOKENS, TOKENS, stock_loss
+from train_step import STOCK_TOKENS, stock_loss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, loss_sam3_lite

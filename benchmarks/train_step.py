@@ -28,6 +28,7 @@ import torch
 from common import (
     DTYPES,
     STOCK,
+    TOKENS,
     Phases,
     autocast,
     build,
@@ -50,7 +51,7 @@ from sam3_hf import Sam3LiteConfig, modeling_sam3_lite
 from sam3_hf.data import PromptCollator, PromptSampling, TrainDataset, load_dataset_splits
 from sam3_hf.loss_sam3_lite import DetectionOutputs, sam3_lite_loss
 
-TOKENS, STOCK_TOKENS = 8, 32  # of a phrase: what it needs, and what the stock processor pads to
+STOCK_TOKENS = 32  # of a phrase; what the stock processor pads to
 MAX_OVERFLOWS = 40  # halvings of the loss scale
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # tried by --fit
 
