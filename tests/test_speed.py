@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_labels, micro_config, shake, stock_config
-from counting import fake_cuda
+from counting import Counter, fake_cuda
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,16 +23,6 @@ from sam3_hf.masks_sam3_lite import conv_of_upsampled
 from sam3_hf.modeling_sam3_lite import additive_mask
 from sam3_hf.precision_sam3_lite import GroupNorm, LayerNorm
 from sam3_hf.recomputation_sam3_lite import recomputed
-
-
-class Kernels(TorchDispatchMode):
-    """Counts the operations that compute something."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
 
 
 def saved_bytes(function) -> int:
@@ -119,9 +109,9 @@ def test_vit_starts_fewer_kernels_and_keeps_less_under_autocast(dtype):
         kept = [saved_bytes(lambda model=model: model(pixels)) for model in models]
         counts = []
         for model in models:
-            with Kernels() as counter:
+            with Counter(device="cpu") as counter:
                 model(pixels)
-            counts.append(counter.count)
+            counts.append(counter.kernels)
     assert kept[0] < kept[1]
     assert counts[0] < 0.7 * counts[1]
 
@@ -436,9 +426,9 @@ def test_kernels_of_a_step_hardly_grow_with_the_prompts(model, inputs):
     def kernels(copies: int) -> int:
         repeated = {name: torch.cat([value] * copies) for name, value in inputs.items() if name != "pixel_values"}
         index = torch.arange(3).repeat(copies)
-        with Kernels() as counter:
+        with Counter(device="cpu") as counter:
             model(pixel_values=inputs["pixel_values"], **repeated, image_index=index, labels=make_labels() * copies)
-        return counter.count
+        return counter.kernels
 
     # Of each three prompts, two have masks: to take apart, move, join into a target and multiply with their pixels.
     assert kernels(8) - kernels(4) <= 4 * 2 * 15
