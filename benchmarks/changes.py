@@ -18,11 +18,12 @@ from transformers import Sam3ImageProcessor
 from transformers.models.sam3.modeling_sam3 import inverse_sigmoid
 
 from sam3_hf import loss_sam3_lite
+from sam3_hf.detr_sam3_lite import additive_mask
 from sam3_hf.loss_sam3_lite import DetectionOutputs, global_normalizers, pack_labels, sam3_lite_loss, union_masks
 from sam3_hf.masks_sam3_lite import conv_of_upsampled
-from sam3_hf.modeling_sam3_lite import TOKEN_BLOCK, additive_mask
 from sam3_hf.processing_sam3_lite import clip_tokenizer, enlarge_masks, tokenize
 from sam3_hf.recomputation_sam3_lite import recomputed
+from sam3_hf.text_sam3_lite import TOKEN_BLOCK
 
 NO_DROPOUT = {f"{part}_config": {"dropout": 0.0} for part in ("detr_encoder", "detr_decoder", "mask_decoder")}
 KINDS = ("", "red ", "small ", "broken ")

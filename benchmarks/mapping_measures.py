@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from phrases import TokenizedText
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 from torch.nn import functional
@@ -13,6 +12,7 @@ from torch.nn import functional
 from sam3_hf import Sam3LiteProcessor
 from sam3_hf.data import EvalDataset, eval_batches, make_loader
 from sam3_hf.evaluation.loop import evaluate
+from sam3_hf.training.phrases import TokenizedText
 
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # of the directions, for the captured-energy curve
 SCORES = ("segm_AP", "segm_cgF1", "presence_AUC")  # those that are compared with the teacher's

@@ -27,20 +27,17 @@ import time
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-from arguments import Arguments, parse_arguments  # noqa: E402
-from checkpoints import write_folder  # noqa: E402
 from mapping_measures import captured_energy, fpn_cosines, scores_of  # noqa: E402
 from mapping_students import IDENTITY, STRATEGIES, make_student  # noqa: E402
 from mapping_table import TARGETS, best_learning_rate, table  # noqa: E402
 from mapping_training import fine_tune, flattening  # noqa: E402
-from starting import load_data, start_accelerator  # noqa: E402
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel  # noqa: E402
 from sam3_hf.data import EvalDataset  # noqa: E402
 from sam3_hf.data.generated import write_dataset  # noqa: E402
+from sam3_hf.training.arguments import Arguments, parse_arguments  # noqa: E402
+from sam3_hf.training.checkpoints import write_folder  # noqa: E402
+from sam3_hf.training.starting import load_data, start_accelerator  # noqa: E402
 
 logger = logging.getLogger(__name__)
 

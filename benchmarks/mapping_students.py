@@ -5,9 +5,9 @@ import torch
 from accelerate.utils import set_seed
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.calibration import calibrate_mapping
 from sam3_hf.data import TrainDataset
 from sam3_hf.data.images import load_image
+from sam3_hf.mapping.calibration import calibrate_mapping
 
 STRATEGIES = ("random", "skip", "select", "isometry", "calibrated", "calibrated-generated")
 IDENTITY = "teacher"  # the same sizes, an exact copy: what all shares are relative to

@@ -4,17 +4,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from arguments import Arguments
 from mapping_measures import residual_streams
-from optim import Schedule, build_optimizer
-from phrases import TokenizedText
-from run import Run
-from starting import prepare
 from torch import Tensor
-from train import train_step
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.data import EvalDataset, TrainDataset
+from sam3_hf.training.arguments import Arguments
+from sam3_hf.training.main import train_step
+from sam3_hf.training.optim import Schedule, build_optimizer
+from sam3_hf.training.phrases import TokenizedText
+from sam3_hf.training.run import Run
+from sam3_hf.training.starting import prepare
 
 FLOOR = 1e-3  # added to each eigenvalue relative to their mean, so that a dead direction costs a finite amount
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from sam3_hf.configuration_sam3_lite import PRESETS
 from sam3_hf.model_card import preset_card
+
+from sam3_hf.configuration_sam3_lite import PRESETS
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .configuration_sam3_lite import Sam3LiteConfig, Sam3LiteLossConfig
-from .detections import Detections
-from .inference import Prompt, Sam3LitePipeline
 from .modeling_sam3_lite import Sam3LiteModel, Sam3LiteOutput
+from .prediction.detections import Detections
+from .prediction.pipeline import Prompt, Sam3LitePipeline
 from .processing_sam3_lite import Sam3LiteProcessor
 from .version import __version__
 

@@ -375,6 +375,25 @@ def preset_fields(name: str) -> dict:
     raise ValueError(f"There is no preset {name!r}{_did_you_mean(name, PRESETS)}. Presets: {', '.join(PRESETS)}.")
 
 
+def parameter_sizes(config: Sam3LiteConfig) -> tuple:
+    """The fields that decide which parameters a model has and of which shapes."""
+    vit, text = config.vision_config.backbone_config, config.text_config
+    layers = ("hidden_size", "intermediate_size", "num_hidden_layers")
+    parts = (config.geometry_encoder_config, config.detr_encoder_config, config.detr_decoder_config)
+    return (
+        *(getattr(tower, name) for tower in (vit, text) for name in layers),
+        *(getattr(vit, name) for name in ("num_channels", "patch_size", "pretrain_image_size")),
+        *(getattr(text, name) for name in ("vocab_size", "max_position_embeddings")),
+        *(getattr(part, name) for part in parts for name in ("hidden_size", "intermediate_size", "num_layers")),
+        config.vision_config.fpn_hidden_size,
+        config.mask_decoder_config.hidden_size,
+        config.geometry_encoder_config.roi_size,
+        config.detr_decoder_config.num_queries,
+        config.detr_decoder_config.num_attention_heads,
+        None if config.vocabulary is None else tuple(config.vocabulary),
+    )
+
+
 def spread_global_layers(num_hidden_layers: int, num_global: int) -> list[int]:
     """Indices of `num_global` global attention layers at the ends of equal periods, e.g. 24, 4 -> [5, 11, 17, 23]."""
     count = min(num_global, num_hidden_layers)
@@ -543,4 +562,4 @@ def _valid_head_counts(hidden_size: int) -> list[int]:
     return [n for n in range(1, hidden_size + 1) if hidden_size % n == 0 and (hidden_size // n) % 4 == 0][:12]
 
 
-__all__ = ["PRESETS", "Sam3LiteConfig", "Sam3LiteLossConfig"]
+__all__ = ["PRESETS", "Sam3LiteConfig", "Sam3LiteLossConfig", "parameter_sizes"]

@@ -7,69 +7,35 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
 from transformers.models.sam3.modeling_sam3 import (
-    Sam3DetrDecoder,
-    Sam3DetrDecoderLayer,
-    Sam3DetrEncoder,
-    Sam3DetrEncoderLayer,
     Sam3DotProductScoring,
-    Sam3GeometryEncoder,
     Sam3Model,
-    Sam3PreTrainedModel,
     Sam3SinePositionEmbedding,
     Sam3VisionEncoderOutput,
-    Sam3VisionModel,
-    Sam3VisionNeck,
     box_cxcywh_to_xyxy,
-    inverse_sigmoid,
 )
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_sam3_lite import BOX_PADDING_LABEL, Sam3LiteConfig, check_vocabulary
-from .conversion_sam3_lite import (
-    HUB_ARGUMENTS,
-    UNREAD,
-    is_training_checkpoint,
-    open_checkpoint,
-    safe_weights,
-    source_config,
-    stock_config,
-)
+from .detr_sam3_lite import Sam3LiteDetrDecoder, Sam3LiteDetrEncoder, Sam3LiteGeometryEncoder, additive_mask
+from .loading_sam3_lite import Sam3LitePreTrainedModel, needs_package
 from .loss_sam3_lite import DetectionOutputs, sam3_lite_loss
-from .mapping_sam3_lite import MappingReport, map_checkpoint, parameter_sizes
 from .masks_sam3_lite import Sam3LiteMaskDecoder
-from .precision_sam3_lite import LayerNorm, matmul_precision
-from .recomputation_sam3_lite import recomputed
-from .vision_sam3_lite import Sam3LiteViTModel
+from .text_sam3_lite import Sam3LiteTextEncoder
+from .vision_sam3_lite import Sam3LiteVisionModel
 from .vocabulary_sam3_lite import Sam3LiteVocabulary
 
-logger = logging.get_logger(__name__)
-
-# Keyword arguments of `from_pretrained` that are also fields of a config, but not sizes.
-_LOADING_KEYWORDS = {"attn_implementation", "dtype", "torch_dtype", "quantization_config", "name_or_path"}
-# For training from scratch: initial boxes are (cx, cy, w, h) = sigmoid(normal + shift), a fifth of the image wide...
-ANCHOR_LOGIT_SHIFT = (0.0, 0.0, -1.4, -1.4)
-# ...and attention to a position a quarter of the image outside of its box starts e^(0.53 * this) times weaker.
-OUTSIDE_PENALTY = 8.0
 # Largest relative difference of text features that rounding explains, half precision at both ends included. Those of
 # other weights differ by about as much as they are large.
 SAME_FEATURES = 0.05
 # `find` runs the mask head for so many prompts at once: each has an 85 MB map at 1008 px in float32.
 PROMPTS_SEGMENTED_AT_ONCE = 4
-# Text is encoded in whole blocks of tokens, which matrix products on GPUs want.
-TOKEN_BLOCK = 8
 
 
 @dataclass
@@ -153,431 +119,6 @@ class Prompts(NamedTuple):
     input_boxes_labels: Tensor | None
 
 
-def additive_mask(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`(batch, keys)` bool mask to `(batch, 1, 1, keys)` attention biases: 0 where valid, the lowest value else."""
-    if valid is None:
-        return None
-    bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
-    return bias.masked_fill(~valid, torch.finfo(dtype).min)[:, None, None, :]
-
-
-class Sam3LiteVisionModel(Sam3VisionModel):
-    """The stock vision encoder without position encodings for levels that the detector never attends to."""
-
-    def __init__(self, config):
-        super(Sam3VisionModel, self).__init__(config)
-        self.backbone = Sam3LiteViTModel(config.backbone_config)
-        self.neck = Sam3VisionNeck(config)
-        self.post_init()
-
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        # Keeps the scale of the ViT: features many times as large as the prompt's would drown what the prompt adds.
-        if isinstance(module, nn.Conv2d):
-            init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-        elif isinstance(module, nn.ConvTranspose2d):  # stride equals kernel: one weight per input channel
-            init.normal_(module.weight, std=module.in_channels**-0.5)
-
-    def forward(self, pixel_values: Tensor) -> Sam3VisionEncoderOutput:
-        """
-        Args:
-            pixel_values: `(images, 3, height, width)`, normalised, sides a multiple of the patch size.
-
-        Returns:
-            `last_hidden_state` `(images, tokens, width)` and `fpn_hidden_states`, three maps `(images, 256, h, w)`
-            from fine (4 cells per patch side) to coarse (1 per patch).
-        """
-        hidden_states = self.backbone(pixel_values).last_hidden_state
-        patch_size = self.config.backbone_config.patch_size
-        height, width = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
-        grid = hidden_states.view(hidden_states.shape[0], height, width, -1).permute(0, 3, 1, 2)
-        levels = tuple(recomputed(layer, grid) for layer in self.neck.fpn_layers)
-        return Sam3VisionEncoderOutput(last_hidden_state=hidden_states, fpn_hidden_states=levels)
-
-
-class Sam3LiteTextEncoder(CLIPPreTrainedModel):
-    """CLIP text transformer under the parameter names of `Sam3Model`, without the projection SAM 3 never reads."""
-
-    base_model_prefix = "text_model"
-
-    def __init__(self, config):
-        super().__init__(config)
-        # Without a dtype it would be that of the file the config was read from, whatever the rest of the model is in.
-        self.text_model = CLIPTextModel._from_config(config, dtype=torch.get_default_dtype())
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.embeddings.token_embedding
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.text_model.embeddings.token_embedding = value
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
-        """
-        Args:
-            input_ids, attention_mask: `(prompts, tokens)` int, padding at the end.
-
-        Returns:
-            `last_hidden_state` `(prompts, tokens, hidden)` and `pooler_output` `(prompts, hidden)`. Prompts that are
-            alike are encoded once, and what is padding in all of them not at all: there, states are zero.
-
-        Raises:
-            ValueError: the two differ in shape.
-        """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                "`input_ids` and `attention_mask` differ in number of prompts or tokens: "
-                f"{tuple(input_ids.shape)} and {tuple(attention_mask.shape)}."
-            )
-        num_tokens = input_ids.shape[1]
-        different, place = torch.stack([input_ids, attention_mask.to(input_ids.dtype)], 1).unique(
-            dim=0, return_inverse=True
-        )
-        longest = int(different[:, 1].sum(1).max())
-        length = min(-(-longest // TOKEN_BLOCK) * TOKEN_BLOCK, num_tokens)
-        input_ids, attention_mask = different[:, :, :length].unbind(1)
-        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=F.pad(outputs.last_hidden_state, (0, 0, 0, num_tokens - length))[place],
-            pooler_output=outputs.pooler_output[place],
-        )
-
-
-class Sam3LiteGeometryEncoder(Sam3GeometryEncoder):
-    """The stock box prompt encoder, reading each prompt's image through `image_index` and safe in half precision."""
-
-    def forward(
-        self,
-        boxes: Tensor,
-        box_labels: Tensor,
-        vision_features: Tensor,
-        vision_position: Tensor,
-        image_index: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """
-        Args:
-            boxes: `(prompts, boxes, 4)` float, cxcywh in [0, 1].
-            box_labels: `(prompts, boxes)` int, 1 positive, 0 negative, -10 padding.
-            vision_features: `(images, hidden, height, width)`, the coarsest level.
-            vision_position: `(1, height * width, hidden)`.
-            image_index: `(prompts,)` int, the image of each prompt.
-
-        Returns:
-            Features `(prompts, boxes + 1, hidden)` (the last one is a summary token) and their validity `(…)` bool.
-        """
-        num_prompts = boxes.shape[0]
-        valid = box_labels != BOX_PADDING_LABEL
-        embeds = self._embed_boxes(boxes, box_labels.clamp(min=0), vision_features, image_index)
-        summary = self.cls_embed.weight.expand(num_prompts, 1, -1)
-        embeds = torch.cat([embeds, summary.to(embeds.dtype)], dim=1)
-        valid = F.pad(valid, (0, 1), value=True)
-
-        embeds = self.prompt_layer_norm(self.final_proj(embeds))
-        attention_bias = additive_mask(valid, embeds.dtype)
-        vision = vision_features.flatten(2).transpose(1, 2)[image_index]  # (prompts, height * width, hidden)
-        for layer in self.layers:
-            embeds = layer(embeds, vision, vision_position, attention_bias)
-        return self.output_layer_norm(embeds), valid
-
-    def _embed_boxes(self, boxes: Tensor, labels: Tensor, vision_features: Tensor, image_index: Tensor) -> Tensor:
-        num_prompts, num_boxes, _ = boxes.shape
-        dtype = self.boxes_direct_project.weight.dtype
-        boxes = boxes.float()
-        center_x, center_y, width, height = (side.flatten() for side in boxes.unbind(-1))
-        position = self._encode_box_coordinates(center_x, center_y, width, height)
-        position = position.view(num_prompts, num_boxes, -1)
-
-        normed = self.vision_layer_norm(vision_features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        grid_height, grid_width = normed.shape[-2:]
-        corners = box_cxcywh_to_xyxy(boxes) * boxes.new_tensor([grid_width, grid_height, grid_width, grid_height])
-        owner = image_index[:, None, None].expand(-1, num_boxes, 1).to(corners.dtype)
-        rois = torch.cat([owner, corners], dim=-1).flatten(0, 1)  # (prompts * boxes, 5)
-        # roi_align has no bfloat16 kernel and wants one dtype for both inputs; float32 serves every precision.
-        with torch.autocast(device_type=boxes.device.type, enabled=False):
-            pooled = torchvision.ops.roi_align(normed.float(), rois, self.roi_size)
-        pooled = self.boxes_pool_project(pooled.to(dtype)).view(num_prompts, num_boxes, -1)
-        return (
-            self.label_embed(labels.long())
-            + self.boxes_direct_project(boxes.to(dtype))
-            + pooled
-            + self.boxes_pos_enc_project(position.to(dtype))
-        )
-
-
-class Sam3LiteDetrEncoderLayer(GradientCheckpointingLayer, Sam3DetrEncoderLayer):
-    """The stock layer with gradient checkpointing, and with self-attention once per image where prompts share one."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        for name in ("layer_norm1", "layer_norm2", "layer_norm3"):
-            setattr(self, name, LayerNorm(config.hidden_size, getattr(self, name).eps))
-
-    def forward(
-        self,
-        vision: Tensor,
-        prompt: Tensor,
-        vision_position: Tensor,
-        prompt_bias: Tensor | None,
-        image_index: Tensor | None = None,
-    ) -> Tensor:
-        """
-        Args:
-            vision: `(prompts, height * width, hidden)`, or, with `image_index`, of images.
-            prompt: `(prompts, tokens, hidden)`.
-            vision_position: `(1, height * width, hidden)`.
-            prompt_bias: additive mask `(prompts, 1, 1, tokens)`.
-            image_index: `(prompts,)` int, the row of `vision` that each prompt starts from.
-
-        Returns:
-            `(prompts, height * width, hidden)`.
-        """
-        normed = matmul_precision(self.layer_norm1(vision))
-        with_position = normed + matmul_precision(vision_position)
-        attended, _ = self.self_attn(query=with_position, key=with_position, value=normed)
-        if image_index is not None:
-            vision, attended = vision[image_index], attended[image_index]
-        vision = vision + self.dropout(attended)
-
-        def attend_to_prompt(vision: Tensor) -> Tensor:
-            normed = self.layer_norm2(vision)
-            return self.cross_attn(query=normed, key=prompt, value=prompt, attention_mask=prompt_bias)[0]
-
-        def transform(vision: Tensor) -> Tensor:
-            return self.mlp(self.layer_norm3(vision))
-
-        # What is wide, or made for a few tokens only, costs more memory to keep than time to make again.
-        vision = vision + self.dropout(recomputed(attend_to_prompt, vision))
-        return vision + self.dropout(recomputed(transform, vision))
-
-
-class Sam3LiteDetrEncoder(Sam3DetrEncoder):
-    """Fuses the coarsest vision level with the prompt."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.layers = nn.ModuleList([Sam3LiteDetrEncoderLayer(config) for _ in range(config.num_layers)])
-
-    def forward(
-        self,
-        vision: Tensor,
-        image_index: Tensor,
-        prompt: Tensor,
-        vision_position: Tensor,
-        prompt_bias: Tensor | None,
-    ) -> Tensor:
-        """
-        Args:
-            vision: `(images, height * width, hidden)`.
-            image_index: `(prompts,)` int, the image of each prompt.
-            prompt: `(prompts, tokens, hidden)`.
-            vision_position: `(1, height * width, hidden)`.
-            prompt_bias: additive mask `(prompts, 1, 1, tokens)`.
-
-        Returns:
-            `(prompts, height * width, hidden)`.
-        """
-        # Until it first attends to the prompt, an image is the same for all of its prompts.
-        if len(image_index) <= len(vision):
-            vision, image_index = vision[image_index], None
-        for layer in self.layers:
-            vision = layer(vision, prompt, vision_position, prompt_bias, image_index)
-            image_index = None
-        return vision
-
-
-class Sam3LiteDetrDecoderLayer(GradientCheckpointingLayer, Sam3DetrDecoderLayer):
-    """
-    The stock layer with gradient checkpointing, and with one-to-many queries in training: those follow the ordinary
-    ones, skip self-attention, and so cannot learn to suppress each other (`dac` in the SAM 3 training code).
-    """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        query_pos: Tensor,
-        text_features: Tensor,
-        vision_features: Tensor,
-        vision_keys: Tensor,
-        text_cross_attn_mask: Tensor | None,
-        vision_bias: Callable[[], Tensor],
-        num_interacting: int,
-    ) -> Tensor:
-        """
-        Args:
-            hidden_states: `(prompts, 1 + queries, hidden)`, the presence token first.
-            query_pos: `(prompts or 1, 1 + queries, hidden)`, zero for the presence token.
-            text_features: `(prompts, tokens, hidden)`.
-            vision_features: `(prompts, height * width, hidden)`.
-            vision_keys: the same with position encodings.
-            text_cross_attn_mask: additive, `(prompts, 1, 1, tokens)`.
-            vision_bias: makes an additive mask `(prompts or 1, heads, 1 + queries, height * width)`.
-            num_interacting: how many of the first tokens take part in self-attention.
-        """
-        interacting = hidden_states[:, :num_interacting]
-        with_pos = interacting + query_pos[:, :num_interacting]
-        attended, _ = self.self_attn(query=with_pos, key=with_pos, value=interacting, attention_mask=None)
-        attended = F.pad(self.self_attn_dropout(attended), (0, 0, 0, hidden_states.shape[1] - num_interacting))
-        hidden_states = self.self_attn_layer_norm(hidden_states + attended)
-
-        attended, _ = self.text_cross_attn(
-            query=hidden_states + query_pos,
-            key=text_features,
-            value=text_features,
-            attention_mask=text_cross_attn_mask,
-        )
-        hidden_states = self.text_cross_attn_layer_norm(hidden_states + self.text_cross_attn_dropout(attended))
-
-        def attend_to_vision(query: Tensor) -> Tensor:
-            return self.vision_cross_attn(query, vision_keys, vision_features, attention_mask=vision_bias())[0]
-
-        # Masks, and what they are made from, are a third of all that a prompt would keep for the backward pass.
-        attended = recomputed(attend_to_vision, hidden_states + query_pos)
-        hidden_states = self.vision_cross_attn_layer_norm(hidden_states + self.vision_cross_attn_dropout(attended))
-        return self.mlp_layer_norm(hidden_states + self.mlp_dropout(self.mlp(hidden_states)))
-
-
-class Sam3LiteDetrDecoder(Sam3DetrDecoder):
-    """
-    The stock decoder returning the boxes of every layer, without host synchronisation. Boxes are refined in float32
-    whatever the precision of the model.
-    """
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.layers = nn.ModuleList([Sam3LiteDetrDecoderLayer(config) for _ in range(config.num_layers)])
-
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        # The stock initialisation puts all queries on one spot of the image and lets them look everywhere, which no
-        # training from scratch escapes quickly. Ours starts as a detector with learnable anchors would: queries
-        # differ, their boxes cover the image, and each looks at its own box.
-        if module is self.query_embed:
-            init.normal_(module.weight)
-        elif module is self.reference_points:
-            init.normal_(module.weight)
-            init.copy_(module.weight, module.weight + module.weight.new_tensor(ANCHOR_LOGIT_SHIFT))
-        elif module is self.box_head.layer3:
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
-        elif module in (self.box_rpb_embed_x.layer1, self.box_rpb_embed_y.layer1):
-            # Two hidden units measure how far a position is before the box and how far behind it.
-            weight = module.weight.clone()
-            weight[:2] = weight.new_tensor([[-1.0, 0.0], [0.0, 1.0]])
-            init.copy_(module.weight, weight)
-        elif module in (self.box_rpb_embed_x.layer2, self.box_rpb_embed_y.layer2):
-            weight = module.weight.clone()
-            weight[:, :2] = -OUTSIDE_PENALTY
-            init.copy_(module.weight, weight)
-
-    def forward(
-        self,
-        vision: Tensor,
-        prompt: Tensor,
-        vision_position: Tensor,
-        prompt_bias: Tensor | None,
-        grid_size: tuple[int, int],
-        one_to_many: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """
-        Args:
-            vision: `(prompts, height * width, hidden)`.
-            prompt: `(prompts, tokens, hidden)`.
-            vision_position: `(1, height * width, hidden)`.
-            prompt_bias: additive mask `(prompts, 1, 1, tokens)`.
-            grid_size: height and width of the vision grid.
-            one_to_many: append a second copy of the queries that skips self-attention.
-
-        Returns:
-            Normalised hidden states `(layers, prompts, queries, hidden)`, boxes `(layers, prompts, queries, 4)`
-            float32 cxcywh in [0, 1], presence logits `(layers, prompts)`. With `one_to_many`, twice the queries.
-        """
-        num_prompts = vision.shape[0]
-        copies = 2 if one_to_many else 1
-        queries = self.query_embed.weight.repeat(copies, 1).expand(num_prompts, -1, -1)
-        presence = self.presence_token.weight.expand(num_prompts, 1, -1)
-        hidden = torch.cat([presence, queries], dim=1)  # (prompts, 1 + queries, hidden)
-        # Where queries start is the same for every prompt, and so is what is made from it.
-        boxes = reference = self.reference_points.weight.float().sigmoid().repeat(copies, 1)[None]
-
-        vision = matmul_precision(vision)
-        keys = vision + matmul_precision(vision_position)
-        all_hidden, all_boxes, all_presence = [], [], []
-        for layer in self.layers:
-            query_pos = self.ref_point_head(self.position_encoding.encode_boxes(reference).to(self.dtype))
-            hidden = layer(
-                hidden,
-                F.pad(query_pos, (0, 0, 1, 0)),
-                prompt,
-                vision,
-                keys,
-                prompt_bias,
-                partial(self._box_position_bias, reference, grid_size),
-                1 + self.config.num_queries,
-            )
-            normed = self.output_layer_norm(hidden[:, 1:])
-            # Not detached: the loss on a layer's boxes also trains the layer before it.
-            boxes = (self.box_head(normed).float() + inverse_sigmoid(boxes)).sigmoid()
-            reference = boxes.detach()
-            logits = self.presence_head(self.presence_layer_norm(hidden[:, 0])).squeeze(-1)
-            limit = self.clamp_presence_logit_max_val
-            all_hidden.append(normed)
-            all_boxes.append(boxes)
-            all_presence.append(logits.clamp(min=-limit, max=limit))
-        return torch.stack(all_hidden), torch.stack(all_boxes), torch.stack(all_presence)
-
-    def _box_position_bias(self, boxes: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """
-        Attention bias from the signed log distance of each grid line to the box edges (`boxRPB` of SAM 3).
-
-        Args:
-            boxes: `(prompts, queries, 4)` float32, cxcywh in [0, 1].
-
-        Returns:
-            `(prompts, heads, 1 + queries, height * width)`; the first row, of the presence token, is zero.
-        """
-        x1, y1, x2, y2 = box_cxcywh_to_xyxy(boxes).unbind(-1)
-        edges_x, edges_y = torch.stack([x1, x2], dim=-1), torch.stack([y1, y2], dim=-1)
-        bias_y = self.box_rpb_embed_y(self._log_distance(edges_y, grid_size[0]))  # (prompts, queries, height, heads)
-        bias_x = self.box_rpb_embed_x(self._log_distance(edges_x, grid_size[1]))  # (prompts, queries, width, heads)
-        bias_y = F.pad(bias_y.permute(0, 3, 1, 2), (0, 0, 1, 0)).unsqueeze(-1)
-        bias_x = F.pad(bias_x.permute(0, 3, 1, 2), (0, 0, 1, 0)).unsqueeze(-2)
-        return (bias_y + bias_x).flatten(-2)
-
-    def _log_distance(self, edges: Tensor, size: int) -> Tensor:
-        lines = torch.arange(size, device=edges.device, dtype=edges.dtype) / size
-        distance = (lines[:, None] - edges[:, :, None, :]) * 8  # (prompts, queries, size, 2)
-        return (distance.sign() * torch.log2(distance.abs() + 1.0) / 3.0).to(self.dtype)  # 3 = log2(8)
-
-
-def resolve_dtype(dtype, torch_dtype, stored: torch.dtype) -> torch.dtype:
-    """`dtype` of `from_pretrained`: a dtype or its name; by default, or for "auto", that of the checkpoint."""
-    dtype = torch_dtype if dtype is None else dtype
-    if dtype in (None, "auto"):
-        return stored
-    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ValueError(f"`dtype` must be a floating point dtype, its name or 'auto', got {dtype!r}.")
-    return resolved
-
-
-class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
-    config: Sam3LiteConfig
-    config_class = Sam3LiteConfig
-    base_model_prefix = "sam3_lite"
-    supports_gradient_checkpointing = True
-    _supports_flex_attn = False  # Transformers reads additive masks there as one value per image and pair of positions
-    # `Trainer` must scale the loss by the accumulation steps itself: ours is already normalised per batch.
-    accepts_loss_kwargs = False
-    _no_split_modules = [
-        "Sam3LiteViTLayer",
-        "CLIPEncoderLayer",
-        "Sam3LiteDetrEncoderLayer",
-        "Sam3LiteDetrDecoderLayer",
-    ]
-
-
 class Sam3LiteModel(Sam3LitePreTrainedModel):
     """
     Finds and segments every instance of a concept named by text or shown by boxes.
@@ -626,150 +167,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         self.dot_product_scoring = Sam3DotProductScoring(config)
         self.vision_position = Sam3SinePositionEmbedding(num_position_features=hidden_size // 2, normalize=True)
         self._compiled_detect: Callable | None = None
-        # How the weights came about, if they were mapped from a checkpoint of another kind or of other sizes.
-        self.mapping_report: MappingReport | None = None
         self.post_init()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *model_args,
-        preset: str | None = None,
-        mapping: str = "auto",
-        config: Sam3LiteConfig | str | os.PathLike | None = None,
-        **kwargs,
-    ) -> Sam3LiteModel:
-        r"""
-        Loads a lite checkpoint as Transformers does, or makes a lite model from any other SAM 3 checkpoint.
-
-        Args:
-            pretrained_model_name_or_path: Hub id or folder of a model of type `sam3_lite`, `sam3` or `sam3_video`, or
-                a native `.pt` file of Meta's (also as written by its trainer). Also a checkpoint folder of
-                `training/train.py`, whose averaged weights are those of `variant="ema"`.
-            preset (`str`, *optional*): sizes of the model, see [`~Sam3LiteConfig.at_preset`], or `"same"` for those
-                of the source. Default: `"lite"` for a standard source, `"same"` for a lite one.
-            mapping (`str`, *optional*, defaults to `"auto"`): how weights are carried to smaller sizes: `"isometry"`,
-                `"select"` or `"skip"`, see [`map_checkpoint`]; `"auto"` is the best of them. Equal sizes are copied.
-            config (`Sam3LiteConfig` or path, *optional*): sizes of the model, instead of `preset`.
-            kwargs: those of [`~PreTrainedModel.from_pretrained`] (`dtype`, `device_map`, `revision`, `token`, ...),
-                and fields of the config such as `image_size`. With `ignore_mismatched_sizes=True`, tensors of sizes
-                that no mapping changes are initialised at random instead of raising an error. Weights are read from
-                safetensors files; pickled ones, but for Meta's `.pt`, only with `use_safetensors=False`. Nothing in
-                them is executed.
-
-        Returns:
-            The model in evaluation mode. Unless it was loaded as it was saved, `mapping_report` accounts for every
-            tensor; [`~Sam3LiteModel.save_pretrained`] writes it beside the weights.
-
-        Raises:
-            ValueError: the source is no SAM 3 checkpoint, or incomplete, or cannot be mapped to these sizes.
-            OSError: a file is missing or truncated.
-
-        Example:
-
-        ```python
-        >>> from sam3_hf import Sam3LiteModel
-
-        >>> model = Sam3LiteModel.from_pretrained("facebook/sam3", preset="lite")  # doctest: +SKIP
-        >>> print(model.mapping_report)  # doctest: +SKIP
-        ```
-        """
-        if "vocabulary" in kwargs:
-            raise ValueError("`vocabulary` is no argument of loading: call `freeze_vocabulary` on the loaded model.")
-        source = pretrained_model_name_or_path
-        hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        if config is not None and preset is not None:
-            raise ValueError("`preset` and `config` both say the sizes of the model: pass one of them.")
-        if isinstance(config, (str, os.PathLike)):
-            config = cls.config_class.from_pretrained(config)
-        if kwargs.get("use_safetensors") is None:
-            kwargs["use_safetensors"] = True  # else Transformers falls back to pickles
-        is_file = source is not None and os.path.isfile(source)
-        saved = None if source is None or is_file else source_config(source, **hub_arguments)
-        as_saved = isinstance(saved, Sam3LiteConfig) and not is_training_checkpoint(source)
-        if as_saved and preset in (None, "same"):
-            if config is None or parameter_sizes(config) == parameter_sizes(saved):
-                if kwargs["use_safetensors"]:
-                    safe_weights(source, kwargs.get("variant"), **hub_arguments)
-                return super().from_pretrained(source, *model_args, config=config, **kwargs)
-        checkpoint = None
-        if source is not None:
-            checkpoint = open_checkpoint(source, kwargs.get("variant"), kwargs["use_safetensors"], **hub_arguments)
-        if checkpoint is None:
-            return super().from_pretrained(source, *model_args, config=config, **kwargs)
-
-        fields = {key: kwargs.pop(key) for key in cls.config_class.keywords() & set(kwargs) - _LOADING_KEYWORDS}
-        preset = preset or ("same" if checkpoint.is_lite else "lite")
-        if config is None and preset != "same":
-            config = checkpoint.config.at_preset(preset, **fields)
-        else:
-            config = config or checkpoint.config
-            config = config.changed(**fields) if fields else config
-        dtype = resolve_dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None), checkpoint.dtype)
-        checkpoint.check(cls._parameter_shapes(checkpoint.config))
-        state_dict, report = map_checkpoint(
-            checkpoint,
-            config,
-            cls._parameter_shapes(config),
-            mapping,
-            dtype,
-            kwargs.pop("ignore_mismatched_sizes", False),
-        )
-        log = logger.info if report.strategy == "copy" else logger.warning
-        log(report.summary())
-        for key in (*hub_arguments, "variant", "use_safetensors"):
-            kwargs.pop(key, None)
-        loaded = super().from_pretrained(
-            None, *model_args, config=config, state_dict=state_dict, dtype=dtype, **kwargs
-        )
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.mapping_report = report
-        model.config.name_or_path = model.name_or_path = os.fspath(source)
-        return loaded
-
-    @classmethod
-    def _parameter_shapes(cls, config: Sam3LiteConfig) -> dict[str, tuple[int, ...]]:
-        with torch.device("meta"):
-            model = cls(copy.deepcopy(config))
-        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
-        """
-        As [`~PreTrainedModel.save_pretrained`]; a model that was mapped from another one writes
-        `mapping_report.json` as well.
-        """
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if self.mapping_report is not None and is_main_process:
-            self.mapping_report.save(save_directory)
-
-    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
-        # `save_pretrained(push_to_hub=True)` uploads before it returns here, when the report is not written yet.
-        if self.mapping_report is not None:
-            self.mapping_report.save(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
-
-    def push_to_hub(self, repo_id: str, **kwargs):
-        """
-        Pushes the model in one commit with its processor, mapping report and model card.
-
-        Args:
-            repo_id: `owner/name`; created if there is none.
-            kwargs: those of [`~sam3_hf.hub.push_model`]: `processor`, `private`, `gated`, `revision`,
-                `commit_message`, `token`, `max_shard_size`.
-
-        Returns:
-            The commit.
-
-        Raises:
-            PushError: the Hub refused, or could not be reached; the message says why.
-            ImportError: the model was loaded by `trust_remote_code` where sam3-hf is not installed.
-        """
-        try:
-            from sam3_hf.hub import push_model
-        except ImportError as error:
-            raise ImportError("push_to_hub needs the package sam3-hf, whose model card it writes.") from error
-        return push_model(self, repo_id, **kwargs)
 
     def to_sam3(self) -> Sam3Model:
         """
@@ -784,6 +182,10 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
                 "A model with a fixed vocabulary has no text encoder, and `Sam3Model` needs one: give it back with "
                 "`restore_text_encoder` first."
             )
+        try:
+            from sam3_hf.checkpoints.checkpoint import UNREAD, stock_config
+        except ImportError as error:
+            raise needs_package("`to_sam3`") from error
         stock = Sam3Model(stock_config(self.config)).to(device=self.device, dtype=self.dtype)
         result = stock.load_state_dict(self.state_dict(), strict=False)
         unread = re.compile("|".join(UNREAD))
@@ -851,6 +253,10 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         """
         if self.vocabulary is None:
             raise ValueError("The model has a text encoder: there is nothing to restore.")
+        try:
+            from sam3_hf.checkpoints.checkpoint import open_checkpoint
+        except ImportError as error:
+            raise needs_package("`restore_text_encoder`") from error
         checkpoint = open_checkpoint(source, **hub_arguments)
         if checkpoint is None:
             raise OSError(f"{source} has neither a config.json nor a native file of SAM 3.")

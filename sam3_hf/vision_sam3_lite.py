@@ -1,4 +1,4 @@
-"""Vision transformer of SAM 3 Lite: the arithmetic of the stock one with fewer passes over memory."""
+"""Vision encoder of SAM 3 Lite: the arithmetic of the stock one with fewer passes over memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.sam3.modeling_sam3 import (
     Sam3SinePositionEmbedding,
+    Sam3VisionEncoderOutput,
+    Sam3VisionModel,
+    Sam3VisionNeck,
     Sam3ViTEmbeddings,
     Sam3ViTLayer,
     Sam3ViTModel,
@@ -167,3 +170,37 @@ class Sam3LiteViTModel(Sam3ViTModel):
         half = sin[..., ::2]  # angles are the same for both channels of a pair
         signed_sin = torch.stack((-half, half), dim=-1).flatten(-2)
         return Rotation(*(matmul_precision(table.to(hidden_states.dtype)) for table in (cos, signed_sin)))
+
+
+class Sam3LiteVisionModel(Sam3VisionModel):
+    """The stock vision encoder without position encodings for levels that the detector never attends to."""
+
+    def __init__(self, config):
+        super(Sam3VisionModel, self).__init__(config)
+        self.backbone = Sam3LiteViTModel(config.backbone_config)
+        self.neck = Sam3VisionNeck(config)
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # Keeps the scale of the ViT: features many times as large as the prompt's would drown what the prompt adds.
+        if isinstance(module, nn.Conv2d):
+            init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        elif isinstance(module, nn.ConvTranspose2d):  # stride equals kernel: one weight per input channel
+            init.normal_(module.weight, std=module.in_channels**-0.5)
+
+    def forward(self, pixel_values: Tensor) -> Sam3VisionEncoderOutput:
+        """
+        Args:
+            pixel_values: `(images, 3, height, width)`, normalised, sides a multiple of the patch size.
+
+        Returns:
+            `last_hidden_state` `(images, tokens, width)` and `fpn_hidden_states`, three maps `(images, 256, h, w)`
+            from fine (4 cells per patch side) to coarse (1 per patch).
+        """
+        hidden_states = self.backbone(pixel_values).last_hidden_state
+        patch_size = self.config.backbone_config.patch_size
+        height, width = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
+        grid = hidden_states.view(hidden_states.shape[0], height, width, -1).permute(0, 3, 1, 2)
+        levels = tuple(recomputed(layer, grid) for layer in self.neck.fpn_layers)
+        return Sam3VisionEncoderOutput(last_hidden_state=hidden_states, fpn_hidden_states=levels)

@@ -15,7 +15,7 @@ from mapping_training import flatness_penalty
 from PIL import Image
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
-from sam3_hf.calibration import calibrate_mapping
+from sam3_hf.mapping.calibration import calibrate_mapping
 
 RECIPE = """
 data: generated

@@ -9,14 +9,14 @@ from torch import nn
 from transformers import Sam3Model
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
-from sam3_hf.calibration import calibrate_mapping
-from sam3_hf.calibration.images import draw_images, load_pixels
-from sam3_hf.calibration.least_squares import LeastSquares
-from sam3_hf.calibration.refit import VIT_SITES, observe
-from sam3_hf.calibration.signals import measure_signals
-from sam3_hf.calibration.vision import embed, layer_runner, pyramid_cosines, search_layers
-from sam3_hf.conversion_sam3_lite import Checkpoint, LoadedTensors
-from sam3_hf.mapping_sam3_lite import map_checkpoint
+from sam3_hf.checkpoints.checkpoint import Checkpoint, LoadedTensors
+from sam3_hf.mapping.calibration import calibrate_mapping
+from sam3_hf.mapping.calibration.images import draw_images, load_pixels
+from sam3_hf.mapping.calibration.least_squares import LeastSquares
+from sam3_hf.mapping.calibration.refit import VIT_SITES, observe
+from sam3_hf.mapping.calibration.signals import measure_signals
+from sam3_hf.mapping.calibration.vision import embed, layer_runner, pyramid_cosines, search_layers
+from sam3_hf.mapping.mapping import map_checkpoint
 
 TEACHER = {
     "vision_hidden_size": 64,
@@ -200,7 +200,7 @@ def test_layers_one_by_one_are_the_whole_encoder(window):
 
 def isometry(teacher, config) -> Sam3LiteModel:
     checkpoint = Checkpoint("teacher", LoadedTensors(teacher), teacher.config, is_lite=True)
-    state, _ = map_checkpoint(checkpoint, config, Sam3LiteModel._parameter_shapes(config), "isometry")
+    state, _ = map_checkpoint(checkpoint, config, Sam3LiteModel.parameter_shapes(config), "isometry")
     model = Sam3LiteModel(config).eval()
     model.load_state_dict(state)
     return model

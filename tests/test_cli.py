@@ -11,16 +11,16 @@ import torch
 import torch.distributed.checkpoint
 from accelerate import Accelerator
 from accelerate.commands import accelerate_cli
-from checkpoints import FROZEN, save_checkpoint, write_frozen
 from conftest import micro_config, shake
 from huggingface_hub import ModelCard
-from optim import MovingAverage
-from phrases import FrozenText
 from transformers import AutoModel
 from typer.testing import CliRunner
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.cli import app
+from sam3_hf.training.checkpoints import FROZEN, save_checkpoint, write_frozen
+from sam3_hf.training.optim import MovingAverage
+from sam3_hf.training.phrases import FrozenText
 
 ROOT = Path(__file__).parents[1]
 
@@ -217,7 +217,7 @@ def test_the_report_is_among_what_is_pushed_while_saving(model, tmp_path, monkey
 
 
 def test_calibration_from_the_command_line(tmp_path):
-    from sam3_hf.calibration.images import draw_images
+    from sam3_hf.mapping.calibration.images import draw_images
 
     Sam3LiteModel(Sam3LiteConfig.from_preset("tiny-standard", image_size=64)).to_sam3().save_pretrained(
         tmp_path / "standard"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Sam3Config, Sam3Model, Sam3VideoConfig, Sam3VideoModel
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.conversion_sam3_lite import (
+from sam3_hf.checkpoints.checkpoint import (
     NAME_TABLE,
     UNREAD,
     from_native,
@@ -180,15 +180,15 @@ def test_sizes_of_the_real_native_file_are_recognised():
         def shape(self, name):
             return tuple(self[name].shape)
 
-    from sam3_hf.conversion_sam3_lite import Checkpoint
-    from sam3_hf.mapping_sam3_lite import parameter_sizes
+    from sam3_hf.checkpoints.checkpoint import Checkpoint
+    from sam3_hf.configuration_sam3_lite import parameter_sizes
 
     standard = Sam3LiteConfig.from_preset("standard")
     checkpoint = Checkpoint("sam3.pt", Files(state))
     assert parameter_sizes(checkpoint.config) == parameter_sizes(standard)
     found = checkpoint.config.vision_config.backbone_config
     assert found.num_attention_heads == 16 and found.global_attn_indexes == [7, 15, 23, 31]
-    assert checkpoint.check(Sam3LiteModel._parameter_shapes(standard)) == []
+    assert checkpoint.check(Sam3LiteModel.parameter_shapes(standard)) == []
 
 
 @torch.no_grad()

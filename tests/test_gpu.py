@@ -13,8 +13,8 @@ from conftest import make_labels, micro_config, shake
 from test_train_run import lines_of, start, train, wait_for_step
 
 from sam3_hf import Sam3LiteModel
-from sam3_hf.calibration import calibrate_mapping
 from sam3_hf.data.generated import write_dataset
+from sam3_hf.mapping.calibration import calibrate_mapping
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -17,10 +17,10 @@ from PIL import Image
 from scipy import ndimage
 
 from sam3_hf import Prompt, Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
-from sam3_hf.detections import decode_mask, encode_mask, suppress
-from sam3_hf.inference import PredictionSettings
 from sam3_hf.modeling_sam3_lite import PROMPTS_SEGMENTED_AT_ONCE, Sam3LiteFindings
-from sam3_hf.tiling import cut_tiles
+from sam3_hf.prediction.detections import decode_mask, encode_mask, suppress
+from sam3_hf.prediction.pipeline import PredictionSettings
+from sam3_hf.prediction.tiling import cut_tiles
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_chunks_of_prompts_and_images_change_nothing(pipe, images, monkeypatch):
     text = [["a red circle", "dog", "cat"]] * 2
     threshold = middle_score(pipe, images, text)
     expected = plain(pipe, images, text, threshold)
-    monkeypatch.setattr("sam3_hf.inference.PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr("sam3_hf.prediction.pipeline.PROMPTS_AT_ONCE", 2)
     monkeypatch.setattr("sam3_hf.modeling_sam3_lite.PROMPTS_SEGMENTED_AT_ONCE", 1)
     for batch_size in (1, 2):
         results = pipe(images, text[0], threshold=threshold, batch_size=batch_size)

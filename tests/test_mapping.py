@@ -7,8 +7,8 @@ from conftest import micro_config, shake
 from transformers import Sam3Model
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.conversion_sam3_lite import open_checkpoint
-from sam3_hf.mapping_sam3_lite import (
+from sam3_hf.checkpoints.checkpoint import open_checkpoint
+from sam3_hf.mapping.mapping import (
     KNOWN_DEPTHS,
     Mapper,
     MappingReport,
@@ -169,7 +169,7 @@ class FullRank(Mapper):
         return rotation(moment, width)
 
     def _map_towers(self, layers):
-        from sam3_hf.mapping_sam3_lite import _text_tower, _vision_tower
+        from sam3_hf.mapping.mapping import _text_tower, _vision_tower
 
         tower = _vision_tower(self.config)
         entry = self._patches().normalised(*self._pair(f"{VIT}.layer_norm"))
@@ -185,7 +185,7 @@ def test_full_rank_reproduces_the_outputs(wide, box_inputs, tmp_path):
     norm.weight.fill_(1.3)
     wide.save_pretrained(tmp_path)
     mapper = FullRank(
-        open_checkpoint(tmp_path), wide.config, wide._parameter_shapes(wide.config), "isometry", torch.float32
+        open_checkpoint(tmp_path), wide.config, wide.parameter_shapes(wide.config), "isometry", torch.float32
     )
     mapper.run()
     rotated = Sam3LiteModel(wide.config).eval()
@@ -542,6 +542,6 @@ def test_report_averages_energy_per_group():
 
 def test_map_checkpoint_alone(source):
     config = narrow_config()
-    state, report = map_checkpoint(open_checkpoint(source), config, Sam3LiteModel._parameter_shapes(config), "select")
+    state, report = map_checkpoint(open_checkpoint(source), config, Sam3LiteModel.parameter_shapes(config), "select")
     assert set(state) == set(Sam3LiteModel(config).state_dict())
     assert report.strategy == "select"

@@ -19,8 +19,8 @@ from transformers.models.sam3.modeling_sam3 import (
 )
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, modeling_sam3_lite, vision_sam3_lite
+from sam3_hf.detr_sam3_lite import additive_mask
 from sam3_hf.masks_sam3_lite import conv_of_upsampled
-from sam3_hf.modeling_sam3_lite import additive_mask
 from sam3_hf.precision_sam3_lite import GroupNorm, LayerNorm
 from sam3_hf.recomputation_sam3_lite import recomputed
 

@@ -9,11 +9,11 @@ from transformers import Sam3Model
 
 import sam3_hf
 from sam3_hf import Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
-from sam3_hf.calibration import calibrate_mapping
 from sam3_hf.data import EvalDataset, load_dataset_splits
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.evaluation.loop import evaluate
 from sam3_hf.evaluation.text import PhraseFeatures
+from sam3_hf.mapping.calibration import calibrate_mapping
 
 CHECKPOINT = Path(sam3_hf.__file__).parent / "assets" / "tiny-standard"
 

@@ -9,26 +9,25 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
-import checkpoints
 import pytest
-import starting
 import torch
-from arguments import OptimizationArguments, parse_arguments
 from conftest import micro_config
-from optim import MovingAverage, Schedule, build_optimizer, vit_scale
-from phrases import FrozenText, TokenizedText
-from reporting import Metrics, truncate_metrics
-from run import Run
 from safetensors.torch import save_file
-from stopping import StopSignal
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from train import MAX_OVERFLOWS, check_finite, count_overflow
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.data import BatchKeys, epoch_order
 from sam3_hf.evaluation import prediction_row
 from sam3_hf.evaluation.loop import outputs_by_chunk, prediction_rows, prompt_chunks
 from sam3_hf.modeling_sam3_lite import Sam3LiteOutput
+from sam3_hf.training import checkpoints, starting
+from sam3_hf.training.arguments import OptimizationArguments, parse_arguments
+from sam3_hf.training.main import MAX_OVERFLOWS, check_finite, count_overflow
+from sam3_hf.training.optim import MovingAverage, Schedule, build_optimizer, vit_scale
+from sam3_hf.training.phrases import FrozenText, TokenizedText
+from sam3_hf.training.reporting import Metrics, truncate_metrics
+from sam3_hf.training.run import Run
+from sam3_hf.training.stopping import StopSignal
 
 TRAINING = Path(__file__).parents[1] / "training"
 

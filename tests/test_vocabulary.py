@@ -5,22 +5,22 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
-import starting
 import torch
 from accelerate import Accelerator
 from conftest import make_labels, micro_config, shake
-from export import export_final
-from phrases import TokenizedText
 from test_modeling import PREDICTIONS, largest_difference, run_in_a_fresh_process
 from test_train_run import train
 from transformers import AutoModel
 from typer.testing import CliRunner
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor, vocabulary_sam3_lite
+from sam3_hf.checkpoints.checkpoint import open_checkpoint
 from sam3_hf.cli import app
-from sam3_hf.conversion_sam3_lite import open_checkpoint
 from sam3_hf.data.generated import write_dataset
-from sam3_hf.model_card import RANDOM_WEIGHTS
+from sam3_hf.sharing.model_card import RANDOM_WEIGHTS
+from sam3_hf.training import starting
+from sam3_hf.training.export import export_final
+from sam3_hf.training.phrases import TokenizedText
 from sam3_hf.vocabulary_sam3_lite import encode_phrases
 
 CLASSES = ["red blood cell", "cat", "a long phrase of many words"]

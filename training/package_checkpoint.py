@@ -19,7 +19,7 @@ from transformers import Sam3Processor
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.evaluation.rows import CONFIDENT
-from sam3_hf.model_card import PROVENANCE_FILE, RANDOM_WEIGHTS, versions
+from sam3_hf.sharing.model_card import PROVENANCE_FILE, RANDOM_WEIGHTS, versions
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,12 @@ from typing import Annotated
 import torch
 import typer
 
-from ..calibration import calibrate_mapping
-from ..conversion_sam3_lite import is_training_checkpoint, open_checkpoint
-from ..model_card import origin_of, versions, write_card
+from ..checkpoints.checkpoint import open_checkpoint
+from ..mapping.calibration import calibrate_mapping
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
+from ..sharing.model_card import origin_of, versions, write_card
+from ..sources_sam3_lite import is_training_checkpoint
 from .errors import one_line_errors
 
 

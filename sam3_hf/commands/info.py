@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..info import model_info
+from ..sharing.info import model_info
 from .errors import one_line_errors
 
 

@@ -13,9 +13,9 @@ import typer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..inference import PredictionSettings, PreparedImage, Sam3LitePipeline, prompts_of_images
-from ..input_files import InputFile, find_pictures
-from ..prediction_folder import PredictionFolder
+from ..prediction.input_files import InputFile, find_pictures
+from ..prediction.output_folder import PredictionFolder
+from ..prediction.pipeline import PredictionSettings, PreparedImage, Sam3LitePipeline, prompts_of_images
 from ..reading import read_image
 from ..visualization import LONGEST_SIDE
 from .errors import one_line_errors

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..hub import push_folder
+from ..sharing.hub import push_folder
 from .errors import one_line_errors
 
 

@@ -16,21 +16,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import Sam3Config, Sam3VideoConfig
 from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
     cached_file,
     logging,
 )
 
-from .configuration_sam3_lite import Sam3LiteConfig, spread_global_layers
-from .vocabulary_sam3_lite import BUFFERS
+from ..configuration_sam3_lite import Sam3LiteConfig, spread_global_layers
+from ..sources_sam3_lite import config_fields, is_training_checkpoint, safe_weights
+from ..vocabulary_sam3_lite import BUFFERS
 
 logger = logging.get_logger(__name__)
 
-# Keyword arguments of `from_pretrained` that say where files are.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # A source that holds a smaller share of the tensors it should is refused.
 MIN_IDENTIFIED = 0.9
 # Bytes to read from a file before it is mapped anew: pages that were read stay in memory as long as their mapping.
@@ -39,7 +36,6 @@ MAX_MAPPED = 64 * 2**20
 NATIVE_FILE = "sam3.pt"
 # What `training/train.py` writes into a checkpoint folder beside its weights. The folder has no text tensors among the
 # weights where that part was frozen, and their average only if the run kept one.
-TRAINER_STATE = "trainer_state.json"
 FROZEN_TEXT = "frozen_text.safetensors"
 AVERAGE = "ema.safetensors"
 # Where the models of a run are in its output folder.
@@ -686,7 +682,11 @@ def stock_config(config: Sam3LiteConfig) -> Sam3Config:
 
 
 def open_checkpoint(
-    source: str | os.PathLike, variant: str | None = None, use_safetensors: bool | None = None, **hub_arguments
+    source: str | os.PathLike,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    fields: dict | None = None,
+    **hub_arguments,
 ) -> Checkpoint | None:
     """
     Opens a checkpoint without reading its tensors.
@@ -696,6 +696,7 @@ def open_checkpoint(
             or a `.pt`, `.pth`, `.bin` or `.safetensors` file. Also a checkpoint folder of `training/train.py`, of
             which `variant="ema"` gives the averaged weights.
         variant, hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, ... as in `from_pretrained`.
+        fields: content of the source's `config.json`, if it was read before.
         use_safetensors: `False` reads `pytorch_model.bin` of a folder or repository, which is refused otherwise;
             nothing in it is executed.
 
@@ -710,7 +711,7 @@ def open_checkpoint(
     source = os.fspath(source)
     if os.path.isfile(source):
         return Checkpoint(source, _open_file(source))
-    config = source_config(source, **hub_arguments)
+    config = source_config(source, fields, **hub_arguments)
     if config is None:
         _refuse_run_folder(source)
         native = _native_file(source, hub_arguments)
@@ -723,11 +724,6 @@ def open_checkpoint(
         files = SafetensorsFiles(_weight_files(source, variant, hub_arguments))
     is_lite = isinstance(config, Sam3LiteConfig)
     return Checkpoint(source, files, config if is_lite else lite_config(config), is_lite)
-
-
-def is_training_checkpoint(source: str | os.PathLike) -> bool:
-    """Whether the source is a checkpoint folder that `training/train.py` wrote to resume from."""
-    return os.path.isfile(os.path.join(source, TRAINER_STATE))
 
 
 def _training_files(source: str, variant: str | None) -> list[str]:
@@ -763,18 +759,21 @@ def _open_file(path: str) -> SafetensorsFiles | PickledTensors:
     return SafetensorsFiles([path]) if path.endswith(".safetensors") else PickledTensors(path)
 
 
-def source_config(source: str | os.PathLike, **hub_arguments) -> Sam3LiteConfig | Sam3Config | None:
+def source_config(
+    source: str | os.PathLike, fields: dict | None = None, **hub_arguments
+) -> Sam3LiteConfig | Sam3Config | None:
     """
     The detector's configuration from the `config.json` of a folder or Hub repository, `None` if it has none.
+
+    Args:
+        fields: its content, if it was read before.
 
     Raises:
         ValueError: the model type is none of SAM 3's.
     """
-    path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub_arguments)
-    if path is None:
+    fields = fields or config_fields(source, **hub_arguments)
+    if fields is None:
         return None
-    with open(path, encoding="utf-8") as file:
-        fields = json.load(file)
     model_type = fields.get("model_type")
     if model_type == "sam3_lite":
         return Sam3LiteConfig.from_dict(fields)
@@ -806,44 +805,15 @@ def _weight_files(source: str, variant: str | None, hub_arguments: dict) -> list
     return [cached_file(source, shard, **hub_arguments) for shard in shards]
 
 
-def safe_weights(source: str | os.PathLike, variant: str | None = None, **hub_arguments) -> str:
-    """
-    The safetensors file of a folder or Hub repository, or the index of its shards.
-
-    Raises:
-        OSError: there is none. Where there is a pickle instead, the message says how to insist on it.
-    """
-
-    def find(name: str) -> str | None:
-        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-
-    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
-    if variant is not None:
-        names = [f"{stem}.{variant}.{end}" for stem, end in (name.rsplit(".", 1) for name in names)]
-    path = find(names[0]) or find(names[1])
-    if path is not None:
-        return path
-    pickled = next((name for name in (WEIGHTS_INDEX_NAME, WEIGHTS_NAME) if find(name) is not None), None)
-    if pickled is not None:
-        raise OSError(
-            f"{source} has no {names[0]}, only {pickled}: such files can carry code and are refused. Ask its author "
-            "for safetensors, or insist with `use_safetensors=False`, which reads the tensors and nothing else."
-        )
-    raise OSError(f"{source} has neither {names[0]} nor {names[1]}.")
-
-
 __all__ = [
     "AVERAGE",
     "DROPPED",
     "FROZEN_TEXT",
     "NAME_TABLE",
-    "TRAINER_STATE",
     "Checkpoint",
-    "is_training_checkpoint",
     "lite_config",
     "native_state_dict",
     "open_checkpoint",
-    "safe_weights",
     "source_config",
     "stock_config",
 ]

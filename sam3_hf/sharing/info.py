@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import cached_file
 from yaml import YAMLError
 
-from .configuration_sam3_lite import MAX_TOKENS, PRESETS, Sam3LiteConfig
-from .conversion_sam3_lite import Checkpoint, open_checkpoint
-from .mapping_sam3_lite import REPORT_FILE, parameter_sizes
-from .modeling_sam3_lite import Sam3LiteGeometryEncoder, Sam3LiteModel
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..configuration_sam3_lite import MAX_TOKENS, PRESETS, Sam3LiteConfig, parameter_sizes
+from ..mapping.mapping import REPORT_FILE
+from ..modeling_sam3_lite import Sam3LiteGeometryEncoder, Sam3LiteModel
 
 # The parts of a model, by the modules they consist of.
 PARTS = {

@@ -12,6 +12,8 @@ from typing import Literal
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
+from ..modeling_sam3_lite import Sam3LiteModel
+from ..processing_sam3_lite import Sam3LiteProcessor
 from .model_card import (
     CARD_FILE,
     LICENSE_FILE,
@@ -26,8 +28,6 @@ from .model_card import (
     weight_files,
     write_card,
 )
-from .modeling_sam3_lite import Sam3LiteModel
-from .processing_sam3_lite import Sam3LiteProcessor
 
 logger = logging.get_logger(__name__)
 

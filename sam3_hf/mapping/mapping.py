@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
-from .configuration_sam3_lite import Sam3LiteConfig
-from .conversion_sam3_lite import Checkpoint
-from .vocabulary_sam3_lite import INTEGER_BUFFERS
+from ..checkpoints.checkpoint import Checkpoint
+from ..configuration_sam3_lite import Sam3LiteConfig
+from ..vocabulary_sam3_lite import INTEGER_BUFFERS
 
 logger = logging.get_logger(__name__)
 
@@ -816,25 +816,6 @@ def _check_vocabularies(checkpoint: Checkpoint, target: Sam3LiteConfig):
     )
 
 
-def parameter_sizes(config: Sam3LiteConfig) -> tuple:
-    """The fields that decide which parameters a model has and of which shapes."""
-    vit, text = config.vision_config.backbone_config, config.text_config
-    layers = ("hidden_size", "intermediate_size", "num_hidden_layers")
-    parts = (config.geometry_encoder_config, config.detr_encoder_config, config.detr_decoder_config)
-    return (
-        *(getattr(tower, name) for tower in (vit, text) for name in layers),
-        *(getattr(vit, name) for name in ("num_channels", "patch_size", "pretrain_image_size")),
-        *(getattr(text, name) for name in ("vocab_size", "max_position_embeddings")),
-        *(getattr(part, name) for part in parts for name in ("hidden_size", "intermediate_size", "num_layers")),
-        config.vision_config.fpn_hidden_size,
-        config.mask_decoder_config.hidden_size,
-        config.geometry_encoder_config.roi_size,
-        config.detr_decoder_config.num_queries,
-        config.detr_decoder_config.num_attention_heads,
-        None if config.vocabulary is None else tuple(config.vocabulary),
-    )
-
-
 def map_checkpoint(
     checkpoint: Checkpoint,
     config: Sam3LiteConfig,
@@ -859,7 +840,7 @@ def map_checkpoint(
         dtype: of the result.
         ignore_mismatched_sizes: leave tensors of sizes that no strategy can change (those of the detector) to
             initialisation.
-        vision_signals: what passes through the source's ViT, if it was measured; see `sam3_hf.calibration`.
+        vision_signals: what passes through the source's ViT, if it was measured; see `sam3_hf.mapping.calibration`.
         layers: the layers to keep of some stacks, by their prefix (as in `MappingReport.layers`), instead of evenly
             spread ones.
 
@@ -894,5 +875,4 @@ __all__ = [
     "MappingRow",
     "layer_maps",
     "map_checkpoint",
-    "parameter_sizes",
 ]

@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..configuration_sam3_lite import Sam3LiteConfig
-from ..conversion_sam3_lite import HUB_ARGUMENTS, Checkpoint, LoadedTensors
-from ..mapping_sam3_lite import (
+from ...checkpoints.checkpoint import Checkpoint, LoadedTensors
+from ...configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
+from ...modeling_sam3_lite import Sam3LiteModel
+from ...processing_sam3_lite import Sam3LiteProcessor, tokenize
+from ...sources_sam3_lite import HUB_ARGUMENTS
+from ...vocabulary_sam3_lite import encode_phrases
+from ..mapping import (
     Basis,
     MappingReport,
     TowerSignals,
     layer_maps,
     map_checkpoint,
-    parameter_sizes,
     rotation,
 )
-from ..modeling_sam3_lite import Sam3LiteModel, resolve_dtype
-from ..processing_sam3_lite import Sam3LiteProcessor, tokenize
-from ..vocabulary_sam3_lite import encode_phrases
+from ..plan import resolve_dtype
 from .detector import PromptBatch, refit_detr_encoder, refit_mask_embedder
 from .images import batches, draw_images, load_pixels
 from .refit import DETR_ENCODER_SITES, VIT_SITES
@@ -205,7 +206,7 @@ class _Calibration:
         state, report = map_checkpoint(
             self.checkpoint,
             config,
-            Sam3LiteModel._parameter_shapes(config),
+            Sam3LiteModel.parameter_shapes(config),
             "isometry",
             vision_signals=signals,
             layers=layers,

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from arguments import OptimizationArguments
 from torch import Tensor, nn
+
+from .arguments import OptimizationArguments
 
 VIT = "vision_encoder.backbone."
 VIT_LAYER = re.compile(re.escape(VIT) + r"layers\.(\d+)\.")

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..visualization import concept_colours, draw_instances
 from .detections import Detections, decode_mask
 from .input_files import InputFile
-from .visualization import concept_colours, draw_instances
 
 
 class PredictionFolder:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..mapping_sam3_lite import Basis
+from ..mapping import Basis
 from .refit import VIT_SITES, Run, refit_neck, refit_stack
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from sam3_hf.evaluation.text import PhraseFeatures
-from sam3_hf.processing_sam3_lite import tokenize
+from ..evaluation.text import PhraseFeatures
+from ..processing_sam3_lite import tokenize
 
 TEXT_PARTS = ("text_encoder", "text_projection")
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from arguments import OutputArguments
-from checkpoints import write_folder
 
 from sam3_hf import Sam3LiteModel
-from sam3_hf.hub import PushError, push_folder
-from sam3_hf.mapping_sam3_lite import REPORT_FILE
-from sam3_hf.model_card import write_card
+
+from ..mapping.mapping import REPORT_FILE
+from ..sharing.hub import PushError, push_folder
+from ..sharing.model_card import write_card
+from .arguments import OutputArguments
+from .checkpoints import write_folder
 
 logger = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
-from .conversion_sam3_lite import source_config
+from ..checkpoints.checkpoint import source_config
+from ..configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
+from ..mapping.mapping import REPORT_FILE
+from ..modeling_sam3_lite import Sam3LiteModel
+from ..version import __version__
 from .info import preset_of
-from .mapping_sam3_lite import REPORT_FILE
-from .modeling_sam3_lite import Sam3LiteModel
-from .version import __version__
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 PROVENANCE_FILE = "provenance.json"
 EXAMPLE_FILE = "example.png"
 LICENSE_FILE = "LICENSE"

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..reading import read_image
+from ...reading import read_image
 
 
 def load_pixels(images: str | os.PathLike | Sequence, count: int, processor, seed: int) -> tuple[Tensor, ...]:

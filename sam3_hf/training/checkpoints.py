@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
-from optim import MovingAverage
 from safetensors.torch import load_file, save_file
 
-from sam3_hf.conversion_sam3_lite import AVERAGE
-from sam3_hf.conversion_sam3_lite import FROZEN_TEXT as FROZEN
-from sam3_hf.conversion_sam3_lite import TRAINER_STATE as STATE
+from ..checkpoints.checkpoint import AVERAGE
+from ..checkpoints.checkpoint import FROZEN_TEXT as FROZEN
+from ..sources_sam3_lite import TRAINER_STATE as STATE
+from .optim import MovingAverage
 
 logger = logging.getLogger(__name__)
 

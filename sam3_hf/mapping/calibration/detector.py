@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..modeling_sam3_lite import additive_mask
+from ...modeling_sam3_lite import additive_mask
 from .least_squares import LeastSquares
 from .refit import DETR_ENCODER_SITES, inputs_of, refit_stack
 

@@ -11,17 +11,14 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from arguments import Arguments, ModelArguments
-from checkpoints import FROZEN, STATE, read_state, recover, write_frozen
-from phrases import TEXT_PARTS, FrozenText, TokenizedText
-from reporting import set_up_logging
 from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from transformers.utils import cached_file
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.conversion_sam3_lite import open_checkpoint
-from sam3_hf.data import (
+
+from ..checkpoints.checkpoint import open_checkpoint
+from ..data import (
     Augmentation,
     DatasetError,
     EvalDataset,
@@ -30,11 +27,15 @@ from sam3_hf.data import (
     TrainDataset,
     load_dataset_splits,
 )
-from sam3_hf.data.generated import write_dataset
-from sam3_hf.data.sampling import VISUAL_PHRASE
-from sam3_hf.evaluation.loop import model_inputs
-from sam3_hf.mapping_sam3_lite import REPORT_FILE
-from sam3_hf.model_card import RANDOM_WEIGHTS, Origin, origin_of
+from ..data.generated import write_dataset
+from ..data.sampling import VISUAL_PHRASE
+from ..evaluation.loop import model_inputs
+from ..mapping.mapping import REPORT_FILE
+from ..sharing.model_card import RANDOM_WEIGHTS, Origin, origin_of
+from .arguments import Arguments, ModelArguments
+from .checkpoints import FROZEN, STATE, read_state, recover, write_frozen
+from .phrases import TEXT_PARTS, FrozenText, TokenizedText
+from .reporting import set_up_logging
 
 logger = logging.getLogger(__name__)
 

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from arguments import Arguments
-from checkpoints import copy_checkpoint, load_checkpoint, read_state, replace_state, save_checkpoint
-from export import export_final, push_final
-from optim import MovingAverage
-from reporting import Metrics, log_scores, main_scores
-from starting import check_compatible, choose_batch_size, start_of_weights
-from stopping import StopSignal, any_process, leave_signals_to_the_parent
 
-from sam3_hf.data import BatchKeys, EvalDataset, TrainDataset, make_loader, steps_per_epoch
-from sam3_hf.evaluation.loop import evaluate
-from sam3_hf.model_card import versions
-from sam3_hf.visualization import plot_curves
+from ..data import BatchKeys, EvalDataset, TrainDataset, make_loader, steps_per_epoch
+from ..evaluation.loop import evaluate
+from ..sharing.model_card import versions
+from ..visualization import plot_curves
+from .arguments import Arguments
+from .checkpoints import copy_checkpoint, load_checkpoint, read_state, replace_state, save_checkpoint
+from .export import export_final, push_final
+from .optim import MovingAverage
+from .reporting import Metrics, log_scores, main_scores
+from .starting import check_compatible, choose_batch_size, start_of_weights
+from .stopping import StopSignal, any_process, leave_signals_to_the_parent
 
 logger = logging.getLogger(__name__)
 

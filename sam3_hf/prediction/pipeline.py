@@ -10,14 +10,14 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from .configuration_sam3_lite import BOX_PADDING_LABEL, VISUAL_PHRASE
-from .conversion_sam3_lite import HUB_ARGUMENTS
+from ..configuration_sam3_lite import BOX_PADDING_LABEL, VISUAL_PHRASE
+from ..modeling_sam3_lite import Sam3LiteModel
+from ..processing_sam3_lite import Sam3LiteProcessor, enlarge_masks
+from ..reading import ImageInput, read_image
+from ..sources_sam3_lite import HUB_ARGUMENTS
+from ..vocabulary_sam3_lite import encode_phrases
 from .detections import Detections, encode_mask, suppress
-from .modeling_sam3_lite import Sam3LiteModel
-from .processing_sam3_lite import Sam3LiteProcessor, enlarge_masks
-from .reading import ImageInput, read_image
 from .tiling import Part, Tile, cut_tiles, join_parts
-from .vocabulary_sam3_lite import encode_phrases
 
 PROMPTS_AT_ONCE = 16  # that the detector handles: bounds the memory of many prompts
 

@@ -1,0 +1,174 @@
+"""
+From files to models and back. A lite model as it was saved loads with Transformers alone; whatever else needs the
+package, whose sub-packages do not travel with saved folders.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import torch
+from transformers.models.sam3.modeling_sam3 import Sam3PreTrainedModel
+from transformers.utils import logging
+
+from .configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
+from .sources_sam3_lite import HUB_ARGUMENTS, config_fields, is_training_checkpoint, safe_weights
+
+logger = logging.get_logger(__name__)
+
+
+def needs_package(what: str) -> ImportError:
+    return ImportError(f"{what} needs the package sam3-hf, which is not installed here: `pip install sam3-hf`.")
+
+
+def _is_saved_model(source: str | os.PathLike | None, fields: dict | None) -> bool:
+    """Whether the source is what `save_pretrained` of a lite model wrote, by its `config.json`."""
+    return fields is not None and fields.get("model_type") == "sam3_lite" and not is_training_checkpoint(source)
+
+
+class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
+    config: Sam3LiteConfig
+    config_class = Sam3LiteConfig
+    base_model_prefix = "sam3_lite"
+    supports_gradient_checkpointing = True
+    _supports_flex_attn = False  # Transformers reads additive masks there as one value per image and pair of positions
+    # `Trainer` must scale the loss by the accumulation steps itself: ours is already normalised per batch.
+    accepts_loss_kwargs = False
+    _no_split_modules = [
+        "Sam3LiteViTLayer",
+        "CLIPEncoderLayer",
+        "Sam3LiteDetrEncoderLayer",
+        "Sam3LiteDetrDecoderLayer",
+    ]
+    # The `MappingReport` of weights that were mapped from a checkpoint of another kind or of other sizes.
+    mapping_report = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        preset: str | None = None,
+        mapping: str = "auto",
+        config: Sam3LiteConfig | str | os.PathLike | None = None,
+        **kwargs,
+    ) -> Sam3LitePreTrainedModel:
+        r"""
+        Loads a lite checkpoint as Transformers does, or makes a lite model from any other SAM 3 checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder of a model of type `sam3_lite`, `sam3` or `sam3_video`, or
+                a native `.pt` file of Meta's (also as written by its trainer). Also a checkpoint folder of
+                `training/train.py`, whose averaged weights are those of `variant="ema"`.
+            preset (`str`, *optional*): sizes of the model, see [`~Sam3LiteConfig.at_preset`], or `"same"` for those
+                of the source. Default: `"lite"` for a standard source, `"same"` for a lite one.
+            mapping (`str`, *optional*, defaults to `"auto"`): how weights are carried to smaller sizes: `"isometry"`,
+                `"select"` or `"skip"`, see [`map_checkpoint`]; `"auto"` is the best of them. Equal sizes are copied.
+            config (`Sam3LiteConfig` or path, *optional*): sizes of the model, instead of `preset`.
+            kwargs: those of [`~PreTrainedModel.from_pretrained`] (`dtype`, `device_map`, `revision`, `token`, ...),
+                and fields of the config such as `image_size`. With `ignore_mismatched_sizes=True`, tensors of sizes
+                that no mapping changes are initialised at random instead of raising an error. Weights are read from
+                safetensors files; pickled ones, but for Meta's `.pt`, only with `use_safetensors=False`. Nothing in
+                them is executed.
+
+        Returns:
+            The model in evaluation mode. Unless it was loaded as it was saved, `mapping_report` accounts for every
+            tensor; [`~Sam3LiteModel.save_pretrained`] writes it beside the weights.
+
+        Raises:
+            ValueError: the source is no SAM 3 checkpoint, or incomplete, or cannot be mapped to these sizes.
+            OSError: a file is missing or truncated.
+
+        Example:
+
+        ```python
+        >>> from sam3_hf import Sam3LiteModel
+
+        >>> model = Sam3LiteModel.from_pretrained("facebook/sam3", preset="lite")  # doctest: +SKIP
+        >>> print(model.mapping_report)  # doctest: +SKIP
+        ```
+        """
+        if "vocabulary" in kwargs:
+            raise ValueError("`vocabulary` is no argument of loading: call `freeze_vocabulary` on the loaded model.")
+        if config is not None and preset is not None:
+            raise ValueError("`preset` and `config` both say the sizes of the model: pass one of them.")
+        if isinstance(config, (str, os.PathLike)):
+            config = cls.config_class.from_pretrained(config)
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True  # else Transformers falls back to pickles
+        source = pretrained_model_name_or_path
+        hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        fields = None if source is None or os.path.isfile(source) else config_fields(source, **hub_arguments)
+        if _is_saved_model(source, fields) and preset in (None, "same"):
+            saved = cls.config_class.from_dict(fields)
+            if config is None or parameter_sizes(config) == parameter_sizes(saved):
+                if kwargs["use_safetensors"]:
+                    safe_weights(source, kwargs.get("variant"), **hub_arguments)
+                return super().from_pretrained(source, *model_args, config=config, **kwargs)
+        plan = None
+        if source is not None:
+            try:
+                from sam3_hf.mapping.plan import plan_mapping
+            except ImportError as error:
+                raise needs_package("A model of other sizes, or of another kind,") from error
+            plan = plan_mapping(source, fields, preset, config, kwargs)
+        if plan is None:
+            return super().from_pretrained(source, *model_args, config=config, **kwargs)
+        state_dict, report = plan.map(cls.parameter_shapes, mapping)
+        log = logger.info if report.strategy == "copy" else logger.warning
+        log(report.summary())
+        loaded = super().from_pretrained(
+            None, *model_args, config=plan.config, state_dict=state_dict, dtype=plan.dtype, **plan.rest
+        )
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.mapping_report = report
+        model.config.name_or_path = model.name_or_path = os.fspath(source)
+        return loaded
+
+    @classmethod
+    def parameter_shapes(cls, config: Sam3LiteConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter and buffer that a model with this configuration has."""
+        with torch.device("meta"):
+            model = cls(copy.deepcopy(config))
+        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
+        """
+        As [`~PreTrainedModel.save_pretrained`]; a model that was mapped from another one writes
+        `mapping_report.json` as well.
+        """
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if self.mapping_report is not None and is_main_process:
+            self.mapping_report.save(save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+        # `save_pretrained(push_to_hub=True)` uploads before it returns here, when the report is not written yet.
+        if self.mapping_report is not None:
+            self.mapping_report.save(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """
+        Pushes the model in one commit with its processor, mapping report and model card.
+
+        Args:
+            repo_id: `owner/name`; created if there is none.
+            kwargs: those of [`~sam3_hf.sharing.hub.push_model`]: `processor`, `private`, `gated`, `revision`,
+                `commit_message`, `token`, `max_shard_size`.
+
+        Returns:
+            The commit.
+
+        Raises:
+            PushError: the Hub refused, or could not be reached; the message says why.
+            ImportError: the model was loaded by `trust_remote_code` where sam3-hf is not installed.
+        """
+        try:
+            from sam3_hf.sharing.hub import push_model
+        except ImportError as error:
+            raise needs_package("The card that `push_to_hub` writes") from error
+        return push_model(self, repo_id, **kwargs)
+
+
+__all__ = ["Sam3LitePreTrainedModel"]

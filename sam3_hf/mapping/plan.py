@@ -1,0 +1,102 @@
+"""What `from_pretrained` does with a source that is no lite model of the wanted sizes: decided once, then done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..configuration_sam3_lite import Sam3LiteConfig
+from ..sources_sam3_lite import HUB_ARGUMENTS
+from .mapping import MappingReport, map_checkpoint
+
+# Keyword arguments of `from_pretrained` that are also fields of a config, but not sizes.
+_LOADING_KEYWORDS = {"attn_implementation", "dtype", "torch_dtype", "quantization_config", "name_or_path"}
+
+
+@dataclass(frozen=True)
+class MappingPlan:
+    """
+    Args:
+        checkpoint: where the weights come from.
+        config: sizes of the model.
+        dtype: of the model.
+        ignore_mismatched_sizes: see [`map_checkpoint`].
+        rest: arguments of `from_pretrained` that are left to Transformers.
+    """
+
+    checkpoint: Checkpoint
+    config: Sam3LiteConfig
+    dtype: torch.dtype
+    ignore_mismatched_sizes: bool
+    rest: dict
+
+    def map(
+        self, shapes_of: Callable[[Sam3LiteConfig], dict[str, tuple[int, ...]]], strategy: str
+    ) -> tuple[dict[str, Tensor], MappingReport]:
+        """
+        The parameters of the model; see [`map_checkpoint`].
+
+        Args:
+            shapes_of: the name and shape of each parameter of a model with some configuration.
+            strategy: of the mapping.
+
+        Raises:
+            ValueError: the source is incomplete, or cannot be mapped to these sizes.
+        """
+        self.checkpoint.check(shapes_of(self.checkpoint.config))
+        return map_checkpoint(
+            self.checkpoint,
+            self.config,
+            shapes_of(self.config),
+            strategy,
+            self.dtype,
+            self.ignore_mismatched_sizes,
+        )
+
+
+def plan_mapping(
+    source: str | os.PathLike, fields: dict | None, preset: str | None, config: Sam3LiteConfig | None, keywords: dict
+) -> MappingPlan | None:
+    """
+    Args:
+        source: what [`~Sam3LiteModel.from_pretrained`] takes.
+        fields: content of its `config.json`, if it has one.
+        preset, config: sizes of the model, as there.
+        keywords: the other arguments of `from_pretrained`.
+
+    Returns:
+        The plan, or `None` if the source has neither a `config.json` nor a native file.
+
+    Raises:
+        ValueError, OSError: as `from_pretrained`.
+    """
+    rest = dict(keywords)
+    where = {key: rest.pop(key) for key in HUB_ARGUMENTS if key in rest}
+    checkpoint = open_checkpoint(source, rest.pop("variant", None), rest.pop("use_safetensors"), fields, **where)
+    if checkpoint is None:
+        return None
+    sizes = {key: rest.pop(key) for key in Sam3LiteConfig.keywords() & set(rest) - _LOADING_KEYWORDS}
+    preset = preset or ("same" if checkpoint.is_lite else "lite")
+    if config is None and preset != "same":
+        config = checkpoint.config.at_preset(preset, **sizes)
+    else:
+        config = config or checkpoint.config
+        config = config.changed(**sizes) if sizes else config
+    dtype = resolve_dtype(rest.pop("dtype", None), rest.pop("torch_dtype", None), checkpoint.dtype)
+    return MappingPlan(checkpoint, config, dtype, rest.pop("ignore_mismatched_sizes", False), rest)
+
+
+def resolve_dtype(dtype, torch_dtype, stored: torch.dtype) -> torch.dtype:
+    """`dtype` of `from_pretrained`: a dtype or its name; by default, or for "auto", that of the checkpoint."""
+    dtype = torch_dtype if dtype is None else dtype
+    if dtype in (None, "auto"):
+        return stored
+    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating point dtype, its name or 'auto', got {dtype!r}.")
+    return resolved

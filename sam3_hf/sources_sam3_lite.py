@@ -1,0 +1,62 @@
+"""Files of a checkpoint folder or Hub repository, as far as loading a saved model needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+
+# Keyword arguments of `from_pretrained` that say where files are.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# What training writes into a checkpoint folder beside its weights.
+TRAINER_STATE = "trainer_state.json"
+
+
+def config_fields(source: str | os.PathLike, **hub_arguments) -> dict | None:
+    """The content of the `config.json` of a folder or Hub repository, `None` if it has none."""
+    path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def is_training_checkpoint(source: str | os.PathLike) -> bool:
+    """Whether the source is a checkpoint folder that `training/train.py` wrote to resume from."""
+    return os.path.isfile(os.path.join(source, TRAINER_STATE))
+
+
+def safe_weights(source: str | os.PathLike, variant: str | None = None, **hub_arguments) -> str:
+    """
+    The safetensors file of a folder or Hub repository, or the index of its shards.
+
+    Raises:
+        OSError: there is none. Where there is a pickle instead, the message says how to insist on it.
+    """
+
+    def find(name: str) -> str | None:
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+
+    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
+    if variant is not None:
+        names = [f"{stem}.{variant}.{end}" for stem, end in (name.rsplit(".", 1) for name in names)]
+    path = find(names[0]) or find(names[1])
+    if path is not None:
+        return path
+    pickled = next((name for name in (WEIGHTS_INDEX_NAME, WEIGHTS_NAME) if find(name) is not None), None)
+    if pickled is not None:
+        raise OSError(
+            f"{source} has no {names[0]}, only {pickled}: such files can carry code and are refused. Ask its author "
+            "for safetensors, or insist with `use_safetensors=False`, which reads the tensors and nothing else."
+        )
+    raise OSError(f"{source} has neither {names[0]} nor {names[1]}.")
+
+
+__all__ = ["HUB_ARGUMENTS", "TRAINER_STATE", "config_fields", "is_training_checkpoint", "safe_weights"]

@@ -1,0 +1,1 @@
+"""The trainer. `training/train.py`, `sam3-lite train` and `python -m sam3_hf.training` start it."""

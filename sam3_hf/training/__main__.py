@@ -1,0 +1,7 @@
+"""`accelerate launch -m sam3_hf.training` or `python -m sam3_hf.training`: as `training/train.py`."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())
