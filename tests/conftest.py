@@ -10,6 +10,8 @@ from transformers import Sam3Config, Sam3Model
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
 
+PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks", "presence_logits", "semantic_seg")
+
 
 def micro_config(**overrides) -> Sam3LiteConfig:
     """The preset tiny at 64 px with two layers everywhere: every layer kind, a tenth of the time."""
@@ -92,6 +94,15 @@ def box_inputs(inputs) -> dict:
         "input_boxes": torch.rand(3, 2, 4, generator=generator) * 0.3 + 0.3,
         "input_boxes_labels": torch.tensor([[1, 0], [1, -10], [-10, -10]]),
     }
+
+
+def largest_difference(first, second, names=PREDICTIONS) -> float:
+    """Relative to the largest value of an output where that is above 1, as float32 rounds: mask logits go to 9."""
+
+    def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+        return ((one - other).abs().max() / other.abs().max().clamp(min=1)).item()
+
+    return max(difference(first[name].float(), second[name].float()) for name in names)
 
 
 def make_labels(with_masks: bool = True) -> list[dict]:

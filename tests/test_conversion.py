@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import micro_config, shake, stock_config
+from conftest import largest_difference, micro_config, shake, stock_config
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Sam3Config, Sam3Model, Sam3VideoConfig, Sam3VideoModel
 
@@ -19,12 +19,6 @@ from sam3_hf.checkpoints.checkpoint import (
     open_checkpoint,
     to_native,
 )
-
-PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks", "presence_logits", "semantic_seg")
-
-
-def largest_difference(first, second) -> float:
-    return max((first[name].float() - second[name].float()).abs().max().item() for name in PREDICTIONS)
 
 
 def native_config() -> Sam3LiteConfig:

@@ -6,21 +6,10 @@ import textwrap
 
 import pytest
 import torch
-from conftest import make_labels, micro_config, shake
+from conftest import PREDICTIONS, largest_difference, make_labels, micro_config, shake
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from sam3_hf import Sam3LiteModel
-
-PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks", "presence_logits", "semantic_seg")
-
-
-def largest_difference(first, second, names=PREDICTIONS) -> float:
-    """Relative to the largest value of an output where that is above 1, as float32 rounds: mask logits go to 9."""
-
-    def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-        return ((one - other).abs().max() / other.abs().max().clamp(min=1)).item()
-
-    return max(difference(first[name].float(), second[name].float()) for name in names)
 
 
 def rows(inputs: dict, index) -> dict:
