@@ -23,6 +23,9 @@ VISUAL_PHRASE = "visual"
 # Width of the ViT MLP relative to its hidden size: 4736 / 1024 in `facebook/sam3`.
 MLP_RATIO = 4.625
 
+# Epsilon of the ViT's LayerNorms in Meta's code (`sam3/model_builder.py`); Transformers' converter wrote 1e-6.
+VIT_LAYER_NORM_EPS = 1e-5
+
 # One row per preset: ViT width, depth, heads, global attention layers, DETR encoder and decoder depth.
 _FULL_SIZE_PRESETS = {
     "standard": (1024, 32, 16, [7, 15, 23, 31], 6, 6),
@@ -178,6 +181,9 @@ class Sam3LiteConfig(Sam3Config):
         vision_config, text_config, geometry_encoder_config, detr_encoder_config, detr_decoder_config,
         mask_decoder_config (`dict` or `PreTrainedConfig`, *optional*): the parts, as in [`Sam3Config`].
         loss_config (`dict` or [`Sam3LiteLossConfig`], *optional*): weights of the training loss.
+        summary_token (`bool`, *optional*, defaults to `True`): whether every prompt gets the token by which the box
+            encoder sums up the image, as in Meta's SAM 3, or only prompts with boxes, as in [`Sam3Model`]. `False`
+            where a saved configuration does not say it.
         vocabulary (`list[str]`, *optional*): the only phrases that the model knows; it then stores their text features
             and has no text encoder. Set by [`~Sam3LiteModel.freeze_vocabulary`].
 
@@ -198,6 +204,7 @@ class Sam3LiteConfig(Sam3Config):
     model_type = "sam3_lite"
 
     loss_config: dict | PreTrainedConfig | None = None
+    summary_token: bool = True
     vocabulary: list[str] | None = None
 
     def __post_init__(self, **kwargs):
@@ -223,6 +230,11 @@ class Sam3LiteConfig(Sam3Config):
         vision.backbone_feature_sizes = [[grid * 4, grid * 4], [grid * 2, grid * 2], [grid, grid]]
 
     @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As [`~PreTrainedConfig.from_dict`], for the content of a file: those of older versions lack fields."""
+        return super().from_dict({"summary_token": False, **config_dict}, **kwargs)
+
+    @classmethod
     def from_preset(cls, name: str, **overrides) -> Sam3LiteConfig:
         r"""
         A config by name, with any size changed.
@@ -245,16 +257,23 @@ class Sam3LiteConfig(Sam3Config):
     def at_preset(self, name: str, **overrides) -> Sam3LiteConfig:
         """
         The sizes of a preset for what this configuration is used for: its input resolution (if patches are equal),
-        number of queries and vocabulary stay. `overrides` as in [`~Sam3LiteConfig.from_preset`].
+        number of queries, summary token, epsilon of the ViT and vocabulary stay. `overrides` as in [`~Sam3LiteConfig.from_preset`].
 
         Raises:
             ValueError: no such preset or field, or the sizes do not fit together.
         """
-        kept = {"num_queries": self.detr_decoder_config.num_queries, "vocabulary": self.vocabulary}
+        kept = {
+            "num_queries": self.detr_decoder_config.num_queries,
+            "summary_token": self.summary_token,
+            "vocabulary": self.vocabulary,
+            "vision_config": {
+                "backbone_config": {"layer_norm_eps": self.vision_config.backbone_config.layer_norm_eps}
+            },
+        }
         patches = (config.vision_config.backbone_config.patch_size for config in (self, self.from_preset(name)))
         if len(set(patches)) == 1:
             kept["image_size"] = self.image_size
-        return self.from_preset(name, **{**kept, **overrides})
+        return self.from_preset(name, **_merge(kept, overrides))
 
     def changed(self, **overrides) -> Sam3LiteConfig:
         """
@@ -264,7 +283,7 @@ class Sam3LiteConfig(Sam3Config):
             ValueError: no such field, or the sizes do not fit together.
         """
         fields = self.to_dict()
-        kept = (*preset_fields("lite"), "initializer_range", "vocabulary")
+        kept = (*preset_fields("lite"), "initializer_range", "summary_token", "vocabulary")
         return self._changed({name: fields[name] for name in kept}, overrides)
 
     @classmethod
@@ -408,6 +427,7 @@ def _full_size_fields(width, depth, heads, global_layers, encoder_layers, decode
         "num_hidden_layers": depth,
         "num_attention_heads": heads,
         "global_attn_indexes": list(global_layers),
+        "layer_norm_eps": VIT_LAYER_NORM_EPS,
     }
     text = {
         "model_type": "clip_text_model",

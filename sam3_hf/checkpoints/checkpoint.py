@@ -22,7 +22,7 @@ from transformers.utils import (
     logging,
 )
 
-from ..configuration_sam3_lite import Sam3LiteConfig, spread_global_layers
+from ..configuration_sam3_lite import VIT_LAYER_NORM_EPS, Sam3LiteConfig, spread_global_layers
 from ..sources_sam3_lite import config_fields, is_training_checkpoint, safe_weights
 from ..vocabulary_sam3_lite import BUFFERS
 
@@ -666,19 +666,31 @@ def _count(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
 
 
 def lite_config(config: Sam3Config) -> Sam3LiteConfig:
-    """The configuration of a standard model as one of ours: the same sizes without the parts that nothing reads."""
+    """
+    The configuration of a standard model as one of ours: the same sizes without the parts that nothing reads.
+
+    What does not say whether phrases get the summary token is SAM 3 itself, where they do, and whose ViT was trained
+    with another epsilon than Transformers' converter wrote.
+    """
     names = ("vision", "text", "geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
-    parts = {f"{name}_config": getattr(config, f"{name}_config") for name in names}
-    return Sam3LiteConfig(**parts, initializer_range=config.initializer_range)
+    parts = {f"{name}_config": copy.deepcopy(getattr(config, f"{name}_config")) for name in names}
+    summary_token = getattr(config, "summary_token", None)
+    if summary_token is None:
+        parts["vision_config"].backbone_config.layer_norm_eps = VIT_LAYER_NORM_EPS
+        summary_token = True
+    return Sam3LiteConfig(**parts, initializer_range=config.initializer_range, summary_token=summary_token)
 
 
 def stock_config(config: Sam3LiteConfig) -> Sam3Config:
-    """The configuration of the standard model class at the sizes of `config`: the inverse of [`lite_config`]."""
+    """
+    The configuration of the standard model class at the sizes of `config`: the inverse of [`lite_config`]. It keeps
+    `summary_token`, which the standard class does not read.
+    """
     names = ("vision", "text", "geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
     parts = {f"{name}_config": copy.deepcopy(getattr(config, f"{name}_config")) for name in names}
     parts["vision_config"].scale_factors = [4.0, 2.0, 1.0, 0.5]
     parts["mask_decoder_config"].num_upsampling_stages = 3
-    return Sam3Config(**parts, initializer_range=config.initializer_range)
+    return Sam3Config(**parts, initializer_range=config.initializer_range, summary_token=config.summary_token)
 
 
 def open_checkpoint(
