@@ -257,7 +257,8 @@ class Sam3LiteConfig(Sam3Config):
     def at_preset(self, name: str, **overrides) -> Sam3LiteConfig:
         """
         The sizes of a preset for what this configuration is used for: its input resolution (if patches are equal),
-        number of queries, summary token, epsilon of the ViT and vocabulary stay. `overrides` as in [`~Sam3LiteConfig.from_preset`].
+        number of queries, summary token, epsilon of the ViT and vocabulary stay. `overrides` as in
+        [`~Sam3LiteConfig.from_preset`].
 
         Raises:
             ValueError: no such preset or field, or the sizes do not fit together.
