@@ -33,6 +33,7 @@ from counting import Counter, fake_cpu, fake_cuda, flops
 from torch import Tensor
 from train_step import STOCK_TOKENS, stock_loss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, loss_sam3_lite
 from sam3_hf.loss_sam3_lite import Match
@@ -70,7 +71,7 @@ def count_call(name: str, image_size: int | None, prompts: int, kept: int | None
                 features = BaseModelOutputWithPooling(pooler_output=text)
                 model(vision_embeds=vision, text_embeds=features, attention_mask=mask)
             else:
-                find(model, vision.fpn_hidden_states, text, mask, kept)
+                find(model, vision, text, mask, kept)
         total = counter.get_total_flops()
         tokens = STOCK_TOKENS if name.startswith(STOCK) else TOKENS
         with flops() as counter:
@@ -78,10 +79,10 @@ def count_call(name: str, image_size: int | None, prompts: int, kept: int | None
     return Call(vision_flops, total, counter.get_total_flops(), count.kernels, count.moved)
 
 
-def find(model: Sam3LiteModel, levels: tuple[Tensor, ...], text: Tensor, mask: Tensor, kept: int) -> None:
+def find(model: Sam3LiteModel, vision: Sam3VisionEncoderOutput, text: Tensor, mask: Tensor, kept: int) -> None:
     """What `Sam3LiteModel.find` does for one image if each prompt keeps the first `kept` of its queries."""
-    index = torch.zeros(len(text), dtype=torch.long)
-    found = model.detect(levels, index, text, mask.bool(), None, None, False)
+    index, levels = torch.zeros(len(text), dtype=torch.long), vision.fpn_hidden_states
+    found = model.detect(levels, index, text, mask.bool(), None, None, False, model._summary_of(vision))
     if not kept:
         return
     shared = model.mask_decoder.shared_maps(levels, len(text))

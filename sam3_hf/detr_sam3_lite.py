@@ -40,7 +40,21 @@ def additive_mask(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class Sam3LiteGeometryEncoder(Sam3GeometryEncoder):
-    """The stock box prompt encoder, reading each prompt's image through `image_index` and safe in half precision."""
+    """
+    The stock box prompt encoder, reading each prompt's image through `image_index` and safe in half precision. Behind
+    the boxes of a prompt comes a summary token, which without boxes depends on the image alone.
+    """
+
+    def summarise(self, vision_features: Tensor, vision_position: Tensor) -> Tensor:
+        """
+        The summary token of prompts without boxes, `(images, 1, hidden)`; see `forward`.
+
+        Every parameter of the encoder has a part in it, if only a gradient of zero, as DDP needs.
+        """
+        images, device = len(vision_features), vision_features.device
+        boxes = torch.zeros((images, 0, 4), device=device)
+        labels = torch.zeros((images, 0), dtype=torch.long, device=device)
+        return self(boxes, labels, vision_features, vision_position, torch.arange(images, device=device))[0]
 
     def forward(
         self,
@@ -63,9 +77,10 @@ class Sam3LiteGeometryEncoder(Sam3GeometryEncoder):
         """
         num_prompts = boxes.shape[0]
         valid = box_labels != BOX_PADDING_LABEL
-        embeds = self._embed_boxes(boxes, box_labels.clamp(min=0), vision_features, image_index)
-        summary = self.cls_embed.weight.expand(num_prompts, 1, -1)
-        embeds = torch.cat([embeds, summary.to(embeds.dtype)], dim=1)
+        embeds = self.cls_embed.weight.expand(num_prompts, 1, -1).to(vision_features.dtype)
+        if boxes.shape[1] or torch.is_grad_enabled():
+            own = self._embed_boxes(boxes, box_labels.clamp(min=0), vision_features, image_index)
+            embeds = torch.cat([own, embeds.to(own.dtype)], dim=1)
         valid = F.pad(valid, (0, 1), value=True)
 
         embeds = self.prompt_layer_norm(self.final_proj(embeds))
@@ -81,7 +96,7 @@ class Sam3LiteGeometryEncoder(Sam3GeometryEncoder):
         boxes = boxes.float()
         center_x, center_y, width, height = (side.flatten() for side in boxes.unbind(-1))
         position = self._encode_box_coordinates(center_x, center_y, width, height)
-        position = position.view(num_prompts, num_boxes, -1)
+        position = position.unflatten(0, (num_prompts, num_boxes))
 
         normed = self.vision_layer_norm(vision_features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         grid_height, grid_width = normed.shape[-2:]
@@ -91,7 +106,7 @@ class Sam3LiteGeometryEncoder(Sam3GeometryEncoder):
         # roi_align has no bfloat16 kernel and wants one dtype for both inputs; float32 serves every precision.
         with torch.autocast(device_type=boxes.device.type, enabled=False):
             pooled = torchvision.ops.roi_align(normed.float(), rois, self.roi_size)
-        pooled = self.boxes_pool_project(pooled.to(dtype)).view(num_prompts, num_boxes, -1)
+        pooled = self.boxes_pool_project(pooled.to(dtype)).flatten(1).unflatten(0, (num_prompts, num_boxes))
         return (
             self.label_embed(labels.long())
             + self.boxes_direct_project(boxes.to(dtype))

@@ -20,7 +20,7 @@ from transformers.models.sam3.modeling_sam3 import (
     Sam3VisionEncoderOutput,
     box_cxcywh_to_xyxy,
 )
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_sam3_lite import BOX_PADDING_LABEL, Sam3LiteConfig, check_vocabulary
 from .detr_sam3_lite import Sam3LiteDetrDecoder, Sam3LiteDetrEncoder, Sam3LiteGeometryEncoder, additive_mask
@@ -30,6 +30,8 @@ from .masks_sam3_lite import Sam3LiteMaskDecoder
 from .text_sam3_lite import Sam3LiteTextEncoder
 from .vision_sam3_lite import Sam3LiteVisionModel
 from .vocabulary_sam3_lite import Sam3LiteVocabulary
+
+logger = logging.get_logger(__name__)
 
 # Largest relative difference of text features that rounding explains, half precision at both ends included. Those of
 # other weights differ by about as much as they are large.
@@ -87,6 +89,19 @@ class Sam3LiteFindings(ModelOutput):
 
 
 @dataclass
+class Sam3LiteVisionOutput(Sam3VisionEncoderOutput):
+    r"""
+    Output of [`~Sam3LiteModel.get_vision_features`]: that of the vision encoder, and what prompts of an image share.
+
+    Args:
+        summary (`torch.FloatTensor` of shape `(num_images, 1, hidden_size)`, *optional*): the token by which the box
+            encoder sums up an image, for prompts without boxes.
+    """
+
+    summary: torch.FloatTensor | None = None
+
+
+@dataclass
 class DetectorOutput(ModelOutput):
     """What the detector computes for a chunk of prompts, before losses and post-processing; one row per prompt."""
 
@@ -117,6 +132,19 @@ class Prompts(NamedTuple):
     text_mask: Tensor | None
     input_boxes: Tensor | None
     input_boxes_labels: Tensor | None
+
+
+def refuse_arguments(arguments: dict, config: Sam3LiteConfig):
+    """
+    Raises:
+        TypeError: what `forward` was given beside its own arguments, or the configuration asks of every call.
+    """
+    wanted = {"output_attentions": config.output_attentions, "output_hidden_states": config.output_hidden_states}
+    for name in wanted:
+        if arguments.pop(name, wanted[name]):
+            raise TypeError(f"Sam3LiteModel does not record `{name}`: register forward hooks on its layers instead.")
+    if arguments:
+        raise TypeError(f"Sam3LiteModel takes no argument `{next(iter(arguments))}`.")
 
 
 class Sam3LiteModel(Sam3LitePreTrainedModel):
@@ -171,8 +199,11 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
 
     def to_sam3(self) -> Sam3Model:
         """
-        The same model as a stock [`Sam3Model`], whose saved folder Transformers loads without this package. Outputs
-        are equal. The few parameters that only the stock model has, and nothing reads, are freshly initialised.
+        The same model as a stock [`Sam3Model`], whose saved folder Transformers loads without this package. The few
+        parameters that only the stock model has, and nothing reads, are freshly initialised.
+
+        Outputs are equal but for prompts without boxes of a model with `config.summary_token`: the stock class leaves
+        their summary token out, which a warning says. There, a box of label -10 (padding) brings it back.
 
         Raises:
             ValueError: the model has a fixed vocabulary, for which the stock class has no place.
@@ -193,6 +224,12 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         if lost:
             raise RuntimeError(
                 f"This version of Transformers names parameters of `Sam3Model` differently: {lost[:4]}."
+            )
+        if self.config.summary_token:
+            logger.warning(
+                "Sam3Model leaves out the summary token of prompts without boxes, with which this model was made: its "
+                "answers to phrases will differ, unless each prompt is given a padding box (`input_boxes` of zeros, "
+                "`input_boxes_labels` of -10)."
             )
         return stock.train(self.training)
 
@@ -301,15 +338,16 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
 
     def compile(self, **kwargs):
         """
-        Compiles the vision encoder and the detector in place, each as one graph. Matching, on the CPU, stays outside,
-        as does the mask head, whose number of prompts changes from call to call. Copies and pickles of the model are
-        not compiled.
+        Compiles the vision encoder, the box encoder and the detector in place, each as one graph. Matching, on the
+        CPU, stays outside, as does the mask head, whose number of prompts changes from call to call. Copies and
+        pickles of the model are not compiled.
 
         Args:
             kwargs: passed to `torch.compile`. With CUDA graphs (`mode="reduce-overhead"`), call
                 `torch.compiler.cudagraph_mark_step_begin()` before each use of the model: it has several graphs.
         """
         self.vision_encoder.compile(**kwargs)
+        self.geometry_encoder.compile(**kwargs)
         self._compiled_detect = torch.compile(self.detect, **kwargs)
 
     def __getstate__(self) -> dict:
@@ -335,7 +373,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         features = self.text_projection(outputs.last_hidden_state)
         return BaseModelOutputWithPooling(last_hidden_state=outputs.last_hidden_state, pooler_output=features)
 
-    def get_vision_features(self, pixel_values: Tensor) -> Sam3VisionEncoderOutput:
+    def get_vision_features(self, pixel_values: Tensor) -> Sam3LiteVisionOutput:
         """
         Args:
             pixel_values: `(images, 3, height, width)` normalised to mean and standard deviation 0.5.
@@ -349,7 +387,17 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
                 f"`pixel_values` has size {tuple(pixel_values.shape[-2:])}, this model is configured for "
                 f"({size}, {size}): use its processor, or load it with another `image_size`."
             )
-        return self.vision_encoder(pixel_values)
+        features = self.vision_encoder(pixel_values)
+        return Sam3LiteVisionOutput(**features, summary=self._summary_of(features))
+
+    def _summary_of(self, vision_embeds: Sam3VisionEncoderOutput) -> Tensor | None:
+        """The summary tokens `(images, 1, hidden)` of the images, which all prompts share; None where none is read."""
+        summary = getattr(vision_embeds, "summary", None)
+        # Where phrases do not get it, training makes it all the same: masked, it keeps the box encoder in the graph.
+        if summary is None and (self.config.summary_token or self.training):
+            coarse = vision_embeds.fpn_hidden_states[2]
+            summary = self.geometry_encoder.summarise(coarse, self._position_encoding(coarse))
+        return summary
 
     @can_return_tuple
     def forward(
@@ -366,6 +414,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         prompt_chunk_size: int | None = None,
         original_sizes: Tensor | None = None,
         class_ids: Tensor | None = None,
+        **kwargs,
     ) -> Sam3LiteOutput:
         r"""
         Args:
@@ -393,10 +442,13 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             original_sizes: not used; lets the output of the processor be passed whole.
             class_ids (`torch.LongTensor` of shape `(num_prompts,)`, *optional*): prompts by their places in
                 `config.vocabulary`, for a model that has one.
+            kwargs: `return_dict`; all else is refused, `output_attentions` and `output_hidden_states` among it.
 
         Raises:
             ValueError: inputs that are missing, exclusive, or of sizes that do not match.
+            TypeError: an argument that is none.
         """
+        refuse_arguments(kwargs, self.config)
         if (pixel_values is None) == (vision_embeds is None):
             raise ValueError("Pass exactly one of `pixel_values` and `vision_embeds`.")
         given = (input_ids is not None) + (text_embeds is not None) + (class_ids is not None)
@@ -406,7 +458,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             raise ValueError("`prompt_chunk_size` is for inference: pass it without `labels`.")
         if vision_embeds is None:
             vision_embeds = self.get_vision_features(pixel_values)
-        levels = tuple(vision_embeds.fpn_hidden_states[:3])
+        levels, summary = tuple(vision_embeds.fpn_hidden_states[:3]), self._summary_of(vision_embeds)
         if not given:
             class_ids, image_index = self._every_class(len(levels[0]), image_index, input_boxes)
         if class_ids is not None:
@@ -419,14 +471,17 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         if not torch.is_autocast_enabled(text.device.type):
             text = text.to(levels[-1].dtype)  # cached features are often kept in float32
         text_mask = None if attention_mask is None else attention_mask.bool()
+        if input_ids is not None:  # what is token 0 is padding for SAM 3's detector, be it part of a word
+            tokens = input_ids != 0
+            text_mask = tokens if text_mask is None else text_mask & tokens
         if input_boxes is not None:
             input_boxes_labels = self._check_boxes(input_boxes, input_boxes_labels)
         prompts = self._assign_images(len(levels[0]), image_index, text, text_mask, input_boxes, input_boxes_labels)
         if labels is not None:
             if len(labels) != len(prompts.image_index):
                 raise ValueError(f"`labels` has {len(labels)} entries for {len(prompts.image_index)} prompts.")
-            return self._forward_with_labels(levels, prompts, labels)
-        return self._forward_in_chunks(levels, prompts, prompt_chunk_size)
+            return self._forward_with_labels(levels, summary, prompts, labels)
+        return self._forward_in_chunks(levels, summary, prompts, prompt_chunk_size)
 
     def _every_class(
         self, num_images: int, image_index: Tensor | None, input_boxes: Tensor | None
@@ -472,7 +527,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             input_boxes,
             input_boxes_labels,
         )
-        found = self._run_detector(levels, prompts)
+        found = self._run_detector(levels, self._summary_of(vision_embeds), prompts)
         output = self._predictions(found)
         scores = output.pred_logits.sigmoid() * output.presence_logits.sigmoid()  # (prompts, queries)
         prompt, query = (scores > threshold).nonzero(as_tuple=True)
@@ -517,19 +572,29 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         input_boxes: Tensor | None,
         input_boxes_labels: Tensor | None,
         one_to_many: bool,
+        summary: Tensor | None = None,
     ) -> DetectorOutput:
         """
         Everything between the features and the masks, for `(prompts,)` prompts on `(images,)` feature maps.
-        See [`~Sam3LiteModel.forward`] for the arguments; `levels` are the vision maps from fine to coarse.
+        See [`~Sam3LiteModel.forward`] for the arguments; `levels` are the vision maps from fine to coarse, `summary`
+        the tokens `(images, 1, hidden)` of prompts without boxes.
         """
         coarse = levels[-1]
         position = self._position_encoding(coarse)
+        shown, shown_mask = None, None  # what the box encoder adds to the words
         if input_boxes is not None:
-            boxes, boxes_mask = self.geometry_encoder(input_boxes, input_boxes_labels, coarse, position, image_index)
+            shown, shown_mask = self.geometry_encoder(input_boxes, input_boxes_labels, coarse, position, image_index)
+            if not self.config.summary_token:  # a prompt without boxes gets none, whatever its neighbours have
+                has_boxes = (input_boxes_labels != BOX_PADDING_LABEL).any(dim=1, keepdim=True)
+                shown_mask = shown_mask & has_boxes
+        elif summary is not None:
+            shown = summary[image_index]
+            shown_mask = torch.full(shown.shape[:2], self.config.summary_token, device=text.device)
+        if shown is not None:
             if text_mask is None:
                 text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-            text = torch.cat([text, boxes.to(text.dtype)], dim=1)
-            text_mask = torch.cat([text_mask, boxes_mask], dim=1)
+            text = torch.cat([text, shown.to(text.dtype)], dim=1)
+            text_mask = torch.cat([text_mask, shown_mask], dim=1)
         prompt_bias = additive_mask(text_mask, coarse.dtype)
         vision = coarse.flatten(2).transpose(1, 2)  # (images, height * width, hidden)
         encoded = self.detr_encoder(vision, image_index, text, position, prompt_bias)
@@ -591,8 +656,10 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         )
         return Prompts(image_index, *expanded)
 
-    def _run_detector(self, levels: tuple[Tensor, ...], prompts: Prompts, one_to_many: bool = False) -> DetectorOutput:
-        return (self._compiled_detect or self.detect)(levels, *prompts, one_to_many)
+    def _run_detector(
+        self, levels: tuple[Tensor, ...], summary: Tensor | None, prompts: Prompts, one_to_many: bool = False
+    ) -> DetectorOutput:
+        return (self._compiled_detect or self.detect)(levels, *prompts, one_to_many, summary)
 
     def _mask_features(
         self,
@@ -605,7 +672,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         return self.mask_decoder(levels, found.encoded, image_index, found.prompt_features, bias, shared)
 
     def _forward_in_chunks(
-        self, levels: tuple[Tensor, ...], prompts: Prompts, prompt_chunk_size: int | None
+        self, levels: tuple[Tensor, ...], summary: Tensor | None, prompts: Prompts, prompt_chunk_size: int | None
     ) -> Sam3LiteOutput:
         num_prompts = len(prompts.image_index)
         size = prompt_chunk_size or max(num_prompts, 1)
@@ -613,7 +680,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         chunks = []
         for start in range(0, num_prompts, size):
             chunk = Prompts(*(tensor if tensor is None else tensor[start : start + size] for tensor in prompts))
-            found = self._run_detector(levels, chunk)
+            found = self._run_detector(levels, summary, chunk)
             pixels = self._mask_features(levels, chunk.image_index, found, shared)
             chunks.append(self._predictions(found, pixels, self.mask_decoder.semantic_projection(pixels)))
         if not chunks:
@@ -634,10 +701,14 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         )
 
     def _forward_with_labels(
-        self, levels: tuple[Tensor, ...], prompts: Prompts, labels: list[dict[str, Tensor]]
+        self,
+        levels: tuple[Tensor, ...],
+        summary: Tensor | None,
+        prompts: Prompts,
+        labels: list[dict[str, Tensor]],
     ) -> Sam3LiteOutput:
         one_to_many = self.training and self.config.loss_config.one_to_many_weight > 0
-        found = self._run_detector(levels, prompts, one_to_many)
+        found = self._run_detector(levels, summary, prompts, one_to_many)
         chosen = self._prompts_to_segment(labels)
         index = chosen.to(prompts.image_index.device, non_blocking=True)
         pixels = self._mask_features(levels, prompts.image_index[index], found.of_prompts(index))
@@ -663,12 +734,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             self.config.loss_config,
             mask_logits,
         )
-        if self.training:
-            if prompts.input_boxes is None:
-                loss = loss + (self._idle_geometry(levels[-1]) * 0).sum()
-            outputs = self._predictions(found)
-        else:
-            outputs = self._predictions(found, pixels, semantic)
+        outputs = self._predictions(found) if self.training else self._predictions(found, pixels, semantic)
         outputs.loss, outputs.loss_dict = loss, loss_dict
         return outputs
 
@@ -683,15 +749,11 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             chosen = [i for i, mask in enumerate(masks) if mask is not None and len(mask)] or [0]
         return torch.tensor(list(chosen))
 
-    def _idle_geometry(self, coarse: Tensor) -> Tensor:
-        """
-        Runs the box encoder on one padded box of one image, so that its parameters get a (zero) gradient in a step
-        without box prompts: then every step uses every parameter and DDP need not search for unused ones.
-        """
-        index = torch.zeros(1, dtype=torch.long, device=coarse.device)
-        boxes = torch.full((1, 1, 4), 0.5, device=coarse.device)
-        labels = torch.full((1, 1), BOX_PADDING_LABEL, dtype=torch.long, device=coarse.device)
-        return self.geometry_encoder(boxes, labels, coarse[:1], self._position_encoding(coarse), index)[0]
 
-
-__all__ = ["Sam3LiteFindings", "Sam3LiteModel", "Sam3LiteOutput", "Sam3LitePreTrainedModel"]
+__all__ = [
+    "Sam3LiteFindings",
+    "Sam3LiteModel",
+    "Sam3LiteOutput",
+    "Sam3LitePreTrainedModel",
+    "Sam3LiteVisionOutput",
+]

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import gzip
+import html
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import ftfy
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 from transformers import BatchFeature, CLIPTokenizer, Sam3ImageProcessor, Sam3Processor
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from .configuration_sam3_lite import BOX_PADDING_LABEL, MAX_TOKENS, VISUAL_PHRASE
+from .sources_sam3_lite import HUB_ARGUMENTS
 
 logger = logging.get_logger(__name__)
 
 # Merges of CLIP's byte-pair encoding, most frequent first, one a line.
 _MERGES_FILE = Path(__file__).parent / "assets" / "clip_merges.txt.gz"
+# Either of these is a tokenizer. Without them Transformers makes an empty one, to which all phrases are the same.
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 # Masks are enlarged in bands of so many pixels: only their booleans are ever as large as the image.
 _PIXELS_AT_ONCE = 2**20
 # Their cells are looked at together, which on a GPU is one wait for so many of them.
@@ -50,10 +56,29 @@ def clip_tokenizer(vocab_size: int = 49408) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=MAX_TOKENS)
 
 
+def clean_phrase(phrase: str) -> str:
+    """
+    A phrase as SAM 3 was trained to read it: mojibake, curly quotes and full-width letters mended, HTML entities
+    replaced, white space single, letters small (`sam3/model/tokenizer_ve.py` of facebookresearch/sam3).
+    """
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(phrase))).split()).lower()
+
+
 def tokenize(tokenizer, phrases: list[str]) -> dict[str, Tensor]:
-    """{"input_ids", "attention_mask"}, each `(phrases, 32)` int64: padded, and cut where too long."""
-    tokens = tokenizer(phrases, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+    """
+    {"input_ids", "attention_mask"}, each `(phrases, 32)` int64: cleaned, padded, and cut where too long. The mask is 0
+    for padding, and for token 0 ("!" in the middle of a word), with which SAM 3 pads.
+    """
+    tokens = tokenizer(
+        [clean_phrase(phrase) for phrase in phrases],
+        padding="max_length",
+        truncation=True,
+        max_length=MAX_TOKENS,
+        split_special_tokens=True,  # "<|endoftext|>" in a phrase is text
+        return_tensors="pt",
+    )
+    ids = tokens["input_ids"]
+    return {"input_ids": ids, "attention_mask": tokens["attention_mask"] * (ids != 0)}
 
 
 def _byte_characters() -> list[str]:
@@ -75,6 +100,27 @@ class Sam3LiteProcessor(Sam3Processor):
         self, image_processor, tokenizer, target_size: int | None = None, point_pad_value: int = BOX_PADDING_LABEL
     ):
         super().__init__(image_processor, tokenizer, target_size=target_size, point_pad_value=point_pad_value)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Sam3LiteProcessor:
+        """
+        As [`~ProcessorMixin.from_pretrained`].
+
+        Raises:
+            OSError: there is no such folder or repository, or it has no tokenizer.
+        """
+        source = pretrained_model_name_or_path
+        where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+
+        def has(name: str) -> bool:
+            return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where) is not None
+
+        if not any(all(map(has, names)) for names in _TOKENIZER_FILES):
+            raise OSError(
+                f"{source} has no tokenizer: tokenizer.json is missing. Copy it from the model that this one was made "
+                "of; CLIP's is written by `Sam3LiteProcessor.from_config(model.config).save_pretrained(folder)`."
+            )
+        return super().from_pretrained(source, **kwargs)
 
     @classmethod
     def from_config(cls, config) -> Sam3LiteProcessor:
@@ -155,9 +201,9 @@ class Sam3LiteProcessor(Sam3Processor):
                 raise ValueError(f"Prompt {index} has neither text nor boxes.")
         words = [VISUAL_PHRASE if prompt is None else prompt for prompt in prompts]
         tokens = tokenize(self.tokenizer, words)
-        full = tokens["attention_mask"].sum(dim=1) == MAX_TOKENS
-        for index in full.nonzero().flatten().tolist():
-            if len(self.tokenizer(words[index])["input_ids"]) > MAX_TOKENS:
+        cut_or_full = tokens["input_ids"][:, -1] == self.tokenizer.eos_token_id
+        for index in cut_or_full.nonzero().flatten().tolist():
+            if len(self.tokenizer(clean_phrase(words[index]))["input_ids"]) > MAX_TOKENS:
                 logger.warning(f"The prompt {words[index]!r} is longer than {MAX_TOKENS} tokens and was cut.")
         return tokens
 

@@ -33,7 +33,8 @@ class Sam3LiteTextEncoder(CLIPPreTrainedModel):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
         """
         Args:
-            input_ids, attention_mask: `(prompts, tokens)` int, padding at the end.
+            input_ids, attention_mask: `(prompts, tokens)` int, padding at the end. No token sees what comes after it,
+                so the mask only tells which states are wanted.
 
         Returns:
             `last_hidden_state` `(prompts, tokens, hidden)` and `pooler_output` `(prompts, hidden)`. Prompts that are
@@ -53,10 +54,10 @@ class Sam3LiteTextEncoder(CLIPPreTrainedModel):
         different, place = torch.stack([input_ids, attention_mask.to(input_ids.dtype)], 1).unique(
             dim=0, return_inverse=True
         )
-        longest = int(different[:, 1].sum(1).max())
+        positions = torch.arange(1, num_tokens + 1, device=input_ids.device)
+        longest = int((positions * (different[:, 1] != 0)).max())
         length = min(-(-longest // TOKEN_BLOCK) * TOKEN_BLOCK, num_tokens)
-        input_ids, attention_mask = different[:, :, :length].unbind(1)
-        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
+        outputs = self.text_model(input_ids=different[:, 0, :length])
         return BaseModelOutputWithPooling(
             last_hidden_state=F.pad(outputs.last_hidden_state, (0, 0, 0, num_tokens - length))[place],
             pooler_output=outputs.pooler_output[place],

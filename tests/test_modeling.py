@@ -23,6 +23,8 @@ def text_inputs(inputs: dict) -> dict:
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", ["text", "padded text", "boxes", "text and boxes"])
 def test_equals_stock_in_float32(model, stock_model, box_inputs, prompt):
+    """Without the summary token, which stock gives to phrases only in the company of boxes."""
+    model.config.summary_token = False
     if prompt == "boxes":  # the same word for every prompt, as the processor writes it
         box_inputs["input_ids"] = box_inputs["input_ids"][:1].repeat(3, 1)
     if "boxes" not in prompt:
@@ -30,15 +32,20 @@ def test_equals_stock_in_float32(model, stock_model, box_inputs, prompt):
     if prompt == "text":
         del box_inputs["attention_mask"]
     expected = stock_model(**box_inputs)
-    assert expected.pred_masks.abs().max() > 0.1
+    if "boxes" in prompt:
+        box_inputs, expected = rows(box_inputs, [0, 1]), rows(expected, [0, 1])
+    assert expected["pred_masks"].abs().max() > 0.1
     assert largest_difference(model(**box_inputs), expected) <= 1e-5
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_stays_within_the_noise_of_stock(model, stock_model, box_inputs, dtype):
+    model.config.summary_token = False
     if dtype == torch.bfloat16:  # the stock box encoder cannot run under bfloat16 autocast
         del box_inputs["input_boxes"], box_inputs["input_boxes_labels"]
+    else:
+        box_inputs = rows(box_inputs, [0, 1])  # which have boxes
     exact = stock_model(**box_inputs)
     with torch.autocast("cpu", dtype=dtype):
         ours, theirs = model(**box_inputs), stock_model(**box_inputs)
