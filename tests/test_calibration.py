@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Sam3Model
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
-from sam3_hf.checkpoints.checkpoint import Checkpoint, LoadedTensors
+from sam3_hf.checkpoints import Checkpoint, LoadedTensors
 from sam3_hf.mapping.calibration import calibrate_mapping
 from sam3_hf.mapping.calibration.images import draw_images, load_pixels
 from sam3_hf.mapping.calibration.least_squares import LeastSquares

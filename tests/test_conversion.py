@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Sam3Config, Sam3Model, Sam3VideoConfig, Sam3VideoModel
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.checkpoints.checkpoint import (
+from sam3_hf.checkpoints import (
     NAME_TABLE,
     UNREAD,
     from_native,
@@ -174,7 +174,7 @@ def test_sizes_of_the_real_native_file_are_recognised():
         def shape(self, name):
             return tuple(self[name].shape)
 
-    from sam3_hf.checkpoints.checkpoint import Checkpoint
+    from sam3_hf.checkpoints import Checkpoint
     from sam3_hf.configuration_sam3_lite import parameter_sizes
 
     standard = Sam3LiteConfig.from_preset("standard")

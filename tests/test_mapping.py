@@ -7,7 +7,7 @@ from conftest import micro_config, shake
 from transformers import Sam3Model
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.checkpoints.checkpoint import open_checkpoint
+from sam3_hf.checkpoints import open_checkpoint
 from sam3_hf.mapping.mapping import (
     KNOWN_DEPTHS,
     Mapper,

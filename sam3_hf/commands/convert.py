@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints import open_checkpoint
 from ..mapping.calibration import calibrate_mapping
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints import Checkpoint
 from ..configuration_sam3_lite import Sam3LiteConfig
 from ..vocabulary_sam3_lite import INTEGER_BUFFERS
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints import Checkpoint, open_checkpoint
 from ..configuration_sam3_lite import Sam3LiteConfig
 from ..sources_sam3_lite import HUB_ARGUMENTS
 from .mapping import MappingReport, map_checkpoint

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
 
-from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints import open_checkpoint
 from ..data import (
     Augmentation,
     DatasetError,

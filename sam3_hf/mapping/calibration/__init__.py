@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ...checkpoints.checkpoint import Checkpoint, LoadedTensors
+from ...checkpoints import Checkpoint, LoadedTensors
 from ...configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
 from ...modeling_sam3_lite import Sam3LiteModel
 from ...processing_sam3_lite import Sam3LiteProcessor, tokenize
