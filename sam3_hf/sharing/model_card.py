@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from ..checkpoints import source_config, weight_files
 from ..configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
-from ..mapping.mapping import REPORT_FILE
+from ..mapping import REPORT_FILE
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..version import __version__
 from .info import preset_of
