@@ -531,3 +531,13 @@ def test_map_checkpoint_alone(source):
     state, report = map_checkpoint(open_checkpoint(source), config, Sam3LiteModel.parameter_shapes(config), "select")
     assert set(state) == set(Sam3LiteModel(config).state_dict())
     assert report.strategy == "select"
+
+
+def test_a_part_of_the_model_can_be_mapped_alone(source):
+    config = narrow_config()
+    shapes = Sam3LiteModel.parameter_shapes(config)
+    whole, _ = map_checkpoint(open_checkpoint(source), config, shapes)
+    vision = {name: shape for name, shape in shapes.items() if name.startswith("vision_encoder.")}
+    part, report = map_checkpoint(open_checkpoint(source), config, vision)
+    assert part.keys() == vision.keys() and all(torch.equal(tensor, whole[name]) for name, tensor in part.items())
+    assert all(row.action == "dropped" for row in report.rows if row.group.startswith("text_encoder"))

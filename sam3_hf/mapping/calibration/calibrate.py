@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ...checkpoints import VIT, Checkpoint, LoadedTensors
+from ...checkpoints import NECK, VIT, Checkpoint, LoadedTensors
 from ...configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
 from ...modeling_sam3_lite import Sam3LiteModel
 from ...processing_sam3_lite import Sam3LiteProcessor, tokenize
@@ -194,6 +194,7 @@ class _Calibration:
         return replace(basis, matrix=basis.matrix.to(self.teacher.device))
 
     def _map(self, signals: TowerSignals | None, kept: list[int] | None) -> tuple[Sam3LiteModel, MappingReport]:
+        """The smaller model before it is fitted; `kept` are its ViT layers, evenly spread ones if None."""
         # Every decoder layer refines the boxes of the one before with the same heads: the first ones work alone, but
         # for the masks, which are refit.
         layers = {DECODER_LAYERS: list(range(self.config.detr_decoder_config.num_layers))}
@@ -248,10 +249,10 @@ class _Calibration:
         vision, teacher_vision = model.vision_encoder, self.teacher.vision_encoder
         layers = report.layers[VIT_LAYERS]
         refit_vision(vision, teacher_vision, layers, basis, fitted, self.ridge)
-        names = [f"vision_encoder.backbone.layers.0.{site.linear}" for site in VIT_SITES]
+        names = [f"{VIT_LAYERS}.0.{site.linear}" for site in VIT_SITES]
         for level, module in enumerate(vision.neck.fpn_layers):
             last = f".scale_layers.{len(module.scale_layers) - 1}" if len(module.scale_layers) else None
-            names += [f"vision_encoder.neck.fpn_layers.{level}{part}" for part in (last, ".proj1") if part]
+            names += [f"{NECK}.{level}{part}" for part in (last, ".proj1") if part]
 
         sides = self._sides(model, fitted, prompts)
         encoded = refit_detr_encoder(*sides, report.layers["detr_encoder.layers"], self.ridge)
