@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.checkpoints.checkpoint import stock_config
+from sam3_hf.checkpoints import stock_config
 from sam3_hf.data.generated import write_dataset
 
 torch.backends.cudnn.allow_tf32 = False  # fp32 is float32, in convolutions too

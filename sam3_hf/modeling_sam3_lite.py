@@ -214,7 +214,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
                 "`restore_text_encoder` first."
             )
         try:
-            from sam3_hf.checkpoints.checkpoint import UNREAD, stock_config
+            from sam3_hf.checkpoints import UNREAD, stock_config
         except ImportError as error:
             raise needs_package("`to_sam3`") from error
         stock = Sam3Model(stock_config(self.config)).to(device=self.device, dtype=self.dtype)
@@ -291,7 +291,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         if self.vocabulary is None:
             raise ValueError("The model has a text encoder: there is nothing to restore.")
         try:
-            from sam3_hf.checkpoints.checkpoint import open_checkpoint
+            from sam3_hf.checkpoints import open_checkpoint
         except ImportError as error:
             raise needs_package("`restore_text_encoder`") from error
         checkpoint = open_checkpoint(source, **hub_arguments)

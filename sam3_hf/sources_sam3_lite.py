@@ -15,8 +15,11 @@ from transformers.utils import (
 
 # Keyword arguments of `from_pretrained` that say where files are.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# What training writes into a checkpoint folder beside its weights.
+# What training writes into a checkpoint folder beside its weights: its state; the text encoder where that was frozen,
+# which is not among the weights then; and the averages of the weights if the run kept them.
 TRAINER_STATE = "trainer_state.json"
+FROZEN_TEXT = "frozen_text.safetensors"
+AVERAGE = "ema.safetensors"
 
 
 def config_fields(source: str | os.PathLike, **hub_arguments) -> dict | None:
@@ -54,9 +57,18 @@ def safe_weights(source: str | os.PathLike, variant: str | None = None, **hub_ar
     if pickled is not None:
         raise OSError(
             f"{source} has no {names[0]}, only {pickled}: such files can carry code and are refused. Ask its author "
-            "for safetensors, or insist with `use_safetensors=False`, which reads the tensors and nothing else."
+            "for safetensors, which `save_pretrained` writes, or insist with `use_safetensors=False`, which reads the "
+            "tensors and nothing else."
         )
     raise OSError(f"{source} has neither {names[0]} nor {names[1]}.")
 
 
-__all__ = ["HUB_ARGUMENTS", "TRAINER_STATE", "config_fields", "is_training_checkpoint", "safe_weights"]
+__all__ = [
+    "AVERAGE",
+    "FROZEN_TEXT",
+    "HUB_ARGUMENTS",
+    "TRAINER_STATE",
+    "config_fields",
+    "is_training_checkpoint",
+    "safe_weights",
+]

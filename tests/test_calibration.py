@@ -9,14 +9,14 @@ from torch import nn
 from transformers import Sam3Model
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
-from sam3_hf.checkpoints.checkpoint import Checkpoint, LoadedTensors
+from sam3_hf.checkpoints import Checkpoint, LoadedTensors
+from sam3_hf.mapping import map_checkpoint
 from sam3_hf.mapping.calibration import calibrate_mapping
 from sam3_hf.mapping.calibration.images import draw_images, load_pixels
 from sam3_hf.mapping.calibration.least_squares import LeastSquares
 from sam3_hf.mapping.calibration.refit import VIT_SITES, observe
 from sam3_hf.mapping.calibration.signals import measure_signals
 from sam3_hf.mapping.calibration.vision import embed, layer_runner, pyramid_cosines, search_layers
-from sam3_hf.mapping.mapping import map_checkpoint
 
 TEACHER = {
     "vision_hidden_size": 64,

@@ -1,6 +1,10 @@
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
+import textwrap
 import zipfile
 
 import pytest
@@ -10,15 +14,17 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Sam3Config, Sam3Model, Sam3VideoConfig, Sam3VideoModel
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.checkpoints.checkpoint import (
+from sam3_hf.checkpoints import (
     NAME_TABLE,
     UNREAD,
+    Checkpoint,
     from_native,
     lite_config,
     native_state_dict,
     open_checkpoint,
     to_native,
 )
+from sam3_hf.configuration_sam3_lite import parameter_sizes
 
 
 def native_config() -> Sam3LiteConfig:
@@ -174,9 +180,6 @@ def test_sizes_of_the_real_native_file_are_recognised():
         def shape(self, name):
             return tuple(self[name].shape)
 
-    from sam3_hf.checkpoints.checkpoint import Checkpoint
-    from sam3_hf.configuration_sam3_lite import parameter_sizes
-
     standard = Sam3LiteConfig.from_preset("standard")
     checkpoint = Checkpoint("sam3.pt", Files(state))
     assert parameter_sizes(checkpoint.config) == parameter_sizes(standard)
@@ -276,6 +279,14 @@ def test_a_truncated_safetensors_file(stock_model, tmp_path):
         Sam3LiteModel.from_pretrained(tmp_path, preset="same")
 
 
+def test_a_missing_shard_is_named(stock_model, tmp_path):
+    stock_model.save_pretrained(tmp_path, max_shard_size="500KB")
+    lost = sorted(tmp_path.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(OSError, match=f"{tmp_path} is no whole model: {lost.name} is missing"):
+        Sam3LiteModel.from_pretrained(tmp_path, preset="same")
+
+
 def test_foreign_models_are_named(model, tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'llama'"):
@@ -358,3 +369,51 @@ def test_open_checkpoint_without_config_or_native_file(tmp_path):
     assert open_checkpoint(tmp_path) is None
     with pytest.raises(OSError, match="model.safetensors"):
         Sam3LiteModel.from_pretrained(tmp_path)
+
+
+# --- without the package -------------------------------------------------------------------------------------------
+
+
+WITHOUT_PACKAGE = """
+    import json, sys
+    import torch
+
+    class Block:
+        def find_spec(self, name, *args):
+            if name.split(".")[0] == "sam3_hf":
+                raise ImportError("blocked")
+
+    sys.meta_path.insert(0, Block())
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    folder, native = sys.argv[1:]
+    saved = load_file(folder + "/model.safetensors")
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    for loaded in (model, type(model).from_pretrained(folder, preset="same")):
+        state = loaded.state_dict()
+        assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
+    errors = {}
+    for name, call in {
+        "preset": lambda: type(model).from_pretrained(folder, preset="tiny"),
+        "native": lambda: type(model).from_pretrained(native),
+        "to_sam3": model.to_sam3,
+    }.items():
+        try:
+            call()
+        except ImportError as error:
+            errors[name] = str(error)
+    print(json.dumps(errors))
+"""
+
+
+def test_without_the_package_a_saved_folder_loads_and_what_needs_it_says_so(model, tmp_path):
+    model.save_pretrained(tmp_path / "lite")
+    torch.save(native_file(model), tmp_path / "sam3.pt")
+    code = [sys.executable, "-c", textwrap.dedent(WITHOUT_PACKAGE), str(tmp_path / "lite"), str(tmp_path / "sam3.pt")]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(code, capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    errors = json.loads(finished.stdout)
+    assert set(errors) == {"preset", "native", "to_sam3"}
+    assert all("pip install sam3-hf" in message for message in errors.values())

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
-from sam3_hf.checkpoints.checkpoint import native_state_dict
+from sam3_hf.checkpoints import native_state_dict
 from sam3_hf.cli import app
 from sam3_hf.sharing.info import count_flops, model_info, preset_of
 

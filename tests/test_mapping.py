@@ -7,17 +7,12 @@ from conftest import micro_config, shake
 from transformers import Sam3Model
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.checkpoints.checkpoint import open_checkpoint
-from sam3_hf.mapping.mapping import (
-    KNOWN_DEPTHS,
-    Mapper,
-    MappingReport,
-    activation_moments,
-    depth_map,
-    map_checkpoint,
-    rotation,
-    selection,
-)
+from sam3_hf.checkpoints import open_checkpoint
+from sam3_hf.mapping import MappingReport, map_checkpoint
+from sam3_hf.mapping.basis import rotation, selection
+from sam3_hf.mapping.depth import KNOWN_DEPTHS, depth_map
+from sam3_hf.mapping.mapper import Mapper
+from sam3_hf.mapping.signals import activation_moments
 
 PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks", "presence_logits", "semantic_seg")
 VIT = "vision_encoder.backbone"
@@ -168,15 +163,8 @@ class FullRank(Mapper):
     def _basis(self, moment, width):
         return rotation(moment, width)
 
-    def _map_towers(self, layers):
-        from sam3_hf.mapping.mapping import _text_tower, _vision_tower
-
-        tower = _vision_tower(self.config)
-        entry = self._patches().normalised(*self._pair(f"{VIT}.layer_norm"))
-        self._map_tower(tower, tower, layers[tower.prefix], self._estimate_signals(tower, entry), self._vision_ends)
-        tower = _text_tower(self.config)
-        signals = self._estimate_signals(tower, self._tokens())
-        self._map_tower(tower, tower, layers[tower.prefix], signals, self._text_ends)
+    def _narrows(self, old, new):
+        return True
 
 
 @torch.no_grad()
@@ -184,12 +172,10 @@ def test_full_rank_reproduces_the_outputs(wide, box_inputs, tmp_path):
     norm = wide.vision_encoder.backbone.layer_norm
     norm.weight.fill_(1.3)
     wide.save_pretrained(tmp_path)
-    mapper = FullRank(
-        open_checkpoint(tmp_path), wide.config, wide.parameter_shapes(wide.config), "isometry", torch.float32
-    )
-    mapper.run()
+    shapes = wide.parameter_shapes(wide.config)
+    state, _ = FullRank(open_checkpoint(tmp_path), wide.config, shapes, "isometry", dtype=torch.float32).run()
     rotated = Sam3LiteModel(wide.config).eval()
-    rotated.load_state_dict(mapper.state)
+    rotated.load_state_dict(state)
     name = f"{VIT}.layers.2.attention.q_proj.weight"
     assert relative_error(rotated.state_dict()[name], wide.state_dict()[name]) > 0.5  # it is another model...
     result, expected = rotated(**box_inputs), wide(**box_inputs)
@@ -545,3 +531,13 @@ def test_map_checkpoint_alone(source):
     state, report = map_checkpoint(open_checkpoint(source), config, Sam3LiteModel.parameter_shapes(config), "select")
     assert set(state) == set(Sam3LiteModel(config).state_dict())
     assert report.strategy == "select"
+
+
+def test_a_part_of_the_model_can_be_mapped_alone(source):
+    config = narrow_config()
+    shapes = Sam3LiteModel.parameter_shapes(config)
+    whole, _ = map_checkpoint(open_checkpoint(source), config, shapes)
+    vision = {name: shape for name, shape in shapes.items() if name.startswith("vision_encoder.")}
+    part, report = map_checkpoint(open_checkpoint(source), config, vision)
+    assert part.keys() == vision.keys() and all(torch.equal(tensor, whole[name]) for name, tensor in part.items())
+    assert all(row.action == "dropped" for row in report.rows if row.group.startswith("text_encoder"))

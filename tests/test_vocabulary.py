@@ -14,7 +14,7 @@ from transformers import AutoModel
 from typer.testing import CliRunner
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor, vocabulary_sam3_lite
-from sam3_hf.checkpoints.checkpoint import open_checkpoint
+from sam3_hf.checkpoints import open_checkpoint
 from sam3_hf.cli import app
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.sharing.model_card import RANDOM_WEIGHTS

@@ -1,0 +1,25 @@
+"""SAM 3 checkpoints of every origin under one set of names: Transformers, Meta's native files, and back."""
+
+from .checkpoint import Checkpoint
+from .configs import lite_config, stock_config
+from .names import CLIP, NAME_TABLE, NECK, UNREAD, VIT, from_native, native_state_dict, to_native
+from .opening import open_checkpoint, source_config, weight_files
+from .readers import LoadedTensors
+
+__all__ = [
+    "CLIP",
+    "NAME_TABLE",
+    "NECK",
+    "UNREAD",
+    "VIT",
+    "Checkpoint",
+    "LoadedTensors",
+    "from_native",
+    "lite_config",
+    "native_state_dict",
+    "open_checkpoint",
+    "source_config",
+    "stock_config",
+    "to_native",
+    "weight_files",
+]

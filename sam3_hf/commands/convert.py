@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints import open_checkpoint
 from ..mapping.calibration import calibrate_mapping
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
@@ -52,39 +52,49 @@ def convert(
     Writes a lite model, with its processor, from any SAM 3 checkpoint; or the same model in another precision, or
     without what a training checkpoint holds beside its weights.
     """
-    fields = {} if image_size is None else {"image_size": image_size}
-    calibration = None
     if calibration_images is None and (calibration_prompt or num_calibration_images or not search_depth):
         raise typer.BadParameter("the options of calibration need --calibration-images DIR (or `generated`)")
-    if calibration_images is not None:
-        if mapping != "auto":
-            raise typer.BadParameter("--mapping and --calibration-images exclude each other")
-        calibration = {
-            "images": None if calibration_images == "generated" else calibration_images,
-            "prompts": calibration_prompt,
-            "num_images": num_calibration_images,
-            "search_depth": search_depth,
-        }
+    if calibration_images is not None and mapping != "auto":
+        raise typer.BadParameter("--mapping and --calibration-images exclude each other")
+    where = {"revision": revision, "variant": "ema" if ema else None}
+    wanted = {"preset": preset, "dtype": dtype, **({} if image_size is None else {"image_size": image_size})}
     with one_line_errors(memory_option="--num-calibration-images"):
-        _convert(source, target, preset, dtype, mapping, fields, revision, ema, overwrite, report, calibration)
+        _check(source, target, ema, overwrite)
+        if calibration_images is None:
+            model = Sam3LiteModel.from_pretrained(source, mapping=mapping, **wanted, **where)
+        else:
+            model = calibrate_mapping(
+                source,
+                None if calibration_images == "generated" else calibration_images,
+                prompts=calibration_prompt,
+                num_images=num_calibration_images,
+                search_depth=search_depth,
+                device="cuda" if torch.cuda.is_available() else "cpu",
+                **wanted,
+                **where,
+            ).cpu()
+        before = _before(source, where)
+        _write(model, target, source, revision)
+    if report and model.mapping_report is not None:
+        typer.echo(str(model.mapping_report))
+    typer.echo(
+        f"{target}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters in {model.dtype}, "
+        f"{open_checkpoint(target).size / 1e6:.1f} MB ({before})"
+    )
 
 
-def _convert(source, target, preset, dtype, mapping, fields, revision, ema, overwrite, report, calibration):
+def _check(source: str, target: Path, ema: bool, overwrite: bool):
+    """Raises a ValueError for what would fail after the work is done."""
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists: choose another folder, or pass --overwrite.")
     if ema and not is_training_checkpoint(source):
         raise ValueError(
             f"{source} is no checkpoint folder of a training run: only those have averaged weights (--ema)."
         )
-    variant = "ema" if ema else None
-    if calibration is None:
-        model = Sam3LiteModel.from_pretrained(
-            source, preset=preset, dtype=dtype, mapping=mapping, revision=revision, variant=variant, **fields
-        )
-    else:
-        options = {"preset": preset, "dtype": dtype, "revision": revision, "variant": variant, **fields, **calibration}
-        model = calibrate_mapping(source, device="cuda" if torch.cuda.is_available() else "cpu", **options).cpu()
-    before = _before(source, variant, revision)
+
+
+def _write(model: Sam3LiteModel, target: Path, source: str, revision: str):
+    """Writes the folder of a model from `source`, read back before it takes the place of `target`."""
     # Complete beside its place before the old folder goes.
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -95,17 +105,11 @@ def _convert(source, target, preset, dtype, mapping, fields, revision, ema, over
     if target.is_dir():
         shutil.rmtree(target)
     partial.rename(target)
-    if report and model.mapping_report is not None:
-        typer.echo(str(model.mapping_report))
-    typer.echo(
-        f"{target}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters in {model.dtype}, "
-        f"{open_checkpoint(target).size / 1e6:.1f} MB ({before})"
-    )
 
 
-def _before(source: str, variant: str | None, revision: str) -> str:
+def _before(source: str, where: dict) -> str:
     """The size of the files that a source was read from, also in the cache of the Hub, and of what was left behind."""
-    weights = open_checkpoint(source, variant, revision=revision).size
+    weights = open_checkpoint(source, **where).size
     text = f"source: {weights / 1e6:.1f} MB"
     if is_training_checkpoint(source):
         files = [*Path(source).glob("*.safetensors"), *Path(source).glob("*.pt")]

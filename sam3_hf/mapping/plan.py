@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints import Checkpoint, open_checkpoint
 from ..configuration_sam3_lite import Sam3LiteConfig
 from ..sources_sam3_lite import HUB_ARGUMENTS
-from .mapping import MappingReport, map_checkpoint
+from .mapper import map_checkpoint
+from .report import MappingReport
 
 # Keyword arguments of `from_pretrained` that are also fields of a config, but not sizes.
 _LOADING_KEYWORDS = {"attn_implementation", "dtype", "torch_dtype", "quantization_config", "name_or_path"}
@@ -54,8 +55,8 @@ class MappingPlan:
             self.config,
             shapes_of(self.config),
             strategy,
-            self.dtype,
-            self.ignore_mismatched_sizes,
+            dtype=self.dtype,
+            ignore_mismatched_sizes=self.ignore_mismatched_sizes,
         )
 
 

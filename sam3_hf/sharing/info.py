@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import cached_file
 from yaml import YAMLError
 
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints import Checkpoint, open_checkpoint
 from ..configuration_sam3_lite import MAX_TOKENS, PRESETS, Sam3LiteConfig, parameter_sizes
-from ..mapping.mapping import REPORT_FILE
+from ..mapping import REPORT_FILE
 from ..modeling_sam3_lite import Sam3LiteGeometryEncoder, Sam3LiteModel
 
 # The parts of a model, by the modules they consist of.

@@ -13,11 +13,11 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import cached_file
 
-from ..checkpoints.checkpoint import source_config
+from ..checkpoints import source_config, weight_files
 from ..configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
-from ..mapping.mapping import REPORT_FILE
+from ..mapping import REPORT_FILE
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..version import __version__
 from .info import preset_of
@@ -282,23 +282,6 @@ def _sizes(config: Sam3LiteConfig, shapes: dict[str, tuple[int, ...]], weights: 
         "queries": config.detr_decoder_config.num_queries,
         "tokens": MAX_TOKENS,
     }
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """
-    The safetensors files of a model folder, one or the shards of an index.
-
-    Raises:
-        OSError: there are none, or a shard is missing.
-    """
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = [SAFE_WEIGHTS_NAME]
-    if not (folder / SAFE_WEIGHTS_NAME).is_file() and index.is_file():
-        names = sorted(set(_read(index)["weight_map"].values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise OSError(f"{folder} is no whole model: {', '.join(missing)} is missing; write it with save_pretrained.")
-    return [folder / name for name in names]
 
 
 def _weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], list[str], int]:

@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_file, save_file
 
-from ..checkpoints.checkpoint import AVERAGE
-from ..checkpoints.checkpoint import FROZEN_TEXT as FROZEN
+from ..sources_sam3_lite import AVERAGE
+from ..sources_sam3_lite import FROZEN_TEXT as FROZEN
 from ..sources_sam3_lite import TRAINER_STATE as STATE
 from .optim import MovingAverage
 

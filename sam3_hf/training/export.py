@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from sam3_hf import Sam3LiteModel
 
-from ..mapping.mapping import REPORT_FILE
+from ..mapping import REPORT_FILE
 from ..sharing.hub import PushError, push_folder
 from ..sharing.model_card import write_card
 from .arguments import OutputArguments

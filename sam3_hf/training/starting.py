@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
 
-from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints import open_checkpoint
 from ..data import (
     Augmentation,
     DatasetError,
@@ -30,7 +30,7 @@ from ..data import (
 from ..data.generated import write_dataset
 from ..data.sampling import VISUAL_PHRASE
 from ..evaluation.loop import model_inputs
-from ..mapping.mapping import REPORT_FILE
+from ..mapping import REPORT_FILE
 from ..sharing.model_card import RANDOM_WEIGHTS, Origin, origin_of
 from .arguments import Arguments, ModelArguments
 from .checkpoints import FROZEN, STATE, read_state, recover, write_frozen

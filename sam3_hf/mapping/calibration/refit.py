@@ -1,10 +1,10 @@
 """Layers of a smaller model, fitted one after the other to what the larger one computes from the same images."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .least_squares import LeastSquares
@@ -60,121 +60,62 @@ def fit_site(layer: nn.Module, site: Site, calls: list[Callable[[], Tensor]], ta
     fit.refit(linear, ridge)
 
 
-def refit_stack(
-    layers: nn.ModuleList,
-    teacher_layers: nn.ModuleList,
-    kept: list[int],
-    sites: tuple[Site, ...],
-    streams: list[Tensor],
-    teacher_streams: list[Tensor],
-    run: Run,
-    teacher_run: Run,
-    write: Callable[[Tensor], Tensor],
-    ridge: float,
-) -> tuple[list[Tensor], list[Tensor]]:
+@dataclass
+class Stack:
     """
-    Refits the linear layers at the sites of pre-LayerNorm layers, in place, such that the stream follows the
-    teacher's: inside a layer that of the layer it comes from, behind it the one before the next layer that was kept.
-    So what the removed layers did is absorbed as well.
+    The layers of one side, and how far its batches have come.
 
     Args:
-        kept: the teacher layer that each layer comes from.
-        streams, teacher_streams: batches of the streams in front of the first layer.
-        run, teacher_run: run a layer of either side.
-        write: takes the teacher's stream to that of the smaller model.
-        ridge: see [`LeastSquares.solve`].
-
-    Returns:
-        Both streams behind the last layer.
+        run: runs a layer on the stream of a batch.
+        streams: of each batch, in front of the layer that is next.
     """
-    done = 0
-    for layer, source, following in zip(layers, kept, [*kept[1:], len(teacher_layers)], strict=True):
-        for k in range(done, source):
-            teacher_streams = [teacher_run(teacher_layers[k], x, i) for i, x in enumerate(teacher_streams)]
-        norms = [site.norm for site in sites if site.norm is not None]
-        targets, outputs = [], []
-        for i, x in enumerate(teacher_streams):
-            teacher_layer = teacher_layers[source]
-            inside, output = observe(teacher_layer, norms, partial(teacher_run, teacher_layer, x, i))
-            targets.append([write(total) for total in inside])
-            outputs.append(output)
-        teacher_streams = outputs
-        for k in range(source + 1, following):
-            teacher_streams = [teacher_run(teacher_layers[k], x, i) for i, x in enumerate(teacher_streams)]
-        done = following
-        for i, x in enumerate(teacher_streams):
-            targets[i].append(write(x))
-        calls = [partial(run, layer, x, i) for i, x in enumerate(streams)]
-        for place, site in enumerate(sites):
-            fit_site(layer, site, calls, [target[place] for target in targets], ridge)
-        streams = [run(layer, x, i) for i, x in enumerate(streams)]
-    return streams, teacher_streams
+
+    layers: nn.ModuleList
+    run: Run
+    streams: list[Tensor]
+
+    def calls(self, layer: nn.Module) -> list[Callable[[], Tensor]]:
+        """What runs a layer on the present streams, one call per batch."""
+        return [partial(self.run, layer, stream, index) for index, stream in enumerate(self.streams)]
+
+    def pass_layers(self, first: int, end: int):
+        """Takes the streams through some layers, without `end`."""
+        for layer in self.layers[first:end]:
+            self.streams = [call() for call in self.calls(layer)]
 
 
-def refit_neck(
-    neck: nn.Module,
-    teacher_neck: nn.Module,
-    streams: list[Tensor],
-    teacher_streams: list[Tensor],
+def refit_stack(
+    student: Stack,
+    teacher: Stack,
+    kept: list[int],
+    sites: tuple[Site, ...],
+    write: Callable[[Tensor], Tensor],
     ridge: float,
 ):
     """
-    Refits the last layer of each pyramid level that depends on the width of the ViT, in place, to what the teacher
-    has in front of its 3x3 convolution.
+    Refits the linear layers at the sites of pre-LayerNorm layers, in place, such that the stream follows the
+    teacher's: inside a layer that of the layer it comes from, behind it the one before the next layer that was kept.
+    So what the removed layers did is absorbed as well. The streams of both sides are then those behind the last layer.
 
     Args:
-        streams, teacher_streams: `(images, width, height, width)` each, from the last ViT layer.
+        student, teacher: with the streams in front of the first layer.
+        kept: the teacher layer that each layer comes from.
+        write: takes the teacher's stream to that of the smaller model.
+        ridge: see [`LeastSquares.solve`].
     """
-    for level, teacher_level in zip(neck.fpn_layers, teacher_neck.fpn_layers, strict=True):
-        if len(level.scale_layers) == 0:
-            _refit_projection(level, teacher_level, streams, teacher_streams, ridge)
-        else:
-            _refit_upsampling(level, teacher_level, streams, teacher_streams, ridge)
-
-
-def _projected(level: nn.Module, grid: Tensor) -> Tensor:
-    for layer in level.scale_layers:
-        grid = layer(grid)
-    return level.proj1(grid)
-
-
-def _refit_projection(level, teacher_level, streams, teacher_streams, ridge):
-    weight = level.proj1.weight.flatten(1)
-    fit = LeastSquares(weight.shape[1], weight.shape[0], weight.device)
-    for x, y in zip(streams, teacher_streams, strict=True):
-        fit.add(x.movedim(1, -1), _projected(teacher_level, y).movedim(1, -1))
-    weight, bias = fit.solve(weight, ridge)
-    level.proj1.weight.copy_(weight[:, :, None, None])
-    level.proj1.bias.copy_(bias)
-
-
-def _refit_upsampling(level, teacher_level, streams, teacher_streams, ridge):
-    """
-    The last transposed convolution together with the projection behind it: one regression per tap, then the rank that
-    the channels between them allow (reduced-rank regression, Izenman 1975: the strongest directions of what was
-    fitted). Channels beyond the rank keep their convolution and are not read.
-    """
-    *before, up = level.scale_layers
-    down = level.proj1.weight.flatten(1)  # (fpn, channels)
-    taps = [(row, column) for row in range(2) for column in range(2)]
-    fits = [LeastSquares(up.in_channels, len(down), down.device) for _ in taps]
-    for x, y in zip(streams, teacher_streams, strict=True):
-        for layer in before:
-            x = layer(x)
-        wanted = _projected(teacher_level, y).movedim(1, -1)  # (images, 2 h, 2 w, fpn)
-        for fit, (row, column) in zip(fits, taps, strict=True):
-            fit.add(x.movedim(1, -1), wanted[:, row::2, column::2])
-    solved = [
-        fit.solve(down @ up.weight[:, :, row, column].T, ridge) for fit, (row, column) in zip(fits, taps, strict=True)
-    ]
-    energy = sum(
-        weight.double() @ fit.covariance @ weight.double().T for fit, (weight, _) in zip(fits, solved, strict=True)
-    )
-    rank = min(up.out_channels, len(down))
-    directions = torch.linalg.eigh(energy).eigenvectors.flip(1)[:, :rank].to(down.dtype)  # (fpn, rank)
-    for (row, column), (weight, _) in zip(taps, solved, strict=True):
-        up.weight[:, :rank, row, column] = (directions.T @ weight).T
-    up.bias[:rank] = 0
-    level.proj1.weight.zero_()
-    level.proj1.weight[:, :rank, 0, 0] = directions
-    level.proj1.bias.copy_(torch.stack([bias for _, bias in solved]).mean(0))
+    norms = [site.norm for site in sites if site.norm is not None]
+    teacher.pass_layers(0, kept[0])
+    for layer, source, following in zip(student.layers, kept, [*kept[1:], len(teacher.layers)], strict=True):
+        teacher_layer, targets, outputs = teacher.layers[source], [], []
+        for call in teacher.calls(teacher_layer):
+            inside, output = observe(teacher_layer, norms, call)
+            targets.append([write(total) for total in inside])
+            outputs.append(output)
+        teacher.streams = outputs
+        teacher.pass_layers(source + 1, following)
+        for target, stream in zip(targets, teacher.streams, strict=True):
+            target.append(write(stream))
+        calls = student.calls(layer)
+        for place, site in enumerate(sites):
+            fit_site(layer, site, calls, [target[place] for target in targets], ridge)
+        student.streams = [call() for call in calls]

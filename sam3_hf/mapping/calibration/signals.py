@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..mapping import LayerSignals, Stream, TowerSignals
+from ..signals import LayerSignals, Stream, TowerSignals
 
 
 class Moments:

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..mapping import Basis
-from .refit import VIT_SITES, Run, refit_neck, refit_stack
+from ..basis import Basis
+from .neck import refit_neck
+from .refit import VIT_SITES, Run, Stack, refit_stack
 
 
 def refit_vision(
@@ -24,19 +25,15 @@ def refit_vision(
         batches: `(images, 3, height, width)`.
     """
 
-    streams, teacher_streams = refit_stack(
-        vision.backbone.layers,
-        teacher.backbone.layers,
-        kept,
-        VIT_SITES,
-        [embed(vision, batch) for batch in batches],
-        [embed(teacher, batch) for batch in batches],
-        layer_runner(vision.backbone),
-        layer_runner(teacher.backbone),
-        lambda stream: basis.write(stream.movedim(-1, 0).flatten(1)).T.unflatten(0, stream.shape[:-1]),
-        ridge,
-    )
-    maps, teacher_maps = ([stream.movedim(-1, 1) for stream in side] for side in (streams, teacher_streams))
+    def write(stream: Tensor) -> Tensor:
+        return basis.write(stream.movedim(-1, 0).flatten(1)).T.unflatten(0, stream.shape[:-1])
+
+    sides = [
+        Stack(side.backbone.layers, layer_runner(side.backbone), [embed(side, batch) for batch in batches])
+        for side in (vision, teacher)
+    ]
+    refit_stack(*sides, kept, VIT_SITES, write, ridge)
+    maps, teacher_maps = ([stream.movedim(-1, 1) for stream in side.streams] for side in sides)
     refit_neck(vision.neck, teacher.neck, maps, teacher_maps, ridge)
 
 
