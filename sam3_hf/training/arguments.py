@@ -12,7 +12,7 @@ from typing import Literal
 import yaml
 from transformers import HfArgumentParser
 
-MODULE = "accelerate launch -m sam3_hf.training"
+DEFAULT_COMMAND = "accelerate launch -m sam3_hf.training"
 METRICS = ("auto", "segm_AP", "segm_AP50", "segm_cgF1", "bbox_AP", "bbox_AP50", "bbox_cgF1", "loss")
 
 
@@ -277,7 +277,7 @@ def check_range(group, name: str, low: float, high: float | None = None) -> None
         raise ValueError(f"{name} must be {limits}, got {value}")
 
 
-def parse_arguments(argv: list[str] | None = None, command: str = MODULE) -> Arguments:
+def parse_arguments(argv: list[str] | None = None, command: str = DEFAULT_COMMAND) -> Arguments:
     """
     Reads `[CONFIG.yaml] [--flag value ...]`; flags win over the file.
 

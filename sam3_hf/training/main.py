@@ -11,7 +11,7 @@ metrics.jsonl, predictions/epoch_N/*.png and final/, which `Sam3LiteModel.from_p
 import logging
 
 from .accelerator import start_accelerator
-from .arguments import MODULE, parse_arguments
+from .arguments import DEFAULT_COMMAND, parse_arguments
 from .output_dir import open_output_dir
 from .parts import build_parts
 from .reporting import Metrics, Speed, log_step, memory_gb, progress_bar
@@ -21,7 +21,7 @@ from .stopping import StopSignal, end_with_launcher
 logger = logging.getLogger(__name__)
 
 
-def main(argv: list[str] | None = None, command: str = MODULE) -> int:
+def main(argv: list[str] | None = None, command: str = DEFAULT_COMMAND) -> int:
     """
     Trains.
 
