@@ -27,17 +27,19 @@ import time
 from pathlib import Path
 
 import torch
-from mapping_measures import captured_energy, fpn_cosines, scores_of  # noqa: E402
-from mapping_students import IDENTITY, STRATEGIES, make_student  # noqa: E402
-from mapping_table import TARGETS, best_learning_rate, table  # noqa: E402
-from mapping_training import fine_tune, flattening  # noqa: E402
+from mapping_measures import captured_energy, fpn_cosines, scores_of
+from mapping_students import IDENTITY, STRATEGIES, make_student
+from mapping_table import TARGETS, best_learning_rate, table
+from mapping_training import FlatLabels, fine_tune
 
-from sam3_hf import Sam3LiteConfig, Sam3LiteModel  # noqa: E402
-from sam3_hf.data import EvalDataset  # noqa: E402
-from sam3_hf.data.generated import write_dataset  # noqa: E402
-from sam3_hf.training.arguments import Arguments, parse_arguments  # noqa: E402
-from sam3_hf.training.checkpoints import write_folder  # noqa: E402
-from sam3_hf.training.starting import load_data, start_accelerator  # noqa: E402
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel
+from sam3_hf.data import EvalDataset
+from sam3_hf.data.generated import write_dataset
+from sam3_hf.training.accelerator import start_accelerator
+from sam3_hf.training.arguments import Arguments, parse_arguments
+from sam3_hf.training.checkpoints import write_folder
+from sam3_hf.training.data import load_data
+from sam3_hf.training.objectives import Labels
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +178,8 @@ class Bench:
             return False
 
         self._log_teacher("before")
-        with flattening(model, weight):
-            fine_tune(self.accelerator, model, recipe, self.train_data, self.curve_data, self.arguments.every, after)
+        data = (self.train_data, self.curve_data)
+        fine_tune(self.accelerator, model, recipe, FlatLabels(weight), data, self.arguments.every, after)
         self._log_teacher("after")
         write_folder(target, model.save_pretrained)
 
@@ -278,8 +280,8 @@ class Bench:
 
         if curve[0][1] < goal:
             train_data, _ = self.load_data(seed)
-            recipe = self.recipe(seed, rate, max_steps)
-            fine_tune(self.accelerator, model, recipe, train_data, self.curve_data, self.arguments.every, after)
+            recipe, data = self.recipe(seed, rate, max_steps), (train_data, self.curve_data)
+            fine_tune(self.accelerator, model, recipe, Labels(), data, self.arguments.every, after)
         record = {"kind": "run", "strategy": strategy, "seed": seed, "learning_rate": rate, "curve": curve}
         write_json(path, record | {"seconds": round(time.perf_counter() - begin, 1)})
 

@@ -7,6 +7,7 @@ from .commands.evaluate import evaluate
 from .commands.info import info
 from .commands.predict import predict
 from .commands.push import push
+from .commands.train import train
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -21,3 +22,8 @@ app.command()(evaluate)
 app.command()(info)
 app.command()(predict)
 app.command()(push)
+# Its flags are those of the trainer, which reads them itself.
+app.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
+)(train)

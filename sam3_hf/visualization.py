@@ -150,9 +150,7 @@ def plot_curves(metrics_jsonl: str | Path, out_png: str | Path) -> Path:
 
     panels = {name: series for name, series in _read_series(Path(metrics_jsonl)).items() if series}
     if not panels:
-        raise ValueError(
-            f"{metrics_jsonl}: no loss, score or learning rate in it; was it written by training/train.py?"
-        )
+        raise ValueError(f"{metrics_jsonl}: no loss, score or learning rate in it; was it written by a training run?")
     figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 3.8), squeeze=False, layout="constrained")
     for axis, (name, series) in zip(axes[0], panels.items(), strict=True):
         for index, (label, points) in enumerate(sorted(series.items())):

@@ -8,7 +8,7 @@ import torch
 from meta_cases import CASES, CONFIG, packed_boxes, pixel_values, seeded_weights
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.checkpoints.checkpoint import native_state_dict
+from sam3_hf.checkpoints import native_state_dict
 from sam3_hf.processing_sam3_lite import clip_tokenizer, tokenize
 
 META = json.loads((Path(__file__).parent / "meta_outputs.json").read_text())

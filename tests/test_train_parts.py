@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import micro_config
 from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -20,10 +21,15 @@ from sam3_hf.data import BatchKeys, epoch_order
 from sam3_hf.evaluation import prediction_row
 from sam3_hf.evaluation.loop import outputs_by_chunk, prediction_rows, prompt_chunks
 from sam3_hf.modeling_sam3_lite import Sam3LiteOutput
-from sam3_hf.training import checkpoints, starting
+from sam3_hf.training import checkpoints
 from sam3_hf.training.arguments import OptimizationArguments, parse_arguments
-from sam3_hf.training.main import MAX_OVERFLOWS, check_finite, count_overflow
+from sam3_hf.training.batch_size import choose_batch_size, largest_size
+from sam3_hf.training.compatibility import check_compatible
+from sam3_hf.training.loop import MAX_OVERFLOWS, TrainingLoop
+from sam3_hf.training.model import build_model, load_frozen_text
+from sam3_hf.training.objectives import Labels, Objective
 from sam3_hf.training.optim import MovingAverage, Schedule, build_optimizer, vit_scale
+from sam3_hf.training.parts import Parts
 from sam3_hf.training.phrases import FrozenText, TokenizedText
 from sam3_hf.training.reporting import Metrics, truncate_metrics
 from sam3_hf.training.run import Run
@@ -400,17 +406,17 @@ def saved_state(**arguments) -> dict:
 
 
 def test_resuming_with_other_settings_is_refused_or_logged(caplog):
-    starting.check_compatible(saved_state(), saved_state())
+    check_compatible(saved_state(), saved_state())
     assert not caplog.records
     changed = saved_state(preset="tiny", ema_decay=0.9)
     changed["dataset"] = {"training images": 9, "concepts": ["a"]}
     changed["images_per_step"] = 8
     with pytest.raises(ValueError) as raised:
-        starting.check_compatible(saved_state(), changed)
+        check_compatible(saved_state(), changed)
     for part in ("preset: lite there, tiny here", "ema_decay", "training images 10 there, 9 here", "4 there, 8 here"):
         assert part in str(raised.value)
     with caplog.at_level(logging.WARNING):
-        starting.check_compatible(saved_state(), saved_state(learning_rate=1.0, resume="auto"))
+        check_compatible(saved_state(), saved_state(learning_rate=1.0, resume="auto"))
     assert [record.getMessage() for record in caplog.records] == [
         "learning_rate was 0.0002 up to the checkpoint and is 1.0 from here on"
     ]
@@ -447,17 +453,17 @@ def test_frozen_text_of_a_checkpoint_must_be_whole(tmp_path):
     path = tmp_path / checkpoints.FROZEN
     other = Sam3LiteModel(micro_config())
     with pytest.raises(FileNotFoundError, match="frozen_text.safetensors is missing"):
-        starting.load_frozen_text(other, path)
+        load_frozen_text(other, path)
     save_file(weights, path)
-    starting.load_frozen_text(other, path)
+    load_frozen_text(other, path)
     assert torch.equal(other.text_projection.weight, model.text_projection.weight)
     save_file({**weights, "surplus": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="1 unexpected tensors, such as surplus"):
-        starting.load_frozen_text(other, path)
+        load_frozen_text(other, path)
     del weights["text_projection.weight"]
     save_file(weights, path)
     with pytest.raises(ValueError, match="1 missing tensors, such as text_projection.weight"):
-        starting.load_frozen_text(other, path)
+        load_frozen_text(other, path)
 
 
 # Where the first weights come from
@@ -468,7 +474,7 @@ def test_a_checkpoint_without_text_encoder_does_not_start_a_run(tmp_path):
     model = Sam3LiteModel(micro_config())
     model.save_pretrained(tmp_path / "final")
     arguments = parse_arguments(["--data", "x", "--init", str(tmp_path / "final")])
-    found = starting.build_model(arguments, None).state_dict()
+    found = build_model(arguments, None).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
 
     model.text_encoder = model.text_projection = None
@@ -476,7 +482,7 @@ def test_a_checkpoint_without_text_encoder_does_not_start_a_run(tmp_path):
     save_file(model.state_dict(), tmp_path / "best" / "model.safetensors", metadata={"format": "pt"})
     arguments = parse_arguments(["--data", "x", "--init", str(tmp_path / "best")])
     with pytest.raises(ValueError, match="missing tensors, such as text_encoder.* use the folder final/"):
-        starting.build_model(arguments, None)
+        build_model(arguments, None)
 
 
 def test_a_standard_model_is_mapped_to_the_preset(tmp_path):
@@ -485,7 +491,7 @@ def test_a_standard_model_is_mapped_to_the_preset(tmp_path):
     smaller = micro_config(detr_decoder_layers=1).to_dict()
     overrides = {name: value for name, value in smaller.items() if name.endswith("_config")}
     flags = ["--preset", "tiny", "--model_overrides", json.dumps(overrides), "--image_size", "128"]
-    model = starting.build_model(parse_arguments(["--data", "x", "--init", str(tmp_path), *flags]), None)
+    model = build_model(parse_arguments(["--data", "x", "--init", str(tmp_path), *flags]), None)
     assert model.config.image_size == 128
     assert model.config.detr_decoder_config.num_layers == 1
     assert "copied" in model.mapping_report.totals
@@ -550,12 +556,12 @@ def test_batch_size_backs_off_when_memory_runs_out():
         if size > 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    assert starting.find_batch_size(attempt) == 8
+    assert largest_size(attempt) == 8
     assert tried == [64, 32, 16, 8]
     with pytest.raises(RuntimeError, match="not even one image fits"):
-        starting.find_batch_size(lambda size: attempt(100))
+        largest_size(lambda size: attempt(100))
     with pytest.raises(ZeroDivisionError):  # other errors are not taken for it
-        starting.find_batch_size(lambda size: 1 / 0)
+        largest_size(lambda size: 1 / 0)
 
 
 def test_first_signal_asks_to_stop_and_a_later_ctrl_c_interrupts(monkeypatch):
@@ -576,36 +582,117 @@ def test_first_signal_asks_to_stop_and_a_later_ctrl_c_interrupts(monkeypatch):
             signal.signal(number, handler)
 
 
-def test_a_loss_that_is_not_finite_names_the_images():
-    run = SimpleNamespace(step=7, accelerator=SimpleNamespace(scaler=None))
-    batches = [{"image_ids": [1, 2]}, {"image_ids": [3, 4]}]
-    losses = [torch.tensor(1.0), torch.tensor(math.nan)]
-    with pytest.raises(RuntimeError, match=r"loss of step 7 .* ids of the images: \[3, 4\]"):
-        check_finite(run, math.nan, torch.tensor(1.0), losses, batches)
-    with pytest.raises(RuntimeError, match=r"gradient norm of step 7 .* \[1, 2, 3, 4\]"):
-        check_finite(run, 1.0, torch.tensor(math.inf), [torch.tensor(1.0)] * 2, batches)
-    run.accelerator.scaler = object()  # in FP16, the scaler skips such a step
-    check_finite(run, 1.0, torch.tensor(math.inf), losses, batches)
+class Rows(Objective):
+    """The mean output of a linear model for rows of numbers; counts its calls, and refuses zeros."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, model, batch, inputs):
+        self.calls += 1
+        if not inputs["pixel_values"].any():
+            raise ValueError("nothing but zeros")
+        loss = model(inputs["pixel_values"]).mean()
+        return loss, {"largest": loss.detach() * 10, f"call {self.calls}": loss.detach()}
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
 
 
-def test_overflows_without_end_stop_the_run():
-    run = SimpleNamespace(step=0, overflows=3, overflows_in_a_row=0)
-    batches = [{"image_ids": [1, 2]}, {"image_ids": [3]}]
-    for run.step in range(1, MAX_OVERFLOWS):
-        count_overflow(run, 1.0, torch.tensor(math.inf), batches)
-    run.step += 1
-    with pytest.raises(RuntimeError, match=rf"the last of which is {run.step} .* ids of the images: \[1, 2, 3\]"):
-        count_overflow(run, 1.0, torch.tensor(math.inf), batches)
-    assert run.overflows == 3 + MAX_OVERFLOWS
+def rows(*values: float, ids: list[int]) -> dict:
+    return {"pixel_values": torch.tensor([values]), "phrases": ["a"], "image_ids": ids}
+
+
+@pytest.fixture
+def loop() -> TrainingLoop:
+    """Over a linear model with weights 1 that learns at rate 0.5 with momentum 0.5."""
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    flags = ["--warmup_ratio", "0", "--final_learning_rate_ratio", "1", "--max_grad_norm", "0", "--ema_decay", "0.9"]
+    parts = Parts(
+        arguments=parse_arguments(["--data", "x", *flags]),
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        objective=Rows(),
+        processor=None,
+        text=lambda phrases: {},
+        train_data=None,
+        valid_data=None,
+    )
+    return TrainingLoop(parts)
+
+
+def test_the_loop_minimises_its_objective_and_tells_its_terms(loop):
+    batches = [(rows(1.0, 2.0, ids=[1]),), (rows(0.0, 1.0, ids=[2]),)]
+    steps, seen = loop.steps(batches, 2, lambda: loop.step == 2), []
+    for done in steps:
+        seen.append((loop.step, done.terms, done.rate, done.stopped))
+    assert seen[0] == (1, {"call 1": 3, "largest": 30, "loss": 3, "grad_norm": pytest.approx(5**0.5)}, 0.5, False)
+    assert seen[1] == (2, {"call 2": 0, "largest": 0, "loss": 0, "grad_norm": 1}, 0.5, True)
+    assert loop.model.weight.tolist() == [[0.25, -1.0]]  # gradients (1, 2), then half of that and (0, 1)
+    assert loop.ema.average["weight"].tolist() != [[1.0, 1.0]]
+
+
+def test_checkpoints_hold_the_state_of_the_objective(loop, tmp_path):
+    loop.model.config = micro_config()
+    list(loop.steps([(rows(1.0, 2.0, ids=[1]),)] * 3, 3))
+    loop.save(tmp_path / "last", {"step": 3, "overflows": 1})
+    weight = loop.model.weight.tolist()
+    list(loop.steps([(rows(1.0, 2.0, ids=[1]),)], 4))
+    assert (loop.step, loop.parts.objective.calls) == (4, 4) and loop.model.weight.tolist() != weight
+    loop.resume(tmp_path / "last", checkpoints.read_state(tmp_path / "last"))
+    assert (loop.step, loop.overflows, loop.parts.objective.calls) == (3, 1, 3)
+    assert loop.model.weight.tolist() == weight
+    assert Labels().state_dict() == {}
+    with pytest.raises(ValueError, match="Labels has no state.*calls"):
+        Labels().load_state_dict({"calls": 3})
+
+
+def test_a_batch_that_the_objective_refuses_is_named(loop):
+    batches = [(rows(1.0, 1.0, ids=[1]),), (rows(0.0, 0.0, ids=[2, 3]),)]
+    with pytest.raises(
+        RuntimeError, match=r"step 2 failed: nothing but zeros; ids of the images: \[2, 3\]. Nothing was"
+    ):
+        list(loop.steps(batches, 2))
+
+
+def test_a_loss_that_is_not_finite_names_the_images(loop):
+    batches = [rows(1.0, 1.0, ids=[1, 2]), rows(math.nan, 1.0, ids=[3, 4])]
+    with pytest.raises(RuntimeError, match=r"loss of step 1 .* ids of the images: \[3, 4\]"):
+        list(loop.steps([batches], 1))
+    losses = [torch.tensor(1.0)] * 2
+    with pytest.raises(RuntimeError, match=r"gradient norm of step 1 .* \[1, 2, 3, 4\]"):
+        loop.check_finite(1.0, torch.tensor(math.inf), losses, batches)
+    loop.accelerator.scaler = torch.amp.GradScaler("cpu")  # in FP16, the scaler skips such a step
+    loop.check_finite(1.0, torch.tensor(math.inf), losses, batches)
+
+
+def test_overflows_without_end_stop_the_run(loop):
+    loop.overflows = 3
+    batches = [rows(1.0, 1.0, ids=[1, 2]), rows(1.0, 1.0, ids=[3])]
+    for loop.step in range(1, MAX_OVERFLOWS):
+        loop.count_overflow(1.0, torch.tensor(math.inf), batches)
+    loop.step += 1
+    with pytest.raises(RuntimeError, match=rf"the last of which is {loop.step} .* ids of the images: \[1, 2, 3\]"):
+        loop.count_overflow(1.0, torch.tensor(math.inf), batches)
+    assert loop.overflows == 3 + MAX_OVERFLOWS
 
 
 def test_batch_size_auto_is_for_one_process():
-    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=2)
+    parts = SimpleNamespace(model=None, train_data=[])
+    parts.accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=2)
     with pytest.raises(ValueError, match="one process only"):
-        starting.choose_batch_size(accelerator, None, [], None)
-    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+        choose_batch_size(parts)
+    parts.accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
     with pytest.raises(ValueError, match="needs a CUDA GPU"):
-        starting.choose_batch_size(accelerator, None, [], None)
+        choose_batch_size(parts)
 
 
 @pytest.mark.parametrize(("metric", "values", "best_step"), [("segm_AP", [0.1, 0.3, 0.2], 2), ("loss", [3, 2, 4], 2)])

@@ -18,9 +18,8 @@ from sam3_hf.checkpoints import open_checkpoint
 from sam3_hf.cli import app
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.sharing.model_card import RANDOM_WEIGHTS
-from sam3_hf.training import starting
 from sam3_hf.training.export import export_final
-from sam3_hf.training.phrases import TokenizedText
+from sam3_hf.training.phrases import TokenizedText, build_text
 from sam3_hf.vocabulary_sam3_lite import encode_phrases
 
 CLASSES = ["red blood cell", "cat", "a long phrase of many words"]
@@ -443,7 +442,7 @@ def test_training_needs_every_phrase_and_something_to_train(
     )
     dataset = SimpleNamespace(concepts=concepts, sampling=SimpleNamespace(negative_words=()))
     with pytest.raises(ValueError, match=message):
-        starting.build_text(Accelerator(cpu=True), arguments, frozen, processor, dataset)
+        build_text(Accelerator(cpu=True), arguments, frozen, processor, dataset)
 
 
 @torch.no_grad()

@@ -11,4 +11,4 @@ import sys
 from sam3_hf.training.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(command="accelerate launch training/train.py"))

@@ -21,7 +21,7 @@ from .errors import one_line_errors
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help="Hub id, folder, Meta's .pt file, or checkpoint folder of training/train.py.")
+        str, typer.Argument(help="Hub id, folder, Meta's .pt file, or checkpoint folder of a training run.")
     ],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     preset: Annotated[

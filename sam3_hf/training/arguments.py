@@ -12,6 +12,7 @@ from typing import Literal
 import yaml
 from transformers import HfArgumentParser
 
+DEFAULT_COMMAND = "accelerate launch -m sam3_hf.training"
 METRICS = ("auto", "segm_AP", "segm_AP50", "segm_cgF1", "bbox_AP", "bbox_AP50", "bbox_cgF1", "loss")
 
 
@@ -276,12 +277,13 @@ def check_range(group, name: str, low: float, high: float | None = None) -> None
         raise ValueError(f"{name} must be {limits}, got {value}")
 
 
-def parse_arguments(argv: list[str] | None = None) -> Arguments:
+def parse_arguments(argv: list[str] | None = None, command: str = DEFAULT_COMMAND) -> Arguments:
     """
     Reads `[CONFIG.yaml] [--flag value ...]`; flags win over the file.
 
     Args:
-        argv: the command line without the script's name; `sys.argv[1:]` if None.
+        argv: the command line without the program; `sys.argv[1:]` if None.
+        command: what the user called, for the help.
 
     Raises:
         SystemExit: help was asked for, or an argument is wrong; the message names it, and the nearest valid name.
@@ -289,8 +291,8 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
         GROUPS,
-        prog="train.py",
-        usage="accelerate launch training/train.py [CONFIG.yaml] [--flag value ...]",
+        prog=command,
+        usage=f"{command} [CONFIG.yaml] [--flag value ...]",
         description="Trains a lite SAM 3. Each flag may also stand in the YAML file, without the dashes.",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,

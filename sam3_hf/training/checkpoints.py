@@ -18,14 +18,25 @@ from .optim import MovingAverage
 
 logger = logging.getLogger(__name__)
 
+OBJECTIVE = "objective.pt"
 
-def save_checkpoint(accelerator: Accelerator, target: Path, model, optimizer, ema: MovingAverage | None, state: dict):
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    target: Path,
+    model,
+    optimizer,
+    ema: MovingAverage | None,
+    state: dict,
+    objective: dict | None = None,
+) -> None:
     """
     Writes a checkpoint to resume from; called by every process. An older `target` stays until the new one is whole.
 
     Args:
         model, optimizer: as returned by `accelerator.prepare`.
         state: what goes to trainer_state.json: step, scores, settings.
+        objective: the state of what is minimised, if it has any.
     """
     partial = _beside(target, "partial")
     if accelerator.is_main_process:
@@ -42,6 +53,8 @@ def save_checkpoint(accelerator: Accelerator, target: Path, model, optimizer, em
                 torch.save(accelerator.scaler.state_dict(), partial / "scaler.pt")
         if ema is not None:
             save_file(ema.state_dict(), partial / AVERAGE)
+        if objective:
+            torch.save(objective, partial / OBJECTIVE)
         accelerator.unwrap_model(model).config.save_pretrained(partial)
         if (target.parent / FROZEN).is_file():
             _link(target.parent / FROZEN, partial / FROZEN)
@@ -52,8 +65,13 @@ def save_checkpoint(accelerator: Accelerator, target: Path, model, optimizer, em
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, source: Path, model, optimizer, ema: MovingAverage | None) -> None:
-    """Restores what `save_checkpoint` wrote, except the state file; called by every process."""
+def load_checkpoint(accelerator: Accelerator, source: Path, model, optimizer, ema: MovingAverage | None) -> dict:
+    """
+    Restores what `save_checkpoint` wrote, except the state file; called by every process.
+
+    Returns:
+        The state of the objective, empty if there is none.
+    """
     if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.load_state(source)
     else:
@@ -63,6 +81,8 @@ def load_checkpoint(accelerator: Accelerator, source: Path, model, optimizer, em
             accelerator.scaler.load_state_dict(torch.load(source / "scaler.pt", weights_only=True))
     if ema is not None:
         ema.load_state_dict(load_file(source / AVERAGE))
+    path = source / OBJECTIVE
+    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
 
 
 def read_state(checkpoint: Path) -> dict:

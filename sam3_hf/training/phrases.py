@@ -1,12 +1,21 @@
 """From phrases to the model's text inputs: tokens for a text encoder that trains, stored features for a frozen one."""
 
+import logging
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from ..data import TrainDataset
+from ..data.sampling import VISUAL_PHRASE
 from ..evaluation.text import PhraseFeatures
 from ..processing_sam3_lite import tokenize
+from .arguments import Arguments
+from .checkpoints import write_frozen
+
+logger = logging.getLogger(__name__)
 
 TEXT_PARTS = ("text_encoder", "text_projection")
 
@@ -52,3 +61,29 @@ class FrozenText(PhraseFeatures):
     def weights(self) -> dict[str, Tensor]:
         """The encoder's weights by the names that the whole model has for them, on the CPU."""
         return self._weights
+
+
+def build_text(accelerator: Accelerator, arguments: Arguments, model, processor, train_data: TrainDataset):
+    """
+    The text side: trained within the model, or frozen and taken out of it, or the fixed vocabulary of the model.
+
+    Raises:
+        ValueError: the model has a fixed vocabulary, and its text encoder should train, or a phrase is not in it.
+    """
+    phrases = [*train_data.concepts, *train_data.sampling.negative_words, VISUAL_PHRASE]
+    if model.vocabulary is not None:
+        if arguments.model.train_text_encoder:
+            raise ValueError("train_text_encoder: the model has a fixed vocabulary and no text encoder to train")
+        model.vocabulary.check(phrases, processor)
+        text, frozen = TokenizedText(processor), model.vocabulary.state_dict(prefix="vocabulary.")
+        logger.info("the model has a fixed vocabulary: %s", model.vocabulary.listed())
+    elif arguments.model.train_text_encoder:
+        return TokenizedText(processor)
+    else:
+        text = FrozenText(model, processor, phrases, accelerator.device)
+        frozen = text.weights()
+        logger.info("the text encoder is frozen: %d phrases encoded, encoder put aside", len(text.row))
+    if accelerator.is_main_process:
+        write_frozen(Path(arguments.output.output_dir) / "checkpoints", frozen)
+    accelerator.wait_for_everyone()
+    return text

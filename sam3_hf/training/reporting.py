@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -101,12 +100,15 @@ class Speed:
     def __init__(self):
         self._start, self._waited, self._images = time.perf_counter(), 0.0, 0
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time of the `with` block as waiting."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
+    def waiting_for(self, items: Iterator) -> Iterator:
+        """The items; the time until each is there counts as waiting."""
+        while True:
+            start = time.perf_counter()
+            item = next(items, None)
+            self._waited += time.perf_counter() - start
+            if item is None:
+                return
+            yield item
 
     def count(self, images: int) -> None:
         self._images += images

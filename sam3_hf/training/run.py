@@ -3,23 +3,24 @@
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
-from ..data import BatchKeys, EvalDataset, TrainDataset, make_loader, steps_per_epoch
+from ..data import BatchKeys, make_loader, steps_per_epoch
 from ..evaluation.loop import evaluate
 from ..sharing.model_card import versions
 from ..visualization import plot_curves
-from .arguments import Arguments
-from .checkpoints import copy_checkpoint, load_checkpoint, read_state, replace_state, save_checkpoint
+from .batch_size import choose_batch_size
+from .checkpoints import copy_checkpoint, read_state, replace_state
+from .compatibility import check_compatible
 from .export import export_final, push_final
-from .optim import MovingAverage
+from .loop import TrainingLoop
+from .model import start_of_weights
+from .parts import Parts
 from .reporting import Metrics, log_scores, main_scores
-from .starting import check_compatible, choose_batch_size, start_of_weights
 from .stopping import StopSignal, any_process, leave_signals_to_the_parent
 
 logger = logging.getLogger(__name__)
@@ -28,64 +29,50 @@ logger = logging.getLogger(__name__)
 class Run:
     """
     Attributes:
-        step: optimizer steps done, or in progress.
-        overflows: of them, skipped because FP16 gradients overflowed.
-        overflows_in_a_row: of those, how many the last steps were.
+        loop: takes the steps and counts them.
         evaluated: the step of the last evaluation, 0 before the first.
         best: {"step", "metric", "value", "scores"} of the best evaluation, or None.
         origin: where the weights started from, as a dict.
-        ema: moving average of the weights, or None.
         batch_size: images per process and forward pass.
         images_per_step: images over all processes and forward passes of a step.
         steps_per_epoch, total_steps: length of the run in steps.
     """
 
-    def __init__(
-        self,
-        arguments: Arguments,
-        accelerator: Accelerator,
-        model,
-        optimizer,
-        processor,
-        text,
-        train_data: TrainDataset,
-        valid_data: EvalDataset,
-        checkpoint: Path | None,
-    ):
+    def __init__(self, parts: Parts, checkpoint: Path | None = None):
         """
         Args:
-            model, optimizer: as returned by `accelerator.prepare`.
             checkpoint: to go on from.
+
+        Raises:
+            ValueError: the scores cannot be had that shall pick the best weights, the batch size cannot be found, or
+                the checkpoint was made with other settings.
         """
-        self.arguments, self.accelerator = arguments, accelerator
-        self.model, self.optimizer = model, optimizer
-        self.processor, self.text = processor, text
-        self.train_data, self.valid_data = train_data, valid_data
-        self.folder = Path(arguments.output.output_dir)
-        self.step, self.overflows, self.evaluated, self.best = 0, 0, 0, None
-        self.overflows_in_a_row = 0
-        if self.metric_for_best().startswith("segm") and not valid_data.has_masks:
+        self.arguments, self.accelerator, self.model = parts.arguments, parts.accelerator, parts.model
+        self.processor, self.text = parts.processor, parts.text
+        self.train_data, self.valid_data = parts.train_data, parts.valid_data
+        self.folder = Path(self.arguments.output.output_dir)
+        self.evaluated, self.best = 0, None
+        if self.metric_for_best().startswith("segm") and not self.valid_data.has_masks:
             raise ValueError(
                 f"metric_for_best {self.metric_for_best()} needs masks, and the validation split has none for some "
                 "objects: use bbox_AP"
             )
-        settings = arguments.optimization
-        decay = settings.ema_decay
-        self.ema = MovingAverage(accelerator.unwrap_model(model), decay) if decay else None
+        self.loop = TrainingLoop(parts)
 
         saved = None if checkpoint is None else read_state(checkpoint)
         if saved is not None and "origin" in saved:
             self.origin = saved["origin"]
         else:
-            self.origin = asdict(start_of_weights(arguments.model))
+            self.origin = asdict(start_of_weights(self.arguments.model))
+        settings, processes = self.arguments.optimization, self.accelerator.num_processes
         if settings.batch_size != "auto":
             self.batch_size = settings.batch_size
         elif saved is not None:
             self.batch_size = saved["batch_size"]
         else:
-            self.batch_size = choose_batch_size(accelerator, model, train_data, text)
-        self.images_per_step = self.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-        self.steps_per_epoch = steps_per_epoch(len(train_data), self.images_per_step)
+            self.batch_size = choose_batch_size(parts)
+        self.images_per_step = self.batch_size * settings.gradient_accumulation_steps * processes
+        self.steps_per_epoch = steps_per_epoch(len(self.train_data), self.images_per_step)
         self.total_steps = settings.max_steps or settings.epochs * self.steps_per_epoch
         if saved is not None:
             self._resume(checkpoint, saved)
@@ -94,10 +81,15 @@ class Run:
             self.images_per_step,
             self.batch_size,
             settings.gradient_accumulation_steps,
-            accelerator.num_processes,
+            processes,
             self.steps_per_epoch,
             self.total_steps,
         )
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, or in progress."""
+        return self.loop.step
 
     @property
     def epoch(self) -> float:
@@ -119,8 +111,8 @@ class Run:
         wanted = self.step == self.total_steps or self.step % (every * self.steps_per_epoch) == 0
         return wanted and self.step > self.evaluated
 
-    def batches(self) -> Iterator[dict]:
-        """The batches of this process from the next step to the last."""
+    def batches(self) -> Iterator[tuple[dict, ...]]:
+        """The batches of this process for each step from the next to the last."""
         settings, accelerator = self.arguments.optimization, self.accelerator
         keys = BatchKeys(
             len(self.train_data),
@@ -139,14 +131,15 @@ class Run:
             pin_memory=accelerator.device.type == "cuda",
             worker_init_fn=leave_signals_to_the_parent,
         )
-        return iter(loader)
+        batches = iter(loader)
+        return zip(*[batches] * settings.gradient_accumulation_steps, strict=True)  # each takes from the same iterator
 
     def state(self) -> dict:
         """What a checkpoint says about the run."""
         return {
             "step": self.step,
             "epoch": self.epoch,
-            "overflows": self.overflows,
+            "overflows": self.loop.overflows,
             "evaluated": self.evaluated,
             "best": self.best,
             "origin": self.origin,
@@ -162,7 +155,7 @@ class Run:
 
     def save(self) -> None:
         """Writes checkpoints/last, and names it epoch_N or best if it is that."""
-        save_checkpoint(self.accelerator, self.last, self.model, self.optimizer, self.ema, self.state())
+        self.loop.save(self.last, self.state())
         self._name_checkpoint(self.last)
 
     def _name_checkpoint(self, checkpoint: Path) -> None:
@@ -176,9 +169,8 @@ class Run:
 
     def _resume(self, checkpoint: Path, saved: dict) -> None:
         check_compatible(saved, self.state())
-        load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer, self.ema)
-        self.step, self.overflows, self.best = saved["step"], saved["overflows"], saved["best"]
-        self.evaluated = saved["evaluated"]
+        self.loop.resume(checkpoint, saved)
+        self.evaluated, self.best = saved["evaluated"], saved["best"]
         logger.info("going on from %s, step %d", checkpoint, self.step)
         if checkpoint.resolve() == self.last.resolve():
             self._name_checkpoint(checkpoint)  # a kill may have come between the two
@@ -200,7 +192,7 @@ class Run:
         """
         output = self.arguments.output
         set_seed(self.arguments.optimization.seed)  # mask losses sample points: the same ones each time
-        with self.ema.applied() if self.ema is not None else nullcontext():
+        with self.weights_to_judge():
             scores = evaluate(
                 self.accelerator,
                 self.model,
@@ -227,6 +219,10 @@ class Run:
         self._name_checkpoint(self.last)
         return True
 
+    def weights_to_judge(self) -> AbstractContextManager:
+        """Puts the averaged weights, if there are any, into the model for the time of a `with` block."""
+        return nullcontext() if self.loop.ema is None else self.loop.ema.applied()
+
     def note_if_best(self, scores: dict) -> None:
         """Remembers scores that are better than all before."""
         metric = self.metric_for_best()
@@ -246,11 +242,10 @@ class Run:
     def finish(self) -> None:
         """Exports the best weights to final/ and says what was reached and where it is."""
         if self.best is not None and self.best["step"] != self.step:
-            best = self.folder / "checkpoints" / "best"
-            load_checkpoint(self.accelerator, best, self.model, self.optimizer, self.ema)
+            self.loop.load(self.folder / "checkpoints" / "best")
         vocabulary = self.train_data.concepts if self.arguments.output.freeze_vocabulary else None
         parts = (self.accelerator, self.model, self.processor, self.text)
-        with self.ema.applied() if self.ema is not None else nullcontext():
+        with self.weights_to_judge():
             export_final(*parts, self.folder, self.provenance(), vocabulary)
         if self.accelerator.is_main_process:
             self._report()

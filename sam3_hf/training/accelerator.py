@@ -1,0 +1,55 @@
+"""The accelerator of a run, and what it makes of a model and its optimizer."""
+
+import logging
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import parse_flag_from_env
+from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
+
+from ..modeling_sam3_lite import Sam3LiteModel
+from .arguments import Arguments, OptimizationArguments
+from .optim import build_optimizer
+from .reporting import set_up_logging
+
+logger = logging.getLogger(__name__)
+
+
+def start_accelerator(arguments: Arguments) -> Accelerator:
+    """An accelerator in the wanted precision; float32 where FP16 cannot run, which is said once."""
+    # Without being told so, several processes on a machine without GPU would not find each other.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu)
+    set_up_logging(Path(arguments.output.output_dir), state.is_main_process)
+    precision = arguments.optimization.mixed_precision
+    if precision == "fp16" and state.device.type == "cpu":
+        logger.warning("FP16 training needs a GPU; going on in float32 on the CPU")
+        precision = "no"
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=precision,
+        gradient_accumulation_steps=arguments.optimization.gradient_accumulation_steps,
+    )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if arguments.optimization.ema_decay:
+            raise ValueError("ema_decay does not work with FSDP, where no process holds whole weights: set it to 0")
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"FSDP version {plugin.fsdp_version} is not supported: set fsdp_version to 2")
+        # Autocast chooses the precision of each operation, as without FSDP. Accelerate's own policy would gather all
+        # weights and add up all gradients in half precision.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    return accelerator
+
+
+def prepare(accelerator: Accelerator, model: Sam3LiteModel, settings: OptimizationArguments) -> tuple:
+    """
+    The model and an optimizer over its weights, as `accelerator.prepare` returns them; `get_vision_features` works
+    under FSDP as well.
+    """
+    optimizer = build_optimizer(model, settings, fused=accelerator.device.type == "cuda")
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        register_fsdp_forward_method(model, "get_vision_features")  # gathers the weights, as for forward
+    return model, optimizer

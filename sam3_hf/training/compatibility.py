@@ -1,0 +1,52 @@
+"""Whether a checkpoint fits the settings of the run that goes on from it."""
+
+import logging
+
+logger = logging.getLogger(__name__)
+
+# Settings without which a checkpoint's weights or its place in the data mean something else.
+FIXED = (
+    "preset",
+    "image_size",
+    "model_overrides",
+    "train_text_encoder",
+    "seed",
+    "weight_decay",
+    "vit_layer_decay",
+)
+
+
+def check_compatible(saved: dict, current: dict) -> None:
+    """
+    Compares the settings of a checkpoint with those of the run that goes on from it, and logs harmless differences.
+
+    Args:
+        saved, current: "arguments" (flat), "images_per_step" and "dataset" of trainer_state.json.
+
+    Raises:
+        ValueError: they differ in what the checkpoint depends on; the message names all such settings.
+    """
+    before, now = saved["arguments"], current["arguments"]
+    wrong = [f"{name}: {before.get(name)} there, {now[name]} here" for name in FIXED if before.get(name) != now[name]]
+    if bool(before["ema_decay"]) != bool(now["ema_decay"]):
+        wrong.append(f"ema_decay: {before['ema_decay']} there, {now['ema_decay']} here")
+    if saved["dataset"] != current["dataset"]:
+        wrong.append(f"data: {_differences(saved['dataset'], current['dataset'])}")
+    if saved["images_per_step"] != current["images_per_step"]:
+        wrong.append(
+            f"images per step (batch_size x gradient_accumulation_steps x processes): {saved['images_per_step']} "
+            f"there, {current['images_per_step']} here"
+        )
+    if wrong:
+        raise ValueError(
+            "cannot resume, the checkpoint was made with other settings:\n  "
+            + "\n  ".join(wrong)
+            + "\ngive the same ones, or start anew in another --output_dir (--init takes weights from a final/ folder)"
+        )
+    for name, value in now.items():
+        if value != before.get(name) and name not in (*FIXED, "resume", "output_dir"):
+            logger.warning("%s was %s up to the checkpoint and is %s from here on", name, before.get(name), value)
+
+
+def _differences(before: dict, now: dict) -> str:
+    return "; ".join(f"{key} {before[key]} there, {now[key]} here" for key in before if before[key] != now[key])

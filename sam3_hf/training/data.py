@@ -1,0 +1,71 @@
+"""The training and validation splits of a run."""
+
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ..data import Augmentation, DatasetError, EvalDataset, PromptSampling, TrainDataset, load_dataset_splits
+from ..data.generated import write_dataset
+from .arguments import Arguments
+
+
+def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -> tuple[TrainDataset, EvalDataset]:
+    """
+    The checked training and validation splits.
+
+    Args:
+        image_size: side of the model's input in pixels.
+
+    Raises:
+        DatasetError: the dataset has faults, or no validation split.
+    """
+    options = arguments.data
+    source, folders = options.data, options.image_folder
+    if source == "generated":
+        source = Path(arguments.output.output_dir) / "data"
+        if accelerator.is_main_process:
+            write_dataset(
+                source,
+                num_train=options.generated_train,
+                num_valid=options.generated_valid,
+                image_size=image_size,
+                num_concepts=options.generated_concepts,
+                seed=arguments.optimization.seed,
+            )
+        accelerator.wait_for_everyone()
+    if options.validation_data is not None:
+        source = {"train": source, "validation": options.validation_data}
+        folders = {"train": folders, "validation": options.validation_image_folder or folders}
+    splits = load_dataset_splits(source, folders, options.category_map)
+    for split in ("train", "validation"):
+        if split not in splits:
+            raise DatasetError(
+                f"{options.data} has no {split} split, only {', '.join(splits)}: a Roboflow folder has train/ and "
+                "valid/, for COCO files give --validation_data"
+            )
+    sampling = PromptSampling(
+        prompts_per_image=options.prompts_per_image,
+        negative_ratio=options.negative_ratio,
+        box_prompt_probability=options.box_prompt_probability,
+        negative_words=read_words(options.negative_words),
+    )
+    augmentation = Augmentation(
+        horizontal_flip=options.horizontal_flip,
+        crop=options.crop,
+        smallest_side=options.smallest_side,
+        color_jitter=options.color_jitter,
+    )
+    train = TrainDataset(splits["train"], image_size, sampling, augmentation, arguments.optimization.seed)
+    return train, EvalDataset(splits["validation"], image_size)
+
+
+def read_words(path: str | None) -> tuple[str, ...]:
+    """The phrases of a text file, one a line; empty lines do not count.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if path is None:
+        return ()
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))

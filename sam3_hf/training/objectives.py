@@ -1,0 +1,49 @@
+"""What training minimises."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Objective(ABC):
+    """
+    The loss of one forward pass over a batch. It may hold modules and buffers of its own, which the optimizer does not
+    see; the trained model comes with each call.
+    """
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, batch: dict, inputs: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """
+        Called in training mode, under autocast.
+
+        Args:
+            model: as returned by `accelerator.prepare`. Call it once, and itself, not its parts: where there are
+                several processes, this is what exchanges gradients.
+            batch: as `PromptCollator` makes it, on the CPU: "phrases", "image_ids" and so on.
+            inputs: what `model` takes of the batch, on its device, with "labels".
+
+        Returns:
+            The loss, a scalar to go backward from, and at least one term that it consists of: scalars without a
+            gradient by the names that metrics.jsonl and TensorBoard shall have for them, other than "loss" and
+            "grad_norm".
+
+        Raises:
+            ValueError: the loss cannot be computed, as where predictions are not finite. The step fails with this
+                message and the ids of the images.
+        """
+
+    def state_dict(self) -> dict:
+        """What a checkpoint has to hold of the objective, for `torch.load` with `weights_only`; empty if nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from a state that was not empty."""
+        raise ValueError(f"{type(self).__name__} has no state, but the checkpoint holds one: {sorted(state)[:5]}")
+
+
+class Labels(Objective):
+    """The model's own loss: how far its predictions are from the annotations."""
+
+    def __call__(self, model: nn.Module, batch: dict, inputs: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        outputs = model(**inputs)
+        return outputs.loss, outputs.loss_dict

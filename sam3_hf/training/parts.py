@@ -1,0 +1,64 @@
+"""What a run trains with: everything that is made before the first step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..data import EvalDataset, TrainDataset
+from ..processing_sam3_lite import Sam3LiteProcessor
+from .accelerator import prepare
+from .arguments import Arguments
+from .data import load_data
+from .model import build_model, write_mapping_report
+from .objectives import Labels, Objective
+from .phrases import FrozenText, TokenizedText, build_text
+
+
+@dataclass(frozen=True)
+class Parts:
+    """
+    Attributes:
+        model, optimizer: as returned by `accelerator.prepare`.
+        text: turns phrases into the model's text inputs.
+        objective: what the steps minimise.
+    """
+
+    arguments: Arguments
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    processor: Sam3LiteProcessor
+    text: TokenizedText | FrozenText
+    train_data: TrainDataset
+    valid_data: EvalDataset
+
+
+def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path | None) -> Parts:
+    """
+    Makes them as the arguments say; called by every process.
+
+    Args:
+        checkpoint: the run goes on from there; only the sizes and frozen weights of its model are read here.
+    """
+    model = build_model(arguments, checkpoint)
+    if accelerator.is_main_process and checkpoint is None:
+        write_mapping_report(model, arguments)
+    processor = Sam3LiteProcessor.from_config(model.config)
+    train_data, valid_data = load_data(accelerator, arguments, model.config.image_size)
+    text = build_text(accelerator, arguments, model, processor, train_data)
+    model, optimizer = prepare(accelerator, model, arguments.optimization)
+    return Parts(
+        arguments=arguments,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        objective=Labels(),
+        processor=processor,
+        text=text,
+        train_data=train_data,
+        valid_data=valid_data,
+    )
