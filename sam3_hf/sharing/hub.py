@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
-from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
 from .model_card import (
     CARD_FILE,
@@ -132,7 +132,7 @@ def files_to_push(folder: Path) -> list[Path]:
 
 
 def push_model(
-    model: Sam3LiteModel,
+    model: PreTrainedModel,
     repo_id: str,
     *,
     processor: Sam3LiteProcessor | None = None,
@@ -143,6 +143,7 @@ def push_model(
     Pushes a model from memory, with its processor, mapping report and card, in one commit.
 
     Args:
+        model: a [`Sam3LiteModel`].
         processor: default: that of the model's configuration.
         max_shard_size: of the weight files, as in `save_pretrained`.
         kwargs: those of [`push_folder`].
@@ -161,8 +162,11 @@ def push_model(
             raise PushError(f"{reason}\nThe model is unchanged in memory: call push_to_hub again.") from error
 
 
-def model_origin(model: Sam3LiteModel) -> Origin:
-    """Where the weights of a model in memory come from, as far as it and the folder that it was loaded from tell."""
+def model_origin(model: PreTrainedModel) -> Origin:
+    """
+    Where the weights of a [`Sam3LiteModel`] in memory come from, as far as it and the folder that it was loaded from
+    tell.
+    """
     report = model.mapping_report
     if report is not None and not report.source_is_lite:
         return Origin(report.source, True, on_hub=not os.path.exists(report.source))
