@@ -103,7 +103,8 @@ def push_folder(
             num_threads=1,  # the bars of several threads, and log lines written between them, break each other
         )
     except Exception as error:  # of several libraries, by version; all of them mean that there is no commit
-        raise PushError(_failure(error, folder, repo_id, private, gated, revision)) from error
+        flags = {"--private": private, "--gated": gated, "--revision": revision}
+        raise PushError(_failure(error, folder, repo_id, flags)) from error
 
 
 def files_to_push(folder: Path) -> list[Path]:
@@ -179,7 +180,7 @@ def model_origin(model: PreTrainedModel) -> Origin:
         return UNKNOWN
 
 
-def _failure(error: Exception, folder: Path, repo_id: str, private: bool, gated: str | None, revision: str | None):
+def _failure(error: Exception, folder: Path, repo_id: str, flags: dict[str, bool | str | None]) -> str:
     """What went wrong, in a line, and the command to go on with, in another."""
     cause = error
     while cause.__cause__ is not None and getattr(cause, "response", None) is None:
@@ -193,9 +194,9 @@ def _failure(error: Exception, folder: Path, repo_id: str, private: bool, gated:
         reason = f"the token may not write to {repo_id}: use one with write access, or another repository"
     elif status is not None:
         reason = f"the Hub answered {status}: {text}"
-    flags = f"{' --private' * private}{f' --gated {gated}' * bool(gated)}{f' --revision {revision}' * bool(revision)}"
+    given = "".join(f" {flag}" if value is True else f" {flag} {value}" for flag, value in flags.items() if value)
     return (
         f"{folder} was not pushed to {repo_id}: {reason}\n"
         "The folder is as it was; files that the Hub has already are not sent again. To go on: "
-        f"sam3-lite push {folder} {repo_id}{flags}"
+        f"sam3-lite push {folder} {repo_id}{given}"
     )

@@ -194,6 +194,7 @@ def preset_card(preset: str, shapes: dict[str, tuple[int, ...]]) -> ModelCard:
 
 def _render(
     vocabulary: list[str] | None,
+    *,
     sizes: dict,
     provenance: dict,
     report: dict | None,
