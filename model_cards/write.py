@@ -2,14 +2,20 @@
 
 from pathlib import Path
 
-from sam3_hf.model_card import preset_card
+from huggingface_hub import ModelCard
 
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel
 from sam3_hf.configuration_sam3_lite import PRESETS
+from sam3_hf.sharing.model_card import preset_card
+
+
+def card_of(preset: str) -> ModelCard:
+    return preset_card(preset, Sam3LiteModel.parameter_shapes(Sam3LiteConfig.from_preset(preset)))
 
 
 def main() -> None:
     for preset in PRESETS:
-        preset_card(preset).save(Path(__file__).parent / f"{preset}.md")
+        card_of(preset).save(Path(__file__).parent / f"{preset}.md")
 
 
 if __name__ == "__main__":

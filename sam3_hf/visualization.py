@@ -8,25 +8,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from torchvision.ops import box_iou
 
 LONGEST_SIDE = (512, 1280)  # drawings are scaled into this range of pixels: labels need room, files should stay small
-FILL_OPACITY = 0.42
+FILL_OPACITY = 0.15  # shows which pixels are meant, and leaves them the colour that a phrase may name
+LOWEST_SHARED_IOU = 0.5  # of the boxes of a prediction and a true object that are drawn in one colour
 PALETTE = ("#f5b700", "#00a1e4", "#dc0073", "#5dd400", "#8f5bd6", "#ff7a33", "#00c2a8", "#3b4cca")
+FIELDS = ("boxes", "masks", "labels", "scores")
 PAPER, INK, FAINT_INK = (255, 255, 255), (34, 38, 46), (110, 116, 128)
 
-Colours = Mapping[str, tuple[int, int, int]]
+Colour = tuple[int, int, int]
 
 
-def concept_colours(concepts: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-    """A colour per concept, RGB in 0 to 255, set by its place in `concepts`; pass the same list for every picture."""
-    colours = {}
-    for index, concept in enumerate(dict.fromkeys(concepts)):
+def instance_colours(count: int) -> list[Colour]:
+    """Different colours, RGB in 0 to 255, for instances by their places; the first ones are the same for any count."""
+    colours = []
+    for index in range(count):
         if index < len(PALETTE):
             red, green, blue = (int(PALETTE[index][start : start + 2], 16) for start in (1, 3, 5))
         else:  # steps of the golden ratio keep hues apart however many follow
             shade = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.85 - 0.25 * (index % 2), 0.9)
             red, green, blue = (round(255 * channel) for channel in shade)
-        colours[concept] = (red, green, blue)
+        colours.append((red, green, blue))
     return colours
 
 
@@ -36,82 +39,80 @@ def draw_instances(
     masks=None,
     labels: Sequence[str] | None = None,
     scores=None,
-    colours: Colours | None = None,
+    *,
+    colours: Sequence[Colour] | None = None,
     tag_labels: bool = True,
 ) -> Image.Image:
-    """Draws masks, boxes and tags over an image.
+    """Outlines instances in an image, each in a colour of its own and with a tag, and tints their masks a little.
 
     Small images are enlarged and large ones reduced, so that the longest side is between 512 and 1280 pixels.
 
     Args:
         image: PIL image, or (height, width, 3) uint8.
-        boxes: (n, 4) xyxy in pixels of `image`; None draws masks alone.
+        boxes: (n, 4) xyxy in pixels of `image`. Drawn for instances without a mask; the tags of all are beside them.
+            Default: the bounds of the masks.
         masks: (n, height, width) bool or 0/1 at the size of `image`; None draws boxes alone.
         labels: n concepts; default "object".
         scores: (n,) in [0, 1]; None leaves them out.
-        colours: {concept: RGB}, from `concept_colours`; default by the alphabetical order of `labels`.
-        tag_labels: False leaves the concept out of the tags, for pictures with a legend.
+        colours: n times RGB; default: `instance_colours`.
+        tag_labels: False leaves the concept out of the tags, for pictures that say it elsewhere.
 
     Raises:
         ValueError: lengths differ, or masks are not of the image's size.
     """
     image = _as_image(image)
     boxes, masks, labels, scores = _check_instances(image, boxes, masks, labels, scores)
-    colours = colours or concept_colours(sorted(set(labels)))
+    colours = colours or instance_colours(len(labels))
     scale = _scale_of(image)
     canvas = _resize(image, scale)
-    stroke = max(2, round(max(canvas.size) / 340))
+    stroke = max(3, round(max(canvas.size) / 320))
 
-    order = range(len(labels)) if masks is None else np.argsort(-masks.sum(axis=(1, 2)), kind="stable")
-    if masks is not None:
-        for index in order:  # small ones last: on top
-            canvas = _draw_mask(canvas, masks[index], colours[labels[index]], stroke)
+    areas = masks.sum(axis=(1, 2)) if masks is not None else np.zeros(len(labels))
+    order = np.argsort(-areas, kind="stable")  # small ones last: on top
+    for index in order:
+        if areas[index]:
+            _draw_mask(canvas, masks[index], colours[index], stroke)
+        else:
+            _draw_box(ImageDraw.Draw(canvas), boxes[index] * scale, colours[index], stroke)
     draw = ImageDraw.Draw(canvas)
-    if boxes is None:
-        boxes = np.array([_bounds(mask) for mask in masks]).reshape(-1, 4) if masks is not None else np.zeros((0, 4))
-    elif len(boxes):
-        for index in order:
-            _draw_box(draw, boxes[index] * scale, colours[labels[index]], stroke)
     taken = []
     for index in order:
         words = [labels[index]] if tag_labels else []
         words += [f"{scores[index]:.2f}"] if scores is not None else []
         if words:
-            _draw_tag(draw, canvas.size, boxes[index] * scale, " ".join(words), colours[labels[index]], taken)
+            _draw_tag(draw, canvas.size, boxes[index] * scale, " ".join(words), colours[index], taken)
     return canvas
 
 
 def side_by_side(
-    image: Image.Image | np.ndarray,
-    prediction: Mapping,
-    ground_truth: Mapping,
-    colours: Colours | None = None,
-    title: str = "",
+    image: Image.Image | np.ndarray, prediction: Mapping, ground_truth: Mapping, title: str = ""
 ) -> Image.Image:
-    """Prediction at the left, ground truth at the right, a legend of the concepts below.
+    """Prediction at the left, ground truth at the right, and below how many there are of each concept.
+
+    A true object has the colour of the prediction that covers it, if there is one. Tags name the concepts if there are
+    several.
 
     Args:
         image: PIL image, or (height, width, 3) uint8.
         prediction, ground_truth: dicts of `boxes`, `masks`, `labels`, `scores`, each as in `draw_instances`.
-        colours: {concept: RGB}; default by the alphabetical order of the concepts shown.
         title: a line above, as the file name.
     """
     image = _as_image(image)
     shown = sorted({*(prediction.get("labels") or ()), *(ground_truth.get("labels") or ())})
-    colours = colours or concept_colours(shown)
-    fields = ("boxes", "masks", "labels", "scores")
     halves = [
-        draw_instances(image, *(instances.get(field) for field in fields), colours=colours, tag_labels=False)
-        for instances in (prediction, ground_truth)
+        draw_instances(image, *(instances.get(field) for field in FIELDS), colours=colours, tag_labels=len(shown) > 1)
+        for instances, colours in zip(
+            (prediction, ground_truth), _shared_colours(image, prediction, ground_truth), strict=True
+        )
     ]
     width, height = halves[0].size
     margin, text_height = 16, 20
     title_height = 34 if title else 0
-    legend = [
+    counts = [
         f"{concept}: {_count(prediction, concept)} predicted, {_count(ground_truth, concept)} true"
         for concept in shown
     ] or ["nothing predicted, nothing to find"]
-    rows = _flow(legend, 2 * width + margin)
+    rows = _flow(counts, 2 * width + margin)
     top = margin + title_height + 32
     panel = Image.new("RGB", (2 * width + 3 * margin, top + height + margin + len(rows) * 28 + margin // 2), PAPER)
     draw = ImageDraw.Draw(panel)
@@ -121,13 +122,9 @@ def side_by_side(
         draw.text((left, margin + title_height), name, font=_font(text_height), fill=INK)
         panel.paste(half, (left, top))
     for row, entries in enumerate(rows):
-        y = top + height + margin + row * 28
         for x, index in entries:
-            if shown:
-                draw.rounded_rectangle((margin + x, y + 2, margin + x + 18, y + 18), 4, fill=colours[shown[index]])
-            draw.text(
-                (margin + x + (26 if shown else 0), y + 10), legend[index], font=_font(17), fill=FAINT_INK, anchor="lm"
-            )
+            place = (margin + x, top + height + margin + row * 28 + 10)
+            draw.text(place, counts[index], font=_font(17), fill=FAINT_INK, anchor="lm")
     return panel
 
 
@@ -215,21 +212,20 @@ def _as_array(values) -> np.ndarray | None:
 
 
 def _check_instances(image: Image.Image, boxes, masks, labels, scores):
+    """As `draw_instances` takes them; boxes and labels are complete, masks and scores None or complete."""
     boxes, masks, scores = _as_array(boxes), _as_array(masks), _as_array(scores)
-    counts = {
-        name: len(values)
-        for name, values in {"boxes": boxes, "masks": masks, "labels": labels, "scores": scores}.items()
-        if values is not None
-    }
+    given = {"boxes": boxes, "masks": masks, "labels": labels, "scores": scores}
+    counts = {name: len(values) for name, values in given.items() if values is not None}
     if len(set(counts.values())) > 1:
         raise ValueError(f"boxes, masks, labels and scores must be equally many, got {counts}")
     count = next(iter(counts.values()), 0)
-    if boxes is not None:
-        boxes = boxes.astype(float).reshape(-1, 4)
     if masks is not None and count and masks.shape[1:] != (image.height, image.width):
         raise ValueError(f"masks of {masks.shape[1:]} on an image of {(image.height, image.width)} (height, width)")
     masks = masks.astype(bool) if masks is not None and count else None
-    return boxes, masks, list(labels) if labels is not None else ["object"] * count, scores
+    if boxes is None:
+        boxes = np.array([_bounds(mask) for mask in masks] if masks is not None else [])
+    labels = list(labels) if labels is not None else ["object"] * count
+    return boxes.astype(float).reshape(-1, 4), masks, labels, scores
 
 
 def _scale_of(image: Image.Image) -> float:
@@ -242,26 +238,33 @@ def _resize(image: Image.Image, scale: float) -> Image.Image:
     return image.copy() if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _draw_mask(canvas: Image.Image, mask: np.ndarray, colour, stroke: int) -> Image.Image:
+def _draw_mask(canvas: Image.Image, mask: np.ndarray, colour: Colour, stroke: int) -> None:
     soft = Image.fromarray(mask.astype(np.uint8) * 255).resize(canvas.size, Image.Resampling.BILINEAR)
     if canvas.width > mask.shape[1]:  # rounds off the steps of enlarged pixels
         soft = soft.filter(ImageFilter.GaussianBlur(0.6 * canvas.width / mask.shape[1]))
     inside = soft.point(lambda value: 255 if value >= 128 else 0)
-    edge = ImageChops.subtract(inside, inside.filter(ImageFilter.MinFilter(2 * stroke - 1)))
-    opacity = ImageChops.lighter(inside.point(lambda value: round(value * FILL_OPACITY)), edge)
-    return Image.composite(Image.new("RGB", canvas.size, colour), canvas, opacity)
+    if inside.getbbox() is None:
+        return
+    left, top, right, bottom = inside.getbbox()
+    frame = (left - stroke, top - stroke, right + stroke, bottom + stroke)
+    inside = inside.crop(frame)
+    halo = inside.filter(ImageFilter.MaxFilter(3))
+    core = inside.filter(ImageFilter.MinFilter(2 * stroke + 1))
+    canvas.paste(PAPER, frame, ImageChops.subtract(halo, inside))
+    canvas.paste(colour, frame, inside.point(lambda value: round(value * FILL_OPACITY)))
+    canvas.paste(colour, frame, ImageChops.subtract(inside, core))
 
 
-def _draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, colour, stroke: int) -> None:
+def _draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: Colour, stroke: int) -> None:
     left, top, right, bottom = (round(float(side)) for side in box)
     right, bottom = max(right - 1, left), max(bottom - 1, top)
-    draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=INK, width=1)
+    draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=PAPER, width=1)
     draw.rectangle((left, top, right, bottom), outline=colour, width=stroke)
 
 
 def _draw_tag(draw, size: tuple[int, int], box: np.ndarray, text: str, colour, taken: list) -> None:
     """Writes at the first free place by the box: above it, below it, inside it, or beside it."""
-    height = max(16, round(max(size) / 34))
+    height = max(18, round(max(size) / 48))
     font = _font(round(height * 0.74))
     width = round(draw.textlength(text, font=font)) + height // 2
     left, top, right, bottom = (float(side) for side in box)
@@ -301,6 +304,24 @@ def _bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
     return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
 
+def _shared_colours(image: Image.Image, prediction: Mapping, ground_truth: Mapping) -> tuple[list[Colour], ...]:
+    """Colours of predicted and of true instances: one where they are of one concept and their boxes overlap."""
+    (found, _, found_labels, _), (true, _, true_labels, _) = (
+        _check_instances(image, *(instances.get(field) for field in FIELDS))
+        for instances in (prediction, ground_truth)
+    )
+    colours = instance_colours(len(found_labels) + len(true_labels))
+    free, of_true = set(range(len(found_labels))), []
+    overlaps = box_iou(torch.as_tensor(true), torch.as_tensor(found))
+    for index, label in enumerate(true_labels):
+        same = [place for place in free if found_labels[place] == label]
+        best = max(same, key=lambda place: overlaps[index, place], default=None)
+        shares = best is not None and overlaps[index, best] >= LOWEST_SHARED_IOU
+        of_true.append(colours[best if shares else len(found_labels) + index])
+        free -= {best} if shares else set()
+    return colours[: len(found_labels)], of_true
+
+
 def _count(instances: Mapping, concept: str) -> int:
     return list(instances.get("labels") or ()).count(concept)
 
@@ -310,10 +331,10 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _flow(entries: list[str], width: int) -> list[list[tuple[int, int]]]:
-    """Lays legend entries out in lines of at most `width` pixels: per line (x, index of the entry)."""
+    """Lays entries out in lines of at most `width` pixels: per line (x, index of the entry)."""
     rows, x = [[]], 0
     for index, entry in enumerate(entries):
-        needed = 26 + round(_font(17).getlength(entry)) + 28
+        needed = round(_font(17).getlength(entry)) + 28
         if rows[-1] and x + needed > width:
             rows.append([])
             x = 0

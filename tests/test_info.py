@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.checkpoints import native_state_dict
 from sam3_hf.cli import app
-from sam3_hf.sharing.info import count_flops, model_info, preset_of
+from sam3_hf.sharing.info import count_flops, model_info
+from sam3_hf.sharing.sizes import preset_of
 
 
 def run(*arguments):

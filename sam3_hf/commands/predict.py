@@ -63,7 +63,9 @@ def predict(
         }
         folder = PredictionFolder(output, record, overlays, masks)
         left = [picture for picture in pictures if not folder.is_complete(picture)]
-        unreadable = predict_files(pipe, left, text, settings, folder, batch_size, workers)
+        unreadable = predict_files(
+            pipe, left, folder, text=text, settings=settings, batch_size=batch_size, workers=workers
+        )
         images, detections = folder.write_coco()
     typer.echo(
         f"{output}: {detections} detections in {images} pictures; {len(left) - len(unreadable)} pictures were new, "
@@ -79,9 +81,10 @@ def predict(
 def predict_files(
     pipe: Sam3LitePipeline,
     pictures: list[InputFile],
+    folder: PredictionFolder,
+    *,
     text: dict[str, tuple[torch.Tensor, torch.Tensor]],
     settings: PredictionSettings,
-    folder: PredictionFolder,
     batch_size: int,
     workers: int,
 ) -> list[str]:

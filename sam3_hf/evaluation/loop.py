@@ -14,7 +14,7 @@ from ..data import EvalDataset, eval_batches, make_loader
 from ..data.images import load_image
 from ..data.masks import rle_to_mask
 from ..modeling_sam3_lite import Sam3LiteOutput
-from ..visualization import concept_colours, side_by_side
+from ..visualization import side_by_side
 from .cgf1 import CGF1
 from .coco_ap import CocoAP
 from .metric import DetectionMetric
@@ -174,7 +174,6 @@ def draw(dataset: EvalDataset, index: int, predictions: list[dict], references: 
         pixels.permute(1, 2, 0).numpy(),
         _instances(predictions, dataset, lambda row, place: row["scores"][place] >= DRAWN_SCORE),
         _instances(references, dataset, lambda row, place: not row["iscrowd"][place]),
-        colours=concept_colours(dataset.concepts),
         title=row["file_name"],
     )
 

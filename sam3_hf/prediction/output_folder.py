@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..visualization import concept_colours, draw_instances
+from ..visualization import draw_instances
 from .detections import Detections, decode_mask
 from .input_files import InputFile
 
@@ -167,7 +167,6 @@ def draw_detections(picture: torch.Tensor, found: Detections) -> Image.Image:
         masks,
         found.labels,
         found.scores.tolist(),
-        colours=concept_colours(found.prompts),
     )
 
 

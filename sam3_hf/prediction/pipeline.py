@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,6 +129,16 @@ class PredictionSettings:
         whole = len(tiles) == 1
         values = image_processor(pixels, return_tensors="pt")["pixel_values"] if whole else None
         return PreparedImage((height, width), tiles, values, None if whole else pixels)
+
+
+class Question(NamedTuple):
+    """A prompt for a tile of an image."""
+
+    image: int  # its place among the images
+    size: tuple[int, int]  # height and width of the image
+    tile: Tile
+    row: int  # of the tile among those that the vision encoder handles with it
+    prompt: Prompt
 
 
 class Sam3LitePipeline:
@@ -263,51 +274,53 @@ class Sam3LitePipeline:
             image_processor = self.processor.image_processor
             pixel_values = torch.cat([prepared[index].pixels_of(tile, image_processor) for index, tile in group])
             vision = self.model.get_vision_features(pixel_values.to(self.model.device, self.model.dtype))
-            asked = [(place, prompt) for place, (index, _) in enumerate(group) for prompt in prompts[index]]
+            asked = [
+                Question(index, prepared[index].size, tile, row, prompt)
+                for row, (index, tile) in enumerate(group)
+                for prompt in prompts[index]
+            ]
             for first in range(0, len(asked), PROMPTS_AT_ONCE):
-                for place, part in self._parts(
-                    vision, asked[first : first + PROMPTS_AT_ONCE], group, prepared, text, settings
-                ):
-                    parts[group[place][0]].append(part)
+                for index, part in self._parts(vision, asked[first : first + PROMPTS_AT_ONCE], text, settings):
+                    parts[index].append(part)
         return [
             _finish(own, image, [prompt.label for prompt in asked], settings)
             for own, image, asked in zip(parts, prepared, prompts, strict=True)
         ]
 
-    def _parts(self, vision, asked, group, prepared, text, settings):
-        """Yields (place in the group, `Part`) of what is found for prompts `asked` as (place, prompt)."""
-        inputs = self._inputs(asked, [prepared[index].size for index, _ in group], text)
+    def _parts(self, vision, asked: list[Question], text, settings: PredictionSettings) -> Iterator[tuple[int, Part]]:
+        """What is found, each with the place of its image."""
+        inputs = self._inputs(asked, text)
         # What suppression and joining leave is not known before there are masks.
         limit = settings.max_detections if settings.nms_iou is None and settings.tile_size is None else None
         found = self.model.find(vision, **inputs, threshold=settings.threshold, max_detections=limit)
         owners, scores, boxes = found.prompt_index.tolist(), found.scores.tolist(), found.boxes.float().cpu()
-        for place, rows in groupby(range(len(owners)), key=lambda row: asked[owners[row]][0]):
+        for _, rows in groupby(range(len(owners)), key=lambda row: asked[owners[row]].row):
             rows = list(rows)
-            index, tile = group[place]
+            image, size, tile, _, _ = asked[owners[rows[0]]]
             height, width = tile.bottom - tile.top, tile.right - tile.left
             logits = found.mask_logits[rows[0] : rows[-1] + 1]
             masks = enlarge_masks(logits, (height, width), settings.mask_threshold)
             for row, (mask, top, left) in zip(rows, masks, strict=True):
                 box = boxes[row].clamp(0, 1) * boxes.new_tensor([width, height, width, height])
                 box = box + boxes.new_tensor([tile.left, tile.top, tile.left, tile.top])
-                rle = encode_mask(mask, tile.top + top, tile.left + left, prepared[index].size)
-                yield place, Part(asked[owners[row]][1].label, scores[row], box, rle, tile)
+                rle = encode_mask(mask, tile.top + top, tile.left + left, size)
+                yield image, Part(asked[owners[row]].prompt.label, scores[row], box, rle, tile)
 
-    def _inputs(self, asked, sizes: list[tuple[int, int]], text) -> dict[str, Tensor]:
-        """What the model takes for prompts `asked` as (place, prompt), of images of these sizes."""
-        features, masks = zip(*(text[prompt.phrase] for _, prompt in asked), strict=True)
+    def _inputs(self, asked: list[Question], text) -> dict[str, Tensor]:
+        """What the model takes for these prompts beside the vision features."""
+        features, masks = zip(*(text[question.prompt.phrase] for question in asked), strict=True)
         inputs = {
-            "image_index": torch.tensor([place for place, _ in asked]),
+            "image_index": torch.tensor([question.row for question in asked]),
             "text_embeds": torch.stack(features),
             "attention_mask": torch.stack(masks),
         }
-        longest = max(len(prompt.all_boxes) for _, prompt in asked)
+        longest = max(len(question.prompt.all_boxes) for question in asked)
         if longest:
             boxes = torch.zeros(len(asked), longest, 4)
             labels = torch.full((len(asked), longest), BOX_PADDING_LABEL)
-            for row, (place, prompt) in enumerate(asked):
-                height, width = sizes[place]
-                for column, box in enumerate(prompt.all_boxes):
+            for row, question in enumerate(asked):
+                height, width = question.size
+                for column, box in enumerate(question.prompt.all_boxes):
                     left, top, right, bottom = box
                     boxes[row, column] = torch.tensor(
                         [
@@ -317,7 +330,7 @@ class Sam3LitePipeline:
                             (bottom - top) / height,
                         ]
                     )
-                    labels[row, column] = 1 if column < len(prompt.boxes) else 0
+                    labels[row, column] = 1 if column < len(question.prompt.boxes) else 0
             inputs |= {"input_boxes": boxes, "input_boxes_labels": labels}
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 

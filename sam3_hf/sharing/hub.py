@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
-from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
 from .model_card import (
     CARD_FILE,
@@ -103,7 +103,8 @@ def push_folder(
             num_threads=1,  # the bars of several threads, and log lines written between them, break each other
         )
     except Exception as error:  # of several libraries, by version; all of them mean that there is no commit
-        raise PushError(_failure(error, folder, repo_id, private, gated, revision)) from error
+        flags = {"--private": private, "--gated": gated, "--revision": revision}
+        raise PushError(_failure(error, folder, repo_id, flags)) from error
 
 
 def files_to_push(folder: Path) -> list[Path]:
@@ -132,7 +133,7 @@ def files_to_push(folder: Path) -> list[Path]:
 
 
 def push_model(
-    model: Sam3LiteModel,
+    model: PreTrainedModel,
     repo_id: str,
     *,
     processor: Sam3LiteProcessor | None = None,
@@ -143,6 +144,7 @@ def push_model(
     Pushes a model from memory, with its processor, mapping report and card, in one commit.
 
     Args:
+        model: a [`Sam3LiteModel`].
         processor: default: that of the model's configuration.
         max_shard_size: of the weight files, as in `save_pretrained`.
         kwargs: those of [`push_folder`].
@@ -161,8 +163,11 @@ def push_model(
             raise PushError(f"{reason}\nThe model is unchanged in memory: call push_to_hub again.") from error
 
 
-def model_origin(model: Sam3LiteModel) -> Origin:
-    """Where the weights of a model in memory come from, as far as it and the folder that it was loaded from tell."""
+def model_origin(model: PreTrainedModel) -> Origin:
+    """
+    Where the weights of a [`Sam3LiteModel`] in memory come from, as far as it and the folder that it was loaded from
+    tell.
+    """
     report = model.mapping_report
     if report is not None and not report.source_is_lite:
         return Origin(report.source, True, on_hub=not os.path.exists(report.source))
@@ -175,7 +180,7 @@ def model_origin(model: Sam3LiteModel) -> Origin:
         return UNKNOWN
 
 
-def _failure(error: Exception, folder: Path, repo_id: str, private: bool, gated: str | None, revision: str | None):
+def _failure(error: Exception, folder: Path, repo_id: str, flags: dict[str, bool | str | None]) -> str:
     """What went wrong, in a line, and the command to go on with, in another."""
     cause = error
     while cause.__cause__ is not None and getattr(cause, "response", None) is None:
@@ -189,9 +194,9 @@ def _failure(error: Exception, folder: Path, repo_id: str, private: bool, gated:
         reason = f"the token may not write to {repo_id}: use one with write access, or another repository"
     elif status is not None:
         reason = f"the Hub answered {status}: {text}"
-    flags = f"{' --private' * private}{f' --gated {gated}' * bool(gated)}{f' --revision {revision}' * bool(revision)}"
+    given = "".join(f" {flag}" if value is True else f" {flag} {value}" for flag, value in flags.items() if value)
     return (
         f"{folder} was not pushed to {repo_id}: {reason}\n"
         "The folder is as it was; files that the Hub has already are not sent again. To go on: "
-        f"sam3-lite push {folder} {repo_id}{flags}"
+        f"sam3-lite push {folder} {repo_id}{given}"
     )

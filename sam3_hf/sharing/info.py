@@ -14,9 +14,10 @@ from transformers.utils import cached_file
 from yaml import YAMLError
 
 from ..checkpoints import Checkpoint, open_checkpoint
-from ..configuration_sam3_lite import MAX_TOKENS, PRESETS, Sam3LiteConfig, parameter_sizes
+from ..configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
 from ..mapping import REPORT_FILE
 from ..modeling_sam3_lite import Sam3LiteGeometryEncoder, Sam3LiteModel
+from .sizes import preset_of, sizes_of
 
 # The parts of a model, by the modules they consist of.
 PARTS = {
@@ -75,7 +76,7 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
         "preset": preset_of(checkpoint.config),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "vocabulary": checkpoint.config.vocabulary,
-        "sizes": _sizes(checkpoint.config),
+        "sizes": sizes_of(checkpoint.config),
         "parts": parts,
         "parameters": sum(part["parameters"] for part in parts.values()),
         "bytes": sum(part["bytes"] for part in parts.values()),
@@ -145,28 +146,6 @@ def _measure(checkpoint: Checkpoint, expected: dict[str, torch.Tensor], flops: d
     return parts
 
 
-def preset_of(config: Sam3LiteConfig) -> str | None:
-    """The name of the preset with these sizes, whatever the vocabulary and the image size."""
-    for name in PRESETS:
-        if parameter_sizes(Sam3LiteConfig.from_preset(name, vocabulary=config.vocabulary)) == parameter_sizes(config):
-            return name
-    return None
-
-
-def _sizes(config: Sam3LiteConfig) -> dict:
-    vit = config.vision_config.backbone_config
-    return {
-        "image_size": config.image_size,
-        "patch_size": vit.patch_size,
-        "vision_width": vit.hidden_size,
-        "vision_layers": vit.num_hidden_layers,
-        "vision_heads": vit.num_attention_heads,
-        "detr_encoder_layers": config.detr_encoder_config.num_layers,
-        "detr_decoder_layers": config.detr_decoder_config.num_layers,
-        "queries": config.detr_decoder_config.num_queries,
-    }
-
-
 def _read(source: str, name: str, hub_arguments: dict) -> str | None:
     """Text of a file of a folder or Hub repository, None if it has none."""
     if os.path.isfile(source):
@@ -189,4 +168,4 @@ def _licence(source: str, hub_arguments: dict) -> str:
     return fields.get("license_name") or fields.license or "unknown"
 
 
-__all__ = ["count_flops", "model_info", "preset_of"]
+__all__ = ["count_flops", "model_info"]

@@ -18,9 +18,8 @@ from transformers.utils import cached_file
 from ..checkpoints import source_config, weight_files
 from ..configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
 from ..mapping import REPORT_FILE
-from ..modeling_sam3_lite import Sam3LiteModel
 from ..version import __version__
-from .info import preset_of
+from .sizes import preset_of, sizes_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PROVENANCE_FILE = "provenance.json"
@@ -172,12 +171,14 @@ def model_card(folder: str | os.PathLike) -> ModelCard:
     )
 
 
-def preset_card(preset: str) -> ModelCard:
-    """The card of a preset before anybody trained it: its sizes, and how its weights are made."""
+def preset_card(preset: str, shapes: dict[str, tuple[int, ...]]) -> ModelCard:
+    """
+    The card of a preset before anybody trained it: its sizes, and how its weights are made.
+
+    Args:
+        shapes: of its tensors by name, from [`~Sam3LiteModel.parameter_shapes`].
+    """
     config = Sam3LiteConfig.from_preset(preset)
-    with torch.device("meta"):
-        model = Sam3LiteModel(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     megabytes = 2 * sum(map(math.prod, shapes.values())) / 1e6
     miniature = preset.startswith("tiny")
     origin = RANDOM_WEIGHTS if miniature else Origin("facebook/sam3", True, on_hub=True)
@@ -193,6 +194,7 @@ def preset_card(preset: str) -> ModelCard:
 
 def _render(
     vocabulary: list[str] | None,
+    *,
     sizes: dict,
     provenance: dict,
     report: dict | None,
@@ -268,18 +270,18 @@ def _summary(trained: bool) -> str:
 
 
 def _sizes(config: Sam3LiteConfig, shapes: dict[str, tuple[int, ...]], weights: str) -> dict:
-    vit, preset = config.vision_config.backbone_config, preset_of(config)
+    preset, sizes = preset_of(config), sizes_of(config)
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     text = sum(count for name, count in counts.items() if name.startswith("text_encoder."))
     return {
         "preset": f"`{preset}`" if preset else "none, own sizes",
-        "vit": f"{vit.hidden_size} × {vit.num_hidden_layers} × {vit.num_attention_heads}",
-        "detr": f"{config.detr_encoder_config.num_layers} + {config.detr_decoder_config.num_layers}",
-        "pixels": config.image_size,
+        "vit": f"{sizes['vision_width']} × {sizes['vision_layers']} × {sizes['vision_heads']}",
+        "detr": f"{sizes['detr_encoder_layers']} + {sizes['detr_decoder_layers']}",
+        "pixels": sizes["image_size"],
         "parameters": f"{sum(counts.values()) / 1e6:.1f}M",
         "without_text": f"{(sum(counts.values()) - text) / 1e6:.1f}M",
         "weights": weights,
-        "queries": config.detr_decoder_config.num_queries,
+        "queries": sizes["queries"],
         "tokens": MAX_TOKENS,
     }
 

@@ -1,0 +1,28 @@
+"""The sizes of a model as people speak of them, from its configuration alone."""
+
+from __future__ import annotations
+
+from ..configuration_sam3_lite import PRESETS, Sam3LiteConfig, parameter_sizes
+
+
+def preset_of(config: Sam3LiteConfig) -> str | None:
+    """The name of the preset with these sizes, whatever the vocabulary and the image size."""
+    for name in PRESETS:
+        if parameter_sizes(Sam3LiteConfig.from_preset(name, vocabulary=config.vocabulary)) == parameter_sizes(config):
+            return name
+    return None
+
+
+def sizes_of(config: Sam3LiteConfig) -> dict[str, int]:
+    """Widths and numbers of layers, heads and queries; sides of image and patch in pixels."""
+    vit = config.vision_config.backbone_config
+    return {
+        "image_size": config.image_size,
+        "patch_size": vit.patch_size,
+        "vision_width": vit.hidden_size,
+        "vision_layers": vit.num_hidden_layers,
+        "vision_heads": vit.num_attention_heads,
+        "detr_encoder_layers": config.detr_encoder_config.num_layers,
+        "detr_decoder_layers": config.detr_decoder_config.num_layers,
+        "queries": config.detr_decoder_config.num_queries,
+    }
