@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import torch
 import typer
 
 from ..checkpoints.checkpoint import open_checkpoint
+from ..files import recover, write_folder
 from ..mapping.calibration import calibrate_mapping
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
@@ -70,6 +70,7 @@ def convert(
 
 
 def _convert(source, target, preset, dtype, mapping, fields, revision, ema, overwrite, report, calibration):
+    recover(target.parent, target.name)
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists: choose another folder, or pass --overwrite.")
     if ema and not is_training_checkpoint(source):
@@ -85,16 +86,15 @@ def _convert(source, target, preset, dtype, mapping, fields, revision, ema, over
         options = {"preset": preset, "dtype": dtype, "revision": revision, "variant": variant, **fields, **calibration}
         model = calibrate_mapping(source, device="cuda" if torch.cuda.is_available() else "cpu", **options).cpu()
     before = _before(source, variant, revision)
-    # Complete beside its place before the old folder goes.
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    Sam3LiteProcessor.from_config(model.config).save_pretrained(partial)
-    write_card(partial, {"origin": asdict(origin_of(source, revision=revision)), "versions": versions()})
-    _verify(model, partial)
-    if target.is_dir():
-        shutil.rmtree(target)
-    partial.rename(target)
+    origin = asdict(origin_of(source, revision=revision))
+
+    def write(folder: Path):
+        model.save_pretrained(folder)
+        Sam3LiteProcessor.from_config(model.config).save_pretrained(folder)
+        write_card(folder, {"origin": origin, "versions": versions()})
+        _verify(model, folder)
+
+    write_folder(target, write)
     if report and model.mapping_report is not None:
         typer.echo(str(model.mapping_report))
     typer.echo(

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from accelerate.utils import convert_to_fp32, send_to_device
 from ..data import EvalDataset, eval_batches, make_loader
 from ..data.images import load_image
 from ..data.masks import rle_to_mask
+from ..files import write_file
 from ..modeling_sam3_lite import Sam3LiteOutput
 from ..visualization import concept_colours, side_by_side
 from .cgf1 import CGF1
@@ -84,8 +86,7 @@ def evaluate(
                     picture = draw(
                         dataset, index, [rows[row] for row in own], [batch["references"][row] for row in own]
                     )
-                    picture_folder.mkdir(parents=True, exist_ok=True)
-                    picture.save(picture_folder / f"{index:04d}.png")
+                    write_file(picture_folder / f"{index:04d}.png", partial(picture.save, format="PNG"))
         loss = accelerator.reduce(total / prompts, "mean").item()
         figures = [metric.compute() for metric in metrics]
     if not accelerator.is_main_process:

@@ -8,6 +8,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
+from ..files import write_file  # noqa: E402
+
 MAX_NAMED = 30  # concepts that have room for names and numbers
 
 
@@ -59,5 +61,5 @@ def plot_confusion(confusion: dict, title: str, path: Path) -> None:
 
 
 def _save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=120)
+    write_file(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
     plt.close(figure)

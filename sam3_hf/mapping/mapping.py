@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from transformers.utils import logging
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..configuration_sam3_lite import Sam3LiteConfig
+from ..files import write_file
 from ..vocabulary_sam3_lite import INTEGER_BUFFERS
 
 logger = logging.get_logger(__name__)
@@ -145,8 +147,7 @@ class MappingReport:
 
     def save(self, folder: str | os.PathLike):
         """Writes `mapping_report.json` into `folder`."""
-        with open(os.path.join(folder, REPORT_FILE), "w", encoding="utf-8") as file:
-            file.write(self.to_json())
+        write_file(Path(folder) / REPORT_FILE, self.to_json())
 
     def __str__(self) -> str:
         header = ("group", "action", "tensors", "source", "target", "energy", "reason")

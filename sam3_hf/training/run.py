@@ -12,10 +12,11 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from ..data import BatchKeys, EvalDataset, TrainDataset, make_loader, steps_per_epoch
 from ..evaluation.loop import evaluate
+from ..files import copy_folder
 from ..sharing.model_card import versions
 from ..visualization import plot_curves
 from .arguments import Arguments
-from .checkpoints import copy_checkpoint, load_checkpoint, read_state, replace_state, save_checkpoint
+from .checkpoints import load_checkpoint, read_state, replace_state, save_checkpoint
 from .export import export_final, push_final
 from .optim import MovingAverage
 from .reporting import Metrics, log_scores, main_scores
@@ -169,9 +170,9 @@ class Run:
         every, whole_epoch = self.arguments.output.save_every_epochs, self.step % self.steps_per_epoch == 0
         if self.accelerator.is_main_process:
             if every and whole_epoch and round(self.epoch) % every == 0:
-                copy_checkpoint(checkpoint, self.folder / "checkpoints" / f"epoch_{round(self.epoch)}")
+                copy_folder(checkpoint, self.folder / "checkpoints" / f"epoch_{round(self.epoch)}")
             if self.best is not None and self.best["step"] == self.step:
-                copy_checkpoint(checkpoint, self.folder / "checkpoints" / "best")
+                copy_folder(checkpoint, self.folder / "checkpoints" / "best")
         self.accelerator.wait_for_everyone()
 
     def _resume(self, checkpoint: Path, saved: dict) -> None:

@@ -30,10 +30,11 @@ from ..data import (
 from ..data.generated import write_dataset
 from ..data.sampling import VISUAL_PHRASE
 from ..evaluation.loop import model_inputs
+from ..files import recover
 from ..mapping.mapping import REPORT_FILE
 from ..sharing.model_card import RANDOM_WEIGHTS, Origin, origin_of
 from .arguments import Arguments, ModelArguments
-from .checkpoints import FROZEN, STATE, read_state, recover, write_frozen
+from .checkpoints import FROZEN, STATE, read_state, write_frozen
 from .phrases import TEXT_PARTS, FrozenText, TokenizedText
 from .reporting import set_up_logging
 
