@@ -23,11 +23,11 @@ from sam3_hf.data import (
     measure_throughput,
     steps_per_epoch,
 )
-from sam3_hf.data.masks import rle_to_mask
 from sam3_hf.data.sampling import Prompt
 from sam3_hf.data.torch_dataset import make_label
 from sam3_hf.data.transforms import Placement, place_boxes
 from sam3_hf.evaluation import CGF1, CocoAP, prediction_row
+from sam3_hf.rle import decode_mask
 
 SIZE = 64
 
@@ -169,7 +169,7 @@ def test_crowd_region_without_a_segmentation_takes_no_masks_away(tmp_path):
     rows = load_dataset_splits(tmp_path)["train"]
     sample = EvalDataset(rows, SIZE)[0]
     assert [tuple(label["masks"].shape) for label in sample.labels] == [(1, SIZE, SIZE), *[(0, SIZE, SIZE)] * 2]
-    masks = [rle_to_mask(mask) for mask in sample.references[0]["masks"]]
+    masks = [decode_mask(mask) for mask in sample.references[0]["masks"]]
     assert sample.references[0]["iscrowd"] == [0, 1]
     assert masks[1][:, :10].all() and not masks[1][:, 10:].any()  # its box
     assert all("masks" in label for label in TrainDataset(rows, SIZE)[0, 0].labels)

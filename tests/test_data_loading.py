@@ -13,7 +13,7 @@ from PIL import Image
 
 from sam3_hf.data import DatasetError, concept_names, has_masks, load_dataset_splits, segmentation_of
 from sam3_hf.data.images import load_image
-from sam3_hf.data.masks import polygons_to_mask, rle_to_mask
+from sam3_hf.rle import decode_mask, encode_segmentation
 
 RECTANGLE = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
 RECTANGLE[15:35, 10:40] = 1
@@ -30,10 +30,7 @@ def rle_of(mask: np.ndarray, compressed: bool) -> dict:
 
 
 def decode(item: dict) -> np.ndarray:
-    segmentation = segmentation_of(item)
-    if isinstance(segmentation, dict):
-        return rle_to_mask(segmentation)
-    return polygons_to_mask([np.array(polygon).reshape(-1, 2) for polygon in segmentation], HEIGHT, WIDTH)
+    return decode_mask(encode_segmentation(segmentation_of(item), HEIGHT, WIDTH))
 
 
 def load_error(*args, **kwargs) -> DatasetError:

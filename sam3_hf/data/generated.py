@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from ..rle import uncompressed
+
 CONCEPTS = (  # up to the eighth, each adjective and each noun comes twice
     "red circle",
     "blue circle",
@@ -302,7 +304,4 @@ def _segmentation(shape: dict) -> list | dict:
     inside = (polygon >= 0).all() and (polygon <= [width, height]).all()
     if inside and shape["mask"].sum() == shape["full"].sum():
         return [[round(value, 2) for value in polygon.ravel().tolist()]]
-    flat = shape["mask"].ravel(order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
-    return {"size": [height, width], "counts": counts if not flat[0] else [0, *counts]}
+    return uncompressed(shape["mask"])

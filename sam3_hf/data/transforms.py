@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .masks import polygons_to_mask, rle_to_mask
+from ..rle import decode_mask, encode_segmentation
 
 SMALLEST_SIDE = 480 / 1008  # sam3 configs/roboflow_v100: RandomResizeAPI min_size and resolution
 VISIBLE_SIDE = 1.0  # pixels of the canvas; what a crop leaves of an object must be as wide and high
@@ -177,9 +177,10 @@ def place_mask(segmentation: list | dict, placement: Placement) -> torch.Tensor:
     if isinstance(segmentation, list):
         corner = np.array([placement.x, placement.y])
         polygons = [placement.move(np.array(polygon, dtype=np.float64).reshape(-1, 2)) for polygon in segmentation]
-        inside = torch.from_numpy(polygons_to_mask([polygon - corner for polygon in polygons], side, side))
+        flat = [(polygon - corner).reshape(-1).tolist() for polygon in polygons]
+        inside = torch.from_numpy(decode_mask(encode_segmentation(flat, side, side)))
     else:
-        mask = torch.from_numpy(np.ascontiguousarray(rle_to_mask(segmentation)))
+        mask = torch.from_numpy(np.ascontiguousarray(decode_mask(segmentation)).view(np.uint8))
         inside = place_pixels(mask[None] * 255, placement)[0] > 127  # as the image: half covered is inside
     canvas[placement.y : placement.y + side, placement.x : placement.x + side] = inside
     return canvas

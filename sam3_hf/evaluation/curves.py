@@ -3,8 +3,8 @@
 from collections import defaultdict
 
 import numpy as np
-from faster_coco_eval.core import mask as mask_api
 
+from ..rle import ious
 from .coco_ap import evaluate_coco
 from .metric import DetectionMetric, xywh
 from .rows import CONFIDENT
@@ -79,7 +79,7 @@ def add_image(counts: np.ndarray, pairs: list, place: dict[int, int], iou_type: 
         found = [regions[index] for index in kept]
         overlaps = np.zeros((len(found), len(owner)))
         if found and wanted:
-            overlaps = np.asarray(mask_api.iou(_together(found, key), _together(wanted, key), crowd.tolist()))
+            overlaps = ious(_together(found, key), _together(wanted, key), crowd.tolist())
         for row in overlaps:
             hits = row >= OVERLAP
             own = owner == concept

@@ -13,14 +13,14 @@ from accelerate.utils import convert_to_fp32, send_to_device
 
 from ..data import EvalDataset, eval_batches, make_loader
 from ..data.images import load_image
-from ..data.masks import rle_to_mask
 from ..files import write_file
 from ..modeling_sam3_lite import Sam3LiteOutput
+from ..rle import decode_mask, encode_masks
 from ..visualization import concept_colours, side_by_side
 from .cgf1 import CGF1
 from .coco_ap import CocoAP
 from .metric import DetectionMetric
-from .rows import CONFIDENT, MAX_DETECTIONS, encode_masks, prediction_row
+from .rows import CONFIDENT, MAX_DETECTIONS, prediction_row
 
 PROMPTS_AT_ONCE = 16  # bounds memory: 200 queries at 1008 px have 66 MB of mask logits for each prompt in float32
 LOWEST_SCORE = 0.01  # detections below are too many to encode: COCO AP goes without the far end of its curves
@@ -187,7 +187,7 @@ def _instances(rows: list[dict], dataset: EvalDataset, wanted) -> dict:
         "labels": [dataset.concepts[row["category"]] for row, _ in picked],
     }
     if dataset.has_masks and picked:
-        instances["masks"] = np.stack([rle_to_mask(row["masks"][place]) for row, place in picked])
+        instances["masks"] = np.stack([decode_mask(row["masks"][place]) for row, place in picked])
     if all("scores" in row for row in rows):
         instances["scores"] = [row["scores"][place] for row, place in picked]
     return instances

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from faster_coco_eval.core import mask as mask_api
+
+from ..rle import encode_masks, encode_segmentation, mask_areas
 
 CONFIDENT = 0.5  # cgF1 looks at detections from this score on (arXiv 2511.16719)
 MAX_DETECTIONS = 100  # COCO AP looks at so many per image and class
@@ -74,7 +75,7 @@ def reference_row(image_id: int, category: int, boxes, masks=None, iscrowd=None,
     if masks is not None:
         masks = encode_masks(masks)
     if areas is None and masks:
-        areas = mask_api.area(masks)
+        areas = mask_areas(masks)
     elif areas is None:
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     return {
@@ -116,41 +117,7 @@ def _coco_mask(annotation: dict, image: dict) -> dict:
             f"image {image['id']}, annotation {annotation.get('id')}: no segmentation; pass with_masks=False "
             "to evaluate boxes only"
         )
-    if isinstance(segmentation, list):
-        return _text_rle(mask_api.merge(mask_api.frPyObjects(segmentation, *size)))
-    if isinstance(segmentation["counts"], list):
-        return _text_rle(mask_api.frPyObjects(segmentation, *size))
-    return _text_rle(segmentation)
-
-
-def encode_masks(masks) -> list[dict]:
-    """COCO run-length encoding of masks.
-
-    Args:
-        masks: (n, height, width) bool or 0/1, tensor on any device or array; RLE dicts pass through.
-
-    Returns:
-        n dicts {"size": [height, width], "counts": str}.
-    """
-    if isinstance(masks, (list, tuple)) and all(isinstance(mask, dict) for mask in masks):
-        return [_text_rle(mask) for mask in masks]
-    if not isinstance(masks, torch.Tensor):
-        masks = torch.as_tensor(np.asarray(masks))
-    if masks.ndim != 3:
-        raise ValueError(f"masks must be (n, height, width), got {tuple(masks.shape)}")
-    if len(masks) == 0:
-        return []
-    # COCO counts down the columns, in memory (height, width, n) with height the fastest
-    columns = masks.bool().transpose(1, 2).contiguous().to(torch.uint8).cpu().numpy()  # (n, width, height)
-    return [_text_rle(rle) for rle in mask_api.encode(columns.T)]
-
-
-def _text_rle(rle: dict) -> dict:
-    counts = rle["counts"]
-    return {
-        "size": [int(side) for side in rle["size"]],
-        "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts,
-    }
+    return encode_segmentation(segmentation, *size)
 
 
 def _select(masks, kept: np.ndarray):

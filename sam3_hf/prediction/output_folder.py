@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from ..files import write_file
+from ..rle import decode_mask
 from ..visualization import concept_colours, draw_instances
-from .detections import Detections, decode_mask
+from .detections import Detections
 from .input_files import InputFile
 
 

@@ -14,9 +14,10 @@ from ..configuration_sam3_lite import BOX_PADDING_LABEL, VISUAL_PHRASE
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor, enlarge_masks
 from ..reading import ImageInput, read_image
+from ..rle import encode_part
 from ..sources_sam3_lite import HUB_ARGUMENTS
 from ..vocabulary_sam3_lite import encode_phrases
-from .detections import Detections, encode_mask, suppress
+from .detections import Detections, suppress
 from .tiling import Part, Tile, cut_tiles, join_parts
 
 PROMPTS_AT_ONCE = 16  # that the detector handles: bounds the memory of many prompts
@@ -290,7 +291,7 @@ class Sam3LitePipeline:
             for row, (mask, top, left) in zip(rows, masks, strict=True):
                 box = boxes[row].clamp(0, 1) * boxes.new_tensor([width, height, width, height])
                 box = box + boxes.new_tensor([tile.left, tile.top, tile.left, tile.top])
-                rle = encode_mask(mask, tile.top + top, tile.left + left, prepared[index].size)
+                rle = encode_part(mask, tile.top + top, tile.left + left, prepared[index].size)
                 yield place, Part(asked[owners[row]][1].label, scores[row], box, rle, tile)
 
     def _inputs(self, asked, sizes: list[tuple[int, int]], text) -> dict[str, Tensor]:
