@@ -10,7 +10,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..configuration_sam3_lite import BOX_PADDING_LABEL, VISUAL_PHRASE
+from ..boxes_sam3_lite import pack_boxes, relative_boxes
+from ..configuration_sam3_lite import VISUAL_PHRASE
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor, enlarge_masks
 from ..reading import ImageInput, read_image
@@ -302,24 +303,10 @@ class Sam3LitePipeline:
             "text_embeds": torch.stack(features),
             "attention_mask": torch.stack(masks),
         }
-        longest = max(len(prompt.all_boxes) for _, prompt in asked)
-        if longest:
-            boxes = torch.zeros(len(asked), longest, 4)
-            labels = torch.full((len(asked), longest), BOX_PADDING_LABEL)
-            for row, (place, prompt) in enumerate(asked):
-                height, width = sizes[place]
-                for column, box in enumerate(prompt.all_boxes):
-                    left, top, right, bottom = box
-                    boxes[row, column] = torch.tensor(
-                        [
-                            (left + right) / 2 / width,
-                            (top + bottom) / 2 / height,
-                            (right - left) / width,
-                            (bottom - top) / height,
-                        ]
-                    )
-                    labels[row, column] = 1 if column < len(prompt.boxes) else 0
-            inputs |= {"input_boxes": boxes, "input_boxes_labels": labels}
+        if any(prompt.all_boxes for _, prompt in asked):
+            boxes = [_relative(prompt.all_boxes, sizes[place]) for place, prompt in asked]
+            labels = [[1] * len(prompt.boxes) + [0] * len(prompt.negative_boxes) for _, prompt in asked]
+            inputs |= pack_boxes(boxes, labels)
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
 
@@ -340,6 +327,12 @@ def prompts_of_images(prompts, num_images: int) -> list[list[Prompt]]:
     if not all(len(own) for own in lists):
         raise ValueError("There are no prompts for an image: `prompts` or one of its lists is empty.")
     return [[Prompt(one) if isinstance(one, str) else one for one in own] for own in lists]
+
+
+def _relative(boxes: list[Sequence[float]], size: tuple[int, int]) -> Tensor:
+    """Boxes of a prompt as `(n, 4)` cxcywh in [0, 1]."""
+    corners = [[float(value) for value in box] for box in boxes]
+    return relative_boxes(torch.tensor(corners, dtype=torch.float64).reshape(-1, 4), size)
 
 
 def _finish(parts: list[Part], image: PreparedImage, labels: list[str], settings: PredictionSettings) -> Detections:
