@@ -17,7 +17,7 @@ from ..processing_sam3_lite import Sam3LiteProcessor, enlarge_masks
 from ..reading import ImageInput, read_image
 from ..rle import encode_part
 from ..sources_sam3_lite import HUB_ARGUMENTS
-from ..vocabulary_sam3_lite import encode_phrases
+from ..vocabulary_sam3_lite import phrase_features
 from .detections import Detections, suppress
 from .tiling import Part, Tile, cut_tiles, join_parts
 
@@ -218,7 +218,6 @@ class Sam3LitePipeline:
             results += self.detect(prepared, prompts[batch], text, settings, batch_size)
         return results[0] if single else results
 
-    @torch.no_grad()
     def text_features(self, phrases: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """
         The one place where words become features.
@@ -232,11 +231,8 @@ class Sam3LitePipeline:
         phrases = list(dict.fromkeys(phrases))
         if not phrases:
             return {}
-        if self.model.vocabulary is not None:
-            self.model.vocabulary.check(phrases, self.processor)
-        tokens = self.processor(text=phrases).to(self.model.device)
-        features = encode_phrases(self.model, **tokens)
-        return dict(zip(phrases, zip(features, tokens["attention_mask"], strict=True), strict=True))
+        features, masks = phrase_features(self.model, self.processor, phrases)
+        return dict(zip(phrases, zip(features, masks, strict=True), strict=True))
 
     @torch.no_grad()
     def detect(

@@ -15,9 +15,9 @@ from transformers.utils import logging
 from ...checkpoints.checkpoint import Checkpoint, LoadedTensors
 from ...configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
 from ...modeling_sam3_lite import Sam3LiteModel
-from ...processing_sam3_lite import Sam3LiteProcessor, tokenize
+from ...processing_sam3_lite import Sam3LiteProcessor
 from ...sources_sam3_lite import HUB_ARGUMENTS
-from ...vocabulary_sam3_lite import encode_phrases
+from ...vocabulary_sam3_lite import phrase_features
 from ..mapping import (
     Basis,
     MappingReport,
@@ -264,10 +264,7 @@ class _Calibration:
 
     def _ask(self, model: Sam3LiteModel, fitted: list[Tensor], prompts: Sequence[str]) -> list[PromptBatch]:
         """A few prompts for each image; the same for both models."""
-        tokens = tokenize(self.processor.tokenizer, list(prompts))
-        longest = tokens["attention_mask"].sum(1).max()
-        ids, mask = (tokens[key][:, :longest].to(model.device) for key in ("input_ids", "attention_mask"))
-        features = encode_phrases(model, ids, mask)
+        features, mask = phrase_features(model, self.processor, list(prompts), padded=False)
         generator = torch.Generator().manual_seed(self.seed)
         count = min(PROMPTS_PER_IMAGE, len(prompts))
         asked = []
