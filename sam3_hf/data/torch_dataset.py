@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
-from ..evaluation.rows import coco_reference_row
 from . import transforms
 from .images import load_image
+from .references import coco_reference_row
 from .rows import concept_names, has_masks, objects_per_category, segmentation_of
 from .sampling import Prompt, PromptSampling, add_box, draw_prompts, image_rng
 from .transforms import Augmentation, Placement
