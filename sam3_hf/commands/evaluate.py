@@ -71,8 +71,8 @@ def _scores(source, data, split, image_folder, category_map, batch_size, workers
         processor,
         text,
         dataset,
-        batch_size,
-        workers,
+        batch_size=batch_size,
+        num_workers=workers,
         more=(PrecisionRecall, Confusion),
     )
     precision = accelerator.mixed_precision.replace("no", "fp32")

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
 from ..data import BatchKeys, EvalDataset, TrainDataset, make_loader, steps_per_epoch
-from ..evaluation.loop import evaluate
+from ..evaluation.loop import Pictures, evaluate
 from ..files import copy_folder
 from ..sharing.model_card import versions
 from ..visualization import plot_curves
@@ -200,6 +200,7 @@ class Run:
             Whether it was done; a stop signal to any process ends it, and the resumed run does it again.
         """
         output = self.arguments.output
+        pictures = self.folder / "predictions" / f"epoch_{math.ceil(self.epoch)}"
         set_seed(self.arguments.optimization.seed)  # mask losses sample points: the same ones each time
         with self.ema.applied() if self.ema is not None else nullcontext():
             scores = evaluate(
@@ -208,12 +209,11 @@ class Run:
                 self.processor,
                 self.text,
                 self.valid_data,
-                output.eval_batch_size,
-                self.arguments.data.num_workers,
-                lambda: any_process(self.accelerator, stop.received is not None),
-                self.folder / "predictions" / f"epoch_{math.ceil(self.epoch)}",
-                output.prediction_images,
-                leave_signals_to_the_parent,
+                batch_size=output.eval_batch_size,
+                num_workers=self.arguments.data.num_workers,
+                worker_init_fn=leave_signals_to_the_parent,
+                stop=lambda: any_process(self.accelerator, stop.received is not None),
+                pictures=Pictures(pictures, output.prediction_images),
             )
         (scores,) = broadcast_object_list([scores])
         if scores is None:
