@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 def write_file(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
     """
-    Writes a file, in the place of an older one of that name; its folder is made where missing.
+    Writes a file, instead of an older one of that name; its folder is made where missing.
 
     Args:
         content: text (written as UTF-8), bytes, or what writes the file that it is called with, whose name has another
@@ -39,8 +39,8 @@ def write_file(path: Path, content: str | bytes | Callable[[Path], object]) -> N
 
 def write_folder(target: Path, write: Callable[[Path], object]) -> None:
     """
-    Calls `write` with an empty folder to fill, then puts that in the place of `target`. If it raises, an older
-    `target` stays.
+    Calls `write` with an empty folder to fill, then renames that to `target`, instead of an older one. If it raises,
+    the older one stays.
 
     Raises:
         NotADirectoryError: `target` is a file.

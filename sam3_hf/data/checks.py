@@ -187,7 +187,7 @@ def check_segmentation(item: dict, width: int, height: int, repairs: Counter) ->
     if over > 0:
         limits = (width, height)
         item["segmentation"] = [
-            [min(max(value, 0), limits[place % 2]) for place, value in enumerate(polygon)] for polygon in segmentation
+            [min(max(value, 0), limits[index % 2]) for index, value in enumerate(polygon)] for polygon in segmentation
         ]
         repairs["polygons over the edge of the image clipped"] += 1
     return None

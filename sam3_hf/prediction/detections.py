@@ -45,7 +45,7 @@ class Detections:
         return masks
 
     def select(self, index: Sequence[int]) -> Detections:
-        """The detections at these places, in this order."""
+        """The detections with these indices, in this order."""
         rows = torch.as_tensor(index, dtype=torch.long)
         return Detections(
             boxes=self.boxes[rows],
@@ -88,7 +88,7 @@ class Detections:
 
     def to_supervision(self):
         """
-        `supervision.Detections` with masks; `class_id` is the place of the label in `prompts`, and the label itself
+        `supervision.Detections` with masks; `class_id` is the index of the label in `prompts`, and the label itself
         is in `data["class_name"]`.
 
         Raises:
@@ -116,12 +116,12 @@ def suppress(labels: list[str], rle: list[dict], max_iou: float) -> list[int]:
         max_iou: a detection goes if its mask overlaps that of a better one of its label by more.
 
     Returns:
-        Places of those that stay, in order.
+        Indices of those that stay, in order.
     """
     kept = []
     for label in dict.fromkeys(labels):
-        own = [place for place, other in enumerate(labels) if other == label]
-        overlaps = ious([rle[place] for place in own], [rle[place] for place in own])
+        own = [index for index, other in enumerate(labels) if other == label]
+        overlaps = ious([rle[index] for index in own], [rle[index] for index in own])
         stay = []
         for row in range(len(own)):
             if all(overlaps[row, better] <= max_iou for better in stay):
