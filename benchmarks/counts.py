@@ -82,7 +82,7 @@ def count_call(name: str, image_size: int | None, prompts: int, kept: int | None
 def find(model: Sam3LiteModel, vision: Sam3VisionEncoderOutput, text: Tensor, mask: Tensor, kept: int) -> None:
     """What `Sam3LiteModel.find` does for one image if each prompt keeps the first `kept` of its queries."""
     index, levels = torch.zeros(len(text), dtype=torch.long), vision.fpn_hidden_states
-    found = model.detect(levels, index, text, mask.bool(), None, None, False, model._summary_of(vision))
+    found = model.detect(levels, index, text, mask.bool(), None, None, False, model.image_summary(vision))
     if not kept:
         return
     shared = model.mask_decoder.shared_maps(levels, len(text))

@@ -21,7 +21,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -35,9 +34,9 @@ from mapping_training import FlatLabels, fine_tune
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
 from sam3_hf.data import EvalDataset
 from sam3_hf.data.generated import write_dataset
+from sam3_hf.files import write_file, write_folder
 from sam3_hf.training.accelerator import start_accelerator
 from sam3_hf.training.arguments import Arguments, parse_arguments
-from sam3_hf.training.checkpoints import write_folder
 from sam3_hf.training.data import load_data
 from sam3_hf.training.objectives import Labels
 
@@ -299,10 +298,7 @@ def read_results(folder: Path) -> tuple[dict, list[dict]]:
 
 def write_json(path: Path, content: dict) -> None:
     """Writes a file that is whole from the moment it is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, json.dumps(content, indent=1) + "\n")
 
 
 def fingerprint(model: torch.nn.Module) -> str:

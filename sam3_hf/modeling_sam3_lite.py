@@ -388,10 +388,16 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
                 f"({size}, {size}): use its processor, or load it with another `image_size`."
             )
         features = self.vision_encoder(pixel_values)
-        return Sam3LiteVisionOutput(**features, summary=self._summary_of(features))
+        return Sam3LiteVisionOutput(**features, summary=self.image_summary(features))
 
-    def _summary_of(self, vision_embeds: Sam3VisionEncoderOutput) -> Tensor | None:
-        """The summary tokens `(images, 1, hidden)` of the images, which all prompts share; None where none is read."""
+    def image_summary(self, vision_embeds: Sam3VisionEncoderOutput) -> Tensor | None:
+        """
+        Args:
+            vision_embeds: of [`~Sam3LiteModel.get_vision_features`], or of the vision encoder alone.
+
+        Returns:
+            The summary tokens of the images, `(images, 1, hidden)`, for prompts without boxes; None if none gets it.
+        """
         summary = getattr(vision_embeds, "summary", None)
         # Where phrases do not get it, training makes it all the same: masked, it keeps the box encoder in the graph.
         if summary is None and (self.config.summary_token or self.training):
@@ -458,7 +464,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             raise ValueError("`prompt_chunk_size` is for inference: pass it without `labels`.")
         if vision_embeds is None:
             vision_embeds = self.get_vision_features(pixel_values)
-        levels, summary = tuple(vision_embeds.fpn_hidden_states[:3]), self._summary_of(vision_embeds)
+        levels, summary = tuple(vision_embeds.fpn_hidden_states[:3]), self.image_summary(vision_embeds)
         if not given:
             class_ids, image_index = self._every_class(len(levels[0]), image_index, input_boxes)
         if class_ids is not None:
@@ -527,7 +533,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             input_boxes,
             input_boxes_labels,
         )
-        found = self._run_detector(levels, self._summary_of(vision_embeds), prompts)
+        found = self._run_detector(levels, self.image_summary(vision_embeds), prompts)
         output = self._predictions(found)
         scores = output.pred_logits.sigmoid() * output.presence_logits.sigmoid()  # (prompts, queries)
         prompt, query = (scores > threshold).nonzero(as_tuple=True)

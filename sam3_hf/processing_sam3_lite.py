@@ -11,10 +11,10 @@ from pathlib import Path
 import ftfy
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 from transformers import BatchFeature, CLIPTokenizer, Sam3ImageProcessor, Sam3Processor
 from transformers.utils import cached_file, logging
 
+from .boxes_sam3_lite import pack_boxes, relative_boxes
 from .configuration_sam3_lite import BOX_PADDING_LABEL, MAX_TOKENS, VISUAL_PHRASE
 from .sources_sam3_lite import HUB_ARGUMENTS
 
@@ -208,20 +208,12 @@ class Sam3LiteProcessor(Sam3Processor):
         return tokens
 
     def _pack_boxes(self, boxes, labels, sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """Pads the boxes of all prompts to one tensor, relative to their images."""
-        longest = max((len(one) for one in boxes if one is not None), default=0)
-        packed = torch.full((len(boxes), longest, 4), 0.0)
-        packed_labels = torch.full((len(boxes), longest), self.point_pad_value, dtype=torch.long)
-        for row, one in enumerate(boxes):
-            if one is None or not len(one):
-                continue
-            one_labels = None if labels is None else labels[row]
-            one_labels = torch.ones(len(one)) if one_labels is None else torch.as_tensor(one_labels)
-            if len(one_labels) != len(one):
-                raise ValueError(f"Prompt {row} has {len(one)} boxes and {len(one_labels)} box labels.")
-            packed[row, : len(one)] = _relative_cxcywh(torch.as_tensor(one, dtype=torch.float32), sizes[row])
-            packed_labels[row, : len(one)] = one_labels
-        return {"input_boxes": packed, "input_boxes_labels": packed_labels}
+        """The boxes of all prompts, relative to their images."""
+        relative = [
+            None if own is None or not len(own) else _relative_cxcywh(torch.as_tensor(own, dtype=torch.float32), size)
+            for own, size in zip(boxes, sizes, strict=True)
+        ]
+        return pack_boxes(relative, labels, self.point_pad_value)
 
     def post_process_instance_segmentation(
         self,
@@ -299,10 +291,9 @@ def _sizes_of_prompts(sizes: list, image_index: list[int] | None, num_prompts: i
 
 def _relative_cxcywh(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """`(n, 4)` xyxy pixels to cxcywh in [0, 1]."""
-    height, width = size
-    if height is None:
+    if size[0] is None:
         raise ValueError("Boxes need `images` or `original_sizes`.")
-    return box_convert(boxes / boxes.new_tensor([width, height, width, height]), "xyxy", "cxcywh")
+    return relative_boxes(boxes, size)
 
 
 def _label(annotation: dict, size: tuple[int, int]) -> dict[str, Tensor]:

@@ -39,6 +39,33 @@ def encode_phrases(model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return torch.cat([model.get_text_features(*chunk).pooler_output for chunk in chunks])
 
 
+def phrase_features(
+    model, processor, phrases: list[str], device: torch.device | None = None, padded: bool = True
+) -> tuple[Tensor, Tensor]:
+    """
+    Text features of phrases, each encoded once.
+
+    Args:
+        model: a [`Sam3LiteModel`] in evaluation mode.
+        processor: turns the phrases into tokens.
+        phrases: at least one.
+        device: that of its text encoder. Default: that of the model.
+        padded: to 32 tokens, so that features of several calls go together; otherwise to the longest of the phrases.
+
+    Returns:
+        Features `(phrases, tokens, hidden)` and their validity `(phrases, tokens)` int64, 0 for padding, on `device`.
+
+    Raises:
+        ValueError: a phrase is not in the fixed vocabulary of the model; the message names it.
+    """
+    if model.vocabulary is not None:
+        model.vocabulary.check(phrases, processor)
+    tokens = processor(text=list(phrases))
+    length = None if padded else int(tokens["attention_mask"].nonzero()[:, 1].max()) + 1
+    input_ids, mask = (tokens[name][:, :length].to(device or model.device) for name in ("input_ids", "attention_mask"))
+    return encode_phrases(model, input_ids, mask), mask
+
+
 class Sam3LiteVocabulary(nn.Module):
     """
     Text features by phrase, and the tokens of each, by which a prompt is recognised.
@@ -166,4 +193,4 @@ def _listed(phrases: list[str]) -> str:
     return ", ".join(map(repr, phrases[:_LISTED])) + (f" and {rest} more" if rest > 0 else "")
 
 
-__all__ = ["Sam3LiteVocabulary", "encode_phrases", "vocabulary_phrases"]
+__all__ = ["Sam3LiteVocabulary", "encode_phrases", "phrase_features", "vocabulary_phrases"]

@@ -64,6 +64,41 @@ def test_folders_are_only_replaced_when_told(model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
+@pytest.mark.parametrize("fails", ["weights", "rename"])
+def test_a_conversion_that_fails_leaves_the_old_folder_as_it_was(model, tmp_path, monkeypatch, fails):
+    model.save_pretrained(tmp_path / "source")
+    assert run(tmp_path / "source", tmp_path / "target").exit_code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir()}
+
+    def save_half(self, folder, **kwargs):
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / "config.json").write_text("{")
+        raise OSError("no space left on device")
+
+    def rename(source, target, rename=os.rename):
+        if Path(source).name == ".target.partial":
+            raise OSError("no space left on device")
+        rename(source, target)
+
+    if fails == "weights":
+        monkeypatch.setattr(Sam3LiteModel, "save_pretrained", save_half)
+    else:
+        monkeypatch.setattr(os, "rename", rename)
+    result = run(tmp_path / "source", tmp_path / "target", "--dtype", "float16", "--overwrite")
+    assert result.exit_code == 1 and "no space left" in result.output
+    assert {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_a_conversion_goes_back_to_the_folder_that_a_kill_had_moved_away(model, tmp_path):
+    model.save_pretrained(tmp_path / "source")
+    assert run(tmp_path / "source", tmp_path / "target").exit_code == 0
+    (tmp_path / "target").rename(tmp_path / ".target.previous")
+    result = run(tmp_path / "source", tmp_path / "target")
+    assert result.exit_code == 1 and "--overwrite" in result.output
+    assert Sam3LiteModel.from_pretrained(tmp_path / "target")
+
+
 def test_errors_are_one_line(model, tmp_path):
     model.save_pretrained(tmp_path / "source")
     result = run(tmp_path / "source", tmp_path / "target", "--preset", "lite")

@@ -23,11 +23,11 @@ from sam3_hf.data import (
     measure_throughput,
     steps_per_epoch,
 )
-from sam3_hf.data.masks import rle_to_mask
 from sam3_hf.data.sampling import Prompt
 from sam3_hf.data.torch_dataset import make_label
-from sam3_hf.data.transforms import Placement, place_boxes
+from sam3_hf.data.transforms import GeometricTransform, transform_boxes
 from sam3_hf.evaluation import CGF1, CocoAP, prediction_row
+from sam3_hf.rle import decode_mask
 
 SIZE = 64
 
@@ -140,9 +140,9 @@ def test_object_of_which_the_crop_has_only_the_box_is_left_out():
     """Of an L, the crop shows the empty quarter; its box reaches into it."""
     letter = [[0, 0, 40, 0, 40, 40, 80, 40, 80, 80, 0, 80]]
     objects = [{"bbox": [0, 0, 80, 80], "segmentation": json.dumps(letter)}]
-    placement = Placement(left=48, top=0, width=32, height=32, flip=False, side=64, x=0, y=0, canvas=64)
-    boxes, cut, visible = place_boxes(np.array([[0, 0, 80, 80.0]]), placement)
-    label, kept = make_label(Prompt("letter", 0, (0,)), objects, boxes, cut, placement, with_masks=True)
+    transform = GeometricTransform(left=48, top=0, width=32, height=32, flip=False, side=64, x=0, y=0, canvas=64)
+    boxes, cut, visible = transform_boxes(np.array([[0, 0, 80, 80.0]]), transform)
+    label, kept = make_label(Prompt("letter", 0, (0,)), objects, boxes, cut, transform, with_masks=True)
     assert cut[0] and visible[0] and kept == ()
     assert label["boxes"].shape == (0, 4) and label["masks"].shape == (0, 64, 64)
 
@@ -169,7 +169,7 @@ def test_crowd_region_without_a_segmentation_takes_no_masks_away(tmp_path):
     rows = load_dataset_splits(tmp_path)["train"]
     sample = EvalDataset(rows, SIZE)[0]
     assert [tuple(label["masks"].shape) for label in sample.labels] == [(1, SIZE, SIZE), *[(0, SIZE, SIZE)] * 2]
-    masks = [rle_to_mask(mask) for mask in sample.references[0]["masks"]]
+    masks = [decode_mask(mask) for mask in sample.references[0]["masks"]]
     assert sample.references[0]["iscrowd"] == [0, 1]
     assert masks[1][:, :10].all() and not masks[1][:, 10:].any()  # its box
     assert all("masks" in label for label in TrainDataset(rows, SIZE)[0, 0].labels)

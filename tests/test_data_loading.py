@@ -13,7 +13,7 @@ from PIL import Image
 
 from sam3_hf.data import DatasetError, concept_names, has_masks, load_dataset_splits, segmentation_of
 from sam3_hf.data.images import load_image
-from sam3_hf.data.masks import polygons_to_mask, rle_to_mask
+from sam3_hf.rle import decode_mask, encode_segmentation
 
 RECTANGLE = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
 RECTANGLE[15:35, 10:40] = 1
@@ -30,10 +30,7 @@ def rle_of(mask: np.ndarray, compressed: bool) -> dict:
 
 
 def decode(item: dict) -> np.ndarray:
-    segmentation = segmentation_of(item)
-    if isinstance(segmentation, dict):
-        return rle_to_mask(segmentation)
-    return polygons_to_mask([np.array(polygon).reshape(-1, 2) for polygon in segmentation], HEIGHT, WIDTH)
+    return decode_mask(encode_segmentation(segmentation_of(item), HEIGHT, WIDTH))
 
 
 def load_error(*args, **kwargs) -> DatasetError:
@@ -206,8 +203,8 @@ def test_run_length_encodings_in_a_saved_dataset(tmp_path):
 
     def save(name, *segmentations):
         objects = [
-            {"bbox": [10, 15, 30, 20], "category": 0, "id": 40 + place, "segmentation": segmentation}
-            for place, segmentation in enumerate(segmentations)
+            {"bbox": [10, 15, 30, 20], "category": 0, "id": 40 + index, "segmentation": segmentation}
+            for index, segmentation in enumerate(segmentations)
         ]
         row = {"image": [Image.new("RGB", (WIDTH, HEIGHT))], "objects": [objects]}
         datasets.Dataset.from_dict(row, features=features).save_to_disk(tmp_path / name)
@@ -379,7 +376,7 @@ def test_images_may_be_links_out_of_the_folder(tmp_path):
 
 def test_broken_images(tmp_path):
     names = ["1.jpg", "2.jpg", "3.jpg", "4.png", "5.jpg", "6.png", "7.bmp"]
-    images = [image(place + 1, file_name=name) for place, name in enumerate(names)]
+    images = [image(index + 1, file_name=name) for index, name in enumerate(names)]
     write_coco(tmp_path, images, [annotation(1)])
     (tmp_path / "1.jpg").unlink()
     (tmp_path / "2.jpg").write_bytes(b"no picture")

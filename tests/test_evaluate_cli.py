@@ -1,6 +1,7 @@
 """`sam3-lite evaluate`, and the curves and counts that it draws."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -109,14 +110,14 @@ def test_curves_and_counts_agree_with_the_scores(case, tmp_path):
         for name, values in curves[f"{kind}_precision_recall"]["precision"].items():
             assert np.mean(values) == pytest.approx(coco[f"{kind}_per_class"][name]["AP50"])
     counts = np.array(confusion["segm_confusion"]["counts"])
-    for place, name in enumerate(confusion["segm_confusion"]["concepts"]):
-        assert counts[place, [place, -1]].sum() == coco["segm_per_class"][name]["objects"]
+    for index, name in enumerate(confusion["segm_confusion"]["concepts"]):
+        assert counts[index, [index, -1]].sum() == coco["segm_per_class"][name]["objects"]
         own = [pair for pair in rows if str(pair[0]["category"]) == name]
         detections = sum(score >= 0.5 for row, _ in own for score in row["scores"])
         if any(1 in row["iscrowd"] for _, row in own):  # some detections may lie there
-            assert counts[:, place].sum() <= detections
+            assert counts[:, index].sum() <= detections
         else:
-            assert counts[:, place].sum() == detections
+            assert counts[:, index].sum() == detections
 
 
 def test_the_command_gives_the_scores_of_training(folder, data, tmp_path):
@@ -126,9 +127,7 @@ def test_the_command_gives_the_scores_of_training(folder, data, tmp_path):
     processor = Sam3LiteProcessor.from_config(model.config)
     dataset = EvalDataset(load_dataset_splits(data)["validation"], 64)
     set_seed(0)
-    expected = evaluate(
-        Accelerator(), model, processor, lambda phrases: tokenize(processor.tokenizer, phrases), dataset, 4, 0
-    )
+    expected = evaluate(Accelerator(), model, processor, partial(tokenize, processor.tokenizer), dataset, batch_size=4)
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (found["split"], found["images"], found["precision"]) == ("validation", 5, "fp32")
     assert expected.keys() <= found.keys()

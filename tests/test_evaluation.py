@@ -246,16 +246,6 @@ def test_several_processes_need_a_process_group():
         CocoAP(num_process=2, process_id=1)
 
 
-def test_encoding_masks_round_trips():
-    masks = np.random.default_rng(0).random((3, 13, 29)) < 0.4
-    for given in (masks, masks.astype(np.uint8), torch.from_numpy(masks)):
-        rles = encode_masks(given)
-        assert [rle["size"] for rle in rles] == [[13, 29]] * 3
-        assert (mask_api.decode(rles).transpose(2, 0, 1).astype(bool) == masks).all()
-        assert encode_masks(rles) == rles
-    assert encode_masks(masks[:0]) == []
-
-
 def test_prediction_row_keeps_the_best_and_all_confident():
     scores = torch.linspace(0, 0.9, 250)
     boxes = torch.arange(250)[:, None].repeat(1, 4)

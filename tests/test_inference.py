@@ -12,15 +12,15 @@ import pytest
 import torch
 from conftest import micro_config, shake
 from faster_coco_eval import COCO
-from faster_coco_eval.core import mask as mask_api
 from PIL import Image
 from scipy import ndimage
 
 from sam3_hf import Prompt, Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.modeling_sam3_lite import PROMPTS_SEGMENTED_AT_ONCE, Sam3LiteFindings
-from sam3_hf.prediction.detections import decode_mask, encode_mask, suppress
+from sam3_hf.prediction.detections import suppress
 from sam3_hf.prediction.pipeline import PredictionSettings
 from sam3_hf.prediction.tiling import cut_tiles
+from sam3_hf.rle import decode_mask, encode_part
 
 
 @pytest.fixture
@@ -197,20 +197,7 @@ def test_max_detections_keeps_the_best_of_an_image(pipe, images, monkeypatch):
 
 
 def rectangle(left, top, right, bottom, size=(40, 60)) -> dict:
-    return encode_mask(torch.ones(bottom - top, right - left, dtype=torch.bool), top, left, size)
-
-
-@pytest.mark.parametrize(
-    ("top", "left", "rows", "columns"), [(3, 11, 7, 5), (0, 4, 20, 6), (0, 0, 20, 30), (5, 5, 0, 0)]
-)
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_masks_are_encoded_as_by_coco_tools(top, left, rows, columns, share):
-    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0)) < share
-    expected = np.zeros((20, 30), np.uint8)
-    expected[top : top + rows, left : left + columns] = mask
-    rle = encode_mask(mask, top, left, (20, 30))
-    assert rle["counts"].encode() == mask_api.encode(np.asfortranarray(expected))["counts"]
-    assert (decode_mask(rle) == expected).all()
+    return encode_part(torch.ones(bottom - top, right - left, dtype=torch.bool), top, left, size)
 
 
 def test_suppression_is_by_masks_within_a_label():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import sigmoid_focal_loss
 
 from sam3_hf import loss_sam3_lite as loss_module
 from sam3_hf.configuration_sam3_lite import Sam3LiteLossConfig
@@ -117,10 +118,13 @@ def require_grad(outputs):
 
 
 @pytest.mark.parametrize("entry", ORACLE, ids=lambda entry: f"seed{entry['case']['seed']}")
-def test_every_term_agrees_with_the_reference_implementation(entry, monkeypatch):
+def test_every_term_agrees_with_the_reference_whose_best_object_is_written_last(entry, monkeypatch):
     """Numbers of facebookresearch/sam3's own loss and matchers on the same tensors, its weights applied.
 
-    Its total carries a factor sqrt(prompts) that this loss leaves to the learning rate.
+    Its total carries a factor sqrt(prompts) that this loss leaves to the learning rate. Where a one-to-many query
+    serves several objects, it keeps the classification target that it writes last: for these numbers its matches were
+    sorted by that target, so that the best one stays, as here. In the order that its matcher gives them,
+    `loss_class_o2m` is another (see the next test).
     """
     monkeypatch.setattr(loss_module, "_random_points", fixed_points)
     loss, losses = case_loss(make_case(**entry["case"]))
@@ -129,6 +133,28 @@ def test_every_term_agrees_with_the_reference_implementation(entry, monkeypatch)
         assert losses[name].item() == pytest.approx(value, rel=5e-6, abs=1e-7), name
     total = loss.item() * math.sqrt(len(entry["case"]["counts"]))
     assert total == pytest.approx(entry["total_times_sqrt_prompts"], rel=5e-6)
+
+
+def last_target_wins(self, dim, index, source, reduce):
+    """A stand-in for `scatter_reduce` that writes in order, as the reference implementation's indexed write does."""
+    for position, value in zip(index.tolist(), source, strict=True):
+        self[position] = value
+    return self
+
+
+@pytest.mark.parametrize(
+    ("seed", "more"), [(1, 1.059), (2, 1), (3, 1.040), (4, 1), (5, 1.176), (6, 1), (7, 1.015), (8, 1.168)]
+)
+def test_the_reference_in_its_own_order_differs_where_a_query_serves_several_objects(seed, more, monkeypatch):
+    """`loss_class_o2m` with the target of the last object, relative to that with the best one; no other term moves."""
+    monkeypatch.setattr(loss_module, "_random_points", fixed_points)
+    (case,) = (entry["case"] for entry in ORACLE if entry["case"]["seed"] == seed)
+    _, best = case_loss(make_case(**case))
+    monkeypatch.setattr(torch.Tensor, "scatter_reduce", last_target_wins)
+    _, last = case_loss(make_case(**case))
+    for name in best:
+        ratio = more if name == "loss_class_o2m" else 1
+        assert last[name].item() == pytest.approx(ratio * best[name].item(), rel=1e-3), name
 
 
 def test_terms_of_one_object_by_hand():
@@ -151,16 +177,25 @@ def test_classification_target_is_iou_aware():
     assert losses["loss_class"].item() == pytest.approx(20 * 10 * expected / 200, rel=1e-5)
 
 
-def test_query_of_several_objects_takes_its_best_target():
+@pytest.mark.parametrize("best_first", [True, False])
+def test_query_of_several_objects_takes_its_best_target(best_first, monkeypatch):
     box, shifted = [0.5, 0.5, 0.2, 0.2], [0.52, 0.5, 0.2, 0.2]
     extra = {"one_to_many_logits": torch.tensor([[[2.0]]]), "one_to_many_boxes": torch.tensor([[[box]]])}
-    outputs, labels = single([0.0], [box], [box, shifted], **extra)
-    _, losses = sam3_lite_loss(outputs, labels, make_config())
+    objects = [box, shifted] if best_first else [shifted, box]
     prob = 1 / (1 + math.exp(-2))
-    goal = prob**0.25  # IoU 1 with the first object, less with the second
-    expected = -goal * math.log(prob) - (1 - goal) * math.log(1 - prob)
-    assert losses["loss_class_o2m"].item() == pytest.approx(2 * 20 * 10 * expected / 200, rel=1e-5)
+
+    def class_loss(iou):
+        goal = prob**0.25 * iou**0.75
+        return 2 * 20 * 10 * (-goal * math.log(prob) - (1 - goal) * math.log(1 - prob)) / 200
+
+    _, losses = sam3_lite_loss(*single([0.0], [box], objects, **extra), make_config())
+    assert losses["loss_class_o2m"].item() == pytest.approx(class_loss(1), rel=1e-5)
     assert losses["loss_bbox_o2m"].item() == pytest.approx(2 * 5 * (0 + 0.02) / 2, rel=1e-4)
+
+    monkeypatch.setattr(torch.Tensor, "scatter_reduce", last_target_wins)  # the target then hangs on the order
+    _, losses = sam3_lite_loss(*single([0.0], [box], objects, **extra), make_config())
+    expected = class_loss(9 / 11 if best_first else 1)  # moved by a tenth of its width
+    assert losses["loss_class_o2m"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_perfect_predictions_cost_nothing():
@@ -301,6 +336,14 @@ def test_focal_and_dice_by_hand():
     expected = (0.25 * 0.25 * math.log(2) + 0.75 * 0.5625 * math.log(4)) / 2
     assert focal_loss(logits, goal, 0.25, 2.0).item() == pytest.approx(expected)
     assert dice_loss(logits, goal).item() == pytest.approx(1 - (2 * 0.5 + 1) / (1.25 + 1 + 1))
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.6, 2.0), (0.25, 0.0)])
+def test_focal_loss_is_that_of_torchvision(alpha, gamma):
+    logits = 5 * torch.randn(4, 500, generator=torch.Generator().manual_seed(0))
+    goal = torch.rand(4, 500, generator=torch.Generator().manual_seed(1)).round(decimals=1)
+    expected = sigmoid_focal_loss(logits, goal, alpha, gamma).mean(-1)
+    torch.testing.assert_close(focal_loss(logits, goal, alpha, gamma), expected, rtol=1e-6, atol=0)
 
 
 def test_semantic_target_is_the_union_of_masks():

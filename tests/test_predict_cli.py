@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from sam3_hf import Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.cli import app
-from sam3_hf.prediction.detections import decode_mask
 from sam3_hf.prediction.input_files import find_pictures
+from sam3_hf.rle import decode_mask
 
 
 def run(*arguments):

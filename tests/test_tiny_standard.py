@@ -29,7 +29,7 @@ def scores(model, pictures) -> dict:
     processor = Sam3LiteProcessor.from_config(model.config)
     dataset = EvalDataset(load_dataset_splits(pictures)["validation"], model.config.image_size)
     text = PhraseFeatures(model, processor, dataset.concepts, model.device)
-    return evaluate(Accelerator(cpu=True), model, processor, text, dataset, 8, 0)
+    return evaluate(Accelerator(cpu=True), model, processor, text, dataset, batch_size=8)
 
 
 @pytest.fixture(scope="module")

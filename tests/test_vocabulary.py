@@ -20,7 +20,7 @@ from sam3_hf.data.generated import write_dataset
 from sam3_hf.sharing.model_card import RANDOM_WEIGHTS
 from sam3_hf.training.export import export_final
 from sam3_hf.training.phrases import TokenizedText, build_text
-from sam3_hf.vocabulary_sam3_lite import encode_phrases
+from sam3_hf.vocabulary_sam3_lite import encode_phrases, phrase_features
 
 CLASSES = ["red blood cell", "cat", "a long phrase of many words"]
 
@@ -196,6 +196,24 @@ def test_many_phrases_are_encoded_a_few_at_a_time(model, processor, monkeypatch)
     monkeypatch.setattr(vocabulary_sam3_lite, "PHRASES_AT_ONCE", 2)
     torch.testing.assert_close(encode_phrases(model, **tokens), expected)
     assert sizes == [2, 2, 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [True, False])
+def test_features_of_phrases_are_those_of_the_text_encoder(model, processor, padded):
+    phrases = ["cat", "a small dog"]
+    features, mask = phrase_features(model, processor, phrases, padded=padded)
+    tokens = processor(text=phrases)
+    longest = 32 if padded else int(tokens["attention_mask"].sum(1).max())
+    assert torch.equal(mask, tokens["attention_mask"][:, :longest]) and features.shape[1] == longest
+    expected = model.get_text_features(**tokens).pooler_output[:, :longest]
+    torch.testing.assert_close(features[mask.bool()], expected[mask.bool()])
+    model.freeze_vocabulary(phrases, processor)
+    torch.testing.assert_close(
+        phrase_features(model, processor, phrases)[0][:, :longest][mask.bool()], features[mask.bool()]
+    )
+    with pytest.raises(ValueError, match="'horse'"):
+        phrase_features(model, processor, ["cat", "horse"])
 
 
 def test_what_is_left_of_the_model(model, frozen):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import torch
 import typer
 
 from ..checkpoints import open_checkpoint
+from ..files import recover, write_folder
 from ..mapping.calibration import calibrate_mapping
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
@@ -85,6 +85,7 @@ def convert(
 
 def _check(source: str, target: Path, ema: bool, overwrite: bool):
     """Raises a ValueError for what would fail after the work is done."""
+    recover(target.parent, target.name)
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists: choose another folder, or pass --overwrite.")
     if ema and not is_training_checkpoint(source):
@@ -95,16 +96,15 @@ def _check(source: str, target: Path, ema: bool, overwrite: bool):
 
 def _write(model: Sam3LiteModel, target: Path, source: str, revision: str):
     """Writes the folder of a model from `source`, read back before it takes the place of `target`."""
-    # Complete beside its place before the old folder goes.
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    Sam3LiteProcessor.from_config(model.config).save_pretrained(partial)
-    write_card(partial, {"origin": asdict(origin_of(source, revision=revision)), "versions": versions()})
-    _verify(model, partial)
-    if target.is_dir():
-        shutil.rmtree(target)
-    partial.rename(target)
+    origin = asdict(origin_of(source, revision=revision))
+
+    def write(folder: Path):
+        model.save_pretrained(folder)
+        Sam3LiteProcessor.from_config(model.config).save_pretrained(folder)
+        write_card(folder, {"origin": origin, "versions": versions()})
+        _verify(model, folder)
+
+    write_folder(target, write)
 
 
 def _before(source: str, where: dict) -> str:

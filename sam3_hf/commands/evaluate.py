@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
+from ..files import write_file
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
 from .errors import one_line_errors
@@ -70,8 +71,8 @@ def _scores(source, data, split, image_folder, category_map, batch_size, workers
         processor,
         text,
         dataset,
-        batch_size,
-        workers,
+        batch_size=batch_size,
+        num_workers=workers,
         more=(PrecisionRecall, Confusion),
     )
     precision = accelerator.mixed_precision.replace("no", "fp32")
@@ -119,8 +120,7 @@ def _check_writable(folder: Path) -> None:
 def _write(scores: dict, output: Path) -> None:
     from ..evaluation.plots import plot_confusion, plot_precision_recall
 
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "metrics.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    write_file(output / "metrics.json", json.dumps(scores, indent=1) + "\n")
     kind = "segm" if "segm_AP" in scores else "bbox"
     name = f"{Path(scores['model']).name}, {scores['split']}, {'masks' if kind == 'segm' else 'boxes'}, IoU 0.5"
     plot_precision_recall(scores[f"{kind}_precision_recall"], name, output / "precision_recall.png")

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from . import masks
+from .. import rle
 from .images import image_fault
 from .rows import RawSplit
 
@@ -143,7 +143,7 @@ def check_object(item: dict, row: dict, problems: Problems, repairs: Counter) ->
     if found:
         problems.add(found[0], row["file_name"], found[1], item["id"])
     elif not _is_finite(item["area"]):
-        item["area"] = masks.segmentation_area(item["segmentation"], item["bbox"], height, width)
+        item["area"] = _area(item, width, height)
         repairs["missing areas computed"] += 1
 
 
@@ -187,7 +187,7 @@ def check_segmentation(item: dict, width: int, height: int, repairs: Counter) ->
     if over > 0:
         limits = (width, height)
         item["segmentation"] = [
-            [min(max(value, 0), limits[place % 2]) for place, value in enumerate(polygon)] for polygon in segmentation
+            [min(max(value, 0), limits[index % 2]) for index, value in enumerate(polygon)] for polygon in segmentation
         ]
         repairs["polygons over the edge of the image clipped"] += 1
     return None
@@ -202,10 +202,17 @@ def check_rle(item: dict, width: int, height: int) -> tuple[str, str] | None:
     if list(segmentation["size"]) != [height, width]:
         return "invalid run-length encoding", f"size {segmentation['size']} is not [{height}, {width}] of the image"
     try:
-        item["segmentation"] = masks.compress_rle(segmentation)
+        item["segmentation"] = rle.compress(segmentation)
     except ValueError as error:
         return "invalid run-length encoding", str(error)
     return None
+
+
+def _area(item: dict, width: int, height: int) -> float:
+    """Square pixels; of the box where there is no segmentation."""
+    if item["segmentation"] is None:
+        return float(item["bbox"][2] * item["bbox"][3])
+    return float(rle.mask_areas([rle.encode_segmentation(item["segmentation"], height, width)])[0])
 
 
 def _is_finite(value) -> bool:

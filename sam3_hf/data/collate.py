@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import default_collate
 
-from ..configuration_sam3_lite import BOX_PADDING_LABEL
+from ..boxes_sam3_lite import pack_boxes
 from ..processing_sam3_lite import tokenize
 from .torch_dataset import Sample
 
@@ -48,7 +48,9 @@ class PromptCollator:
             "image_index": torch.repeat_interleave(torch.arange(len(samples)), counts),
             "labels": [label for sample in samples for label in sample.labels],
         }
-        batch |= collate_boxes([box for sample in samples for box in sample.boxes])
+        boxes = [box for sample in samples for box in sample.boxes]
+        if any(box is not None for box in boxes):
+            batch |= pack_boxes([None if box is None else box[None] for box in boxes])
         if self.tokenizer is not None:
             batch |= tokenize(self.tokenizer, phrases)
         if self.model_inputs_only:
@@ -59,15 +61,3 @@ class PromptCollator:
             batch["categories"] = torch.tensor([category for sample in samples for category in sample.categories])
             batch["references"] = [reference for sample in samples for reference in sample.references]
         return batch
-
-
-def collate_boxes(boxes: Sequence[torch.Tensor | None]) -> dict:
-    """`input_boxes` and `input_boxes_labels` of prompts that have one box each or none; empty if none has."""
-    if all(box is None for box in boxes):
-        return {}
-    input_boxes = torch.zeros(len(boxes), 1, 4)
-    labels = torch.full((len(boxes), 1), BOX_PADDING_LABEL)
-    for place, box in enumerate(boxes):
-        if box is not None:
-            input_boxes[place, 0], labels[place, 0] = box, 1
-    return {"input_boxes": input_boxes, "input_boxes_labels": labels}

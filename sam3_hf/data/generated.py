@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from ..rle import uncompressed
+
 CONCEPTS = (  # up to the eighth, each adjective and each noun comes twice
     "red circle",
     "blue circle",
@@ -145,19 +147,19 @@ def draw_picture(rng: np.random.Generator, image_size: int, concepts: list[str])
     picture = _ground(rng, height, width)  # (height, width, 3) float in [0, 255]
     shapes = []
     for concept in concepts:
-        placed = _place(rng, concept, shapes, image_size, height, width)
-        if placed is None:
+        shape = _fit_shape(rng, concept, shapes, image_size, height, width)
+        if shape is None:
             continue
         for other in shapes:
-            other["mask"] &= ~placed["full"]
-        shapes.append(placed)
-        picture = _paint(rng, picture, placed)
+            other["mask"] &= ~shape["full"]
+        shapes.append(shape)
+        picture = _paint(rng, picture, shape)
     picture += rng.normal(0, 3, size=picture.shape)
     return np.clip(picture, 0, 255).astype(np.uint8), shapes
 
 
-def _place(rng, concept: str, shapes: list[dict], image_size: int, height: int, width: int) -> dict | None:
-    """Looks for a place where every shape stays recognisable; None when the picture is full."""
+def _fit_shape(rng, concept: str, shapes: list[dict], image_size: int, height: int, width: int) -> dict | None:
+    """Looks for a position at which every shape stays recognisable; None when the picture is full."""
     for _ in range(40):
         radius = image_size * rng.uniform(0.085, 0.2)
         centre = rng.uniform([0.6 * radius] * 2, [width - 0.6 * radius, height - 0.6 * radius])
@@ -302,7 +304,4 @@ def _segmentation(shape: dict) -> list | dict:
     inside = (polygon >= 0).all() and (polygon <= [width, height]).all()
     if inside and shape["mask"].sum() == shape["full"].sum():
         return [[round(value, 2) for value in polygon.ravel().tolist()]]
-    flat = shape["mask"].ravel(order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
-    return {"size": [height, width], "counts": counts if not flat[0] else [0, *counts]}
+    return uncompressed(shape["mask"])

@@ -50,9 +50,9 @@ def read_objects(name: str, dataset: datasets.Dataset, source: str, problems: Pr
             "height": size[1],
             "objects": [],
         }
-        for place, item in enumerate(_as_list_of_dicts(entry["objects"])):
+        for index, item in enumerate(_as_list_of_dicts(entry["objects"])):
             category, item_id = _category_name(item["category"], names), item.get("id")
-            item_id = item_id if isinstance(item_id, int) else place
+            item_id = item_id if isinstance(item_id, int) else index
             if category is None:
                 problems.add("object without a category", where, f"category is {item['category']}", item_id)
                 continue

@@ -96,10 +96,10 @@ def draw_prompts(
     positives = min(slots - negatives, len(present))
     if positives + negatives == 0 and absent + words:
         negatives = 1
-    chosen = [present[place] for place in rng.permutation(len(present))[:positives]]
+    chosen = [present[index] for index in rng.permutation(len(present))[:positives]]
     prompts = [Prompt(concepts[concept], concept, tuple(objects_by_concept[concept])) for concept in chosen]
-    absent = [absent[place] for place in rng.permutation(len(absent))]
-    words = [words[place] for place in rng.permutation(len(words))]
+    absent = [absent[index] for index in rng.permutation(len(absent))]
+    words = [words[index] for index in rng.permutation(len(words))]
     for _ in range(negatives):
         if absent and (not words or rng.random() < 0.5):
             concept = absent.pop()

@@ -10,12 +10,12 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
-from ..evaluation.rows import coco_reference_row
 from . import transforms
 from .images import load_image
+from .references import coco_reference_row
 from .rows import concept_names, has_masks, objects_per_category, segmentation_of
 from .sampling import Prompt, PromptSampling, add_box, draw_prompts, image_rng
-from .transforms import Augmentation, Placement
+from .transforms import Augmentation, GeometricTransform
 
 logger = logging.getLogger(__name__)
 
@@ -100,13 +100,13 @@ class TrainDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (int(self._epoch), key)
         rng, row = image_rng(self.seed, epoch, index), self.rows[index]
-        placement = transforms.draw_placement(row["width"], row["height"], self.image_size, self.augmentation, rng)
-        pixels = self._pixels(row, placement, rng)
-        prompts, labels = self._prompts(row["objects"], placement, rng)
+        transform = transforms.draw_transform(row["width"], row["height"], self.image_size, self.augmentation, rng)
+        pixels = self._pixels(row, transform, rng)
+        prompts, labels = self._prompts(row["objects"], transform, rng)
         if not prompts:
-            placement = transforms.whole_image(row["width"], row["height"], self.image_size)
-            pixels = self._pixels(row, placement, rng)
-            prompts, labels = self._prompts(row["objects"], placement, rng)
+            transform = transforms.whole_image(row["width"], row["height"], self.image_size)
+            pixels = self._pixels(row, transform, rng)
+            prompts, labels = self._prompts(row["objects"], transform, rng)
         return Sample(
             pixel_values=pixels,
             phrases=[prompt.phrase for prompt in prompts],
@@ -116,18 +116,18 @@ class TrainDataset(Dataset):
         )
 
     def _prompts(
-        self, objects: list[dict], placement: Placement, rng: np.random.Generator
+        self, objects: list[dict], transform: GeometricTransform, rng: np.random.Generator
     ) -> tuple[list[Prompt], list[dict]]:
-        boxes, cut, visible = transforms.place_boxes(boxes_of(objects), placement)
+        boxes, cut, visible = transforms.transform_boxes(boxes_of(objects), transform)
         by_concept, barred = {}, set()
-        for place, item in enumerate(objects):
+        for index, item in enumerate(objects):
             if item["iscrowd"]:
                 barred.add(item["category"])
-            elif visible[place]:
-                by_concept.setdefault(item["category"], []).append(place)
+            elif visible[index]:
+                by_concept.setdefault(item["category"], []).append(index)
         prompts, labels = [], []
         for prompt in draw_prompts(by_concept, barred, self.concepts, self.sampling, rng):
-            label, kept = make_label(prompt, objects, boxes, cut, placement, self.has_masks)
+            label, kept = make_label(prompt, objects, boxes, cut, transform, self.has_masks)
             if prompt.objects and not kept and prompt.concept in barred:
                 continue  # its crowd region may be in the picture, so it is not absent
             prompt = replace(prompt, objects=kept)
@@ -137,14 +137,14 @@ class TrainDataset(Dataset):
             prompts.append(prompt)
         return prompts, labels
 
-    def _pixels(self, row: dict, placement: Placement, rng: np.random.Generator) -> torch.Tensor:
-        scale = placement.side / placement.width, placement.side / placement.height
+    def _pixels(self, row: dict, transform: GeometricTransform, rng: np.random.Generator) -> torch.Tensor:
+        scale = transform.side / transform.width, transform.side / transform.height
         needed = row["width"] * scale[0], row["height"] * scale[1]
         pixels, factor = load_image(row["image"], row["width"], row["height"], needed)
-        pixels = transforms.place_pixels(pixels, placement, factor).contiguous()
+        pixels = transforms.transform_pixels(pixels, transform, factor).contiguous()
         if self.augmentation.color_jitter > 0:
             pixels = transforms.jitter_colors(pixels, self.augmentation.color_jitter, rng)
-        return transforms.normalize(transforms.pad_to_canvas(pixels, placement))
+        return transforms.normalize(transforms.pad_to_canvas(pixels, transform))
 
 
 class EvalDataset(Dataset):
@@ -180,21 +180,21 @@ class EvalDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
         width, height, objects = row["width"], row["height"], row["objects"]
-        placement = transforms.whole_image(width, height, self.image_size)
+        transform = transforms.whole_image(width, height, self.image_size)
         pixels, _ = load_image(row["image"], width, height)
-        pixels = transforms.normalize(transforms.place_pixels(pixels, placement))
-        boxes, cut, _ = transforms.place_boxes(boxes_of(objects), placement)
+        pixels = transforms.normalize(transforms.transform_pixels(pixels, transform))
+        boxes, cut, _ = transforms.transform_boxes(boxes_of(objects), transform)
         image = {"id": row["image_id"], "width": width, "height": height}
         labels, references = [], []
         for category in self.categories:
-            of_category = [place for place, item in enumerate(objects) if item["category"] == category]
-            targets = tuple(place for place in of_category if not objects[place]["iscrowd"])
+            of_category = [index for index, item in enumerate(objects) if item["category"] == category]
+            targets = tuple(index for index in of_category if not objects[index]["iscrowd"])
             prompt = Prompt(self.concepts[category], category, targets)
-            label, _ = make_label(prompt, objects, boxes, cut, placement, self.has_masks)
+            label, _ = make_label(prompt, objects, boxes, cut, transform, self.has_masks)
             labels.append(to_unit(label, self.image_size))
             annotations = [
-                objects[place] | {"segmentation": segmentation_of(objects[place]) or _crowd_outline(objects[place])}
-                for place in of_category
+                objects[index] | {"segmentation": segmentation_of(objects[index]) or _crowd_outline(objects[index])}
+                for index in of_category
             ]
             references.append(coco_reference_row(image, category, annotations, with_masks=self.has_masks))
         return Sample(
@@ -242,7 +242,12 @@ def boxes_of(objects: list[dict]) -> np.ndarray:
 
 
 def make_label(
-    prompt: Prompt, objects: list[dict], boxes: np.ndarray, cut: np.ndarray, placement: Placement, with_masks: bool
+    prompt: Prompt,
+    objects: list[dict],
+    boxes: np.ndarray,
+    cut: np.ndarray,
+    transform: GeometricTransform,
+    with_masks: bool,
 ) -> tuple[dict, tuple[int, ...]]:
     """The target of one prompt, and the objects that are in it.
 
@@ -252,7 +257,7 @@ def make_label(
 
     Args:
         objects: of the row.
-        boxes, cut: of `place_boxes`.
+        boxes, cut: of `transform_boxes`.
         with_masks: whether the dataset has masks; an absent concept then gets an empty stack of them.
 
     Returns:
@@ -261,27 +266,27 @@ def make_label(
     if not prompt.objects:
         label = {"boxes": torch.zeros(0, 4)}
         if with_masks:
-            label["masks"] = torch.zeros(0, placement.canvas, placement.canvas, dtype=torch.bool)
+            label["masks"] = torch.zeros(0, transform.canvas, transform.canvas, dtype=torch.bool)
         return label, ()
-    segmentations = [segmentation_of(objects[place]) for place in prompt.objects]
+    segmentations = [segmentation_of(objects[index]) for index in prompt.objects]
     if not all(segmentations):
         return {"boxes": torch.from_numpy(boxes[list(prompt.objects)]).float()}, prompt.objects
     kept, final_boxes, masks = [], [], []
-    for place, segmentation in zip(prompt.objects, segmentations, strict=True):
-        mask, box = transforms.place_mask(segmentation, placement), boxes[place]
+    for index, segmentation in zip(prompt.objects, segmentations, strict=True):
+        mask, box = transforms.transform_mask(segmentation, transform), boxes[index]
         empty = not mask.any()
-        if empty and cut[place]:
+        if empty and cut[index]:
             continue
         if empty:
             left, top, right, bottom = *np.floor(box[:2]).astype(int), *np.ceil(box[2:]).astype(int)
             mask[top:bottom, left:right] = True
-        elif cut[place]:
+        elif cut[index]:
             box = transforms.mask_box(mask)
-        kept.append(place)
+        kept.append(index)
         final_boxes.append(torch.as_tensor(box, dtype=torch.float32))
         masks.append(mask)
     if not kept:
-        return make_label(replace(prompt, objects=()), objects, boxes, cut, placement, True)
+        return make_label(replace(prompt, objects=()), objects, boxes, cut, transform, True)
     return {"boxes": torch.stack(final_boxes), "masks": torch.stack(masks)}, tuple(kept)
 
 

@@ -1,11 +1,11 @@
 """Geometry and colour of training images.
 
-A `Placement` is drawn first: which part of the image becomes which square of the model's canvas, mirrored or not. The
-pixels then follow through torchvision's v2 functions; boxes and polygon corners follow by arithmetic, so that polygons
-are rasterised once, at the size that is needed, and only those that are needed.
+A `GeometricTransform` is drawn first: which part of the image becomes which square of the model's canvas, mirrored or
+not. The pixels then follow through torchvision's v2 functions; boxes and polygon corners follow by arithmetic, so that
+polygons are rasterised once, at the size that is needed, and only those that are needed.
 
 As in the published fine-tuning of SAM 3, images are made square (their aspect is not kept), 480 to 1008 pixels wide at
-a resolution of 1008, and put at a random place of a black canvas. Flips, crops and colours are additions.
+a resolution of 1008, and put at a random position on a black canvas. Flips, crops and colours are additions.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .masks import polygons_to_mask, rle_to_mask
+from ..rle import decode_mask, encode_segmentation
 
 SMALLEST_SIDE = 480 / 1008  # sam3 configs/roboflow_v100: RandomResizeAPI min_size and resolution
 VISIBLE_SIDE = 1.0  # pixels of the canvas; what a crop leaves of an object must be as wide and high
@@ -56,7 +56,7 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class Placement:
+class GeometricTransform:
     """Where a part of an image comes to lie on the model's square canvas.
 
     Attributes:
@@ -85,15 +85,15 @@ class Placement:
         return moved + (self.x, self.y)
 
 
-def whole_image(width: int, height: int, canvas: int) -> Placement:
-    """The placement of evaluation, as processors resize: all of the image on all of the canvas."""
-    return Placement(0, 0, width, height, False, canvas, 0, 0, canvas)
+def whole_image(width: int, height: int, canvas: int) -> GeometricTransform:
+    """That of evaluation, as processors resize: all of the image on all of the canvas."""
+    return GeometricTransform(0, 0, width, height, False, canvas, 0, 0, canvas)
 
 
-def draw_placement(
+def draw_transform(
     width: int, height: int, canvas: int, augmentation: Augmentation, rng: np.random.Generator
-) -> Placement:
-    """A random placement of a width x height image on a canvas x canvas square."""
+) -> GeometricTransform:
+    """A random transform of a width x height image on a canvas x canvas square."""
     flip = rng.random() < augmentation.horizontal_flip
     left, top, right, bottom = 0, 0, width, height
     if rng.random() < augmentation.crop:
@@ -102,7 +102,7 @@ def draw_placement(
         top, bottom = _draw_interval(height, share, rng)
     side = int(rng.integers(max(round(canvas * augmentation.smallest_side), 1), canvas + 1))
     x, y = (int(value) for value in rng.integers(0, canvas - side + 1, size=2))
-    return Placement(left, top, right - left, bottom - top, flip, side, x, y, canvas)
+    return GeometricTransform(left, top, right - left, bottom - top, flip, side, x, y, canvas)
 
 
 def _draw_interval(length: int, share: float, rng: np.random.Generator) -> tuple[int, int]:
@@ -112,8 +112,8 @@ def _draw_interval(length: int, share: float, rng: np.random.Generator) -> tuple
     return (first, min(last, length)) if first < min(last, length) else (0, length)
 
 
-def place_pixels(pixels: torch.Tensor, placement: Placement, factor: int = 1) -> torch.Tensor:
-    """The part of the pixels that the placement names, as it lies on its square (not yet on the canvas).
+def transform_pixels(pixels: torch.Tensor, transform: GeometricTransform, factor: int = 1) -> torch.Tensor:
+    """The part of the pixels that the transform takes, as it lies on its square (not yet on the canvas).
 
     Args:
         pixels: (channels, height, width) uint8.
@@ -122,12 +122,12 @@ def place_pixels(pixels: torch.Tensor, placement: Placement, factor: int = 1) ->
     Returns:
         (channels, side, side) uint8.
     """
-    top, left = placement.top // factor, placement.left // factor
-    height, width = -(-placement.height // factor), -(-placement.width // factor)
-    placed = F.resized_crop(
-        tv_tensors.Image(pixels), top, left, height, width, [placement.side, placement.side], antialias=True
+    top, left = transform.top // factor, transform.left // factor
+    height, width = -(-transform.height // factor), -(-transform.width // factor)
+    transformed = F.resized_crop(
+        tv_tensors.Image(pixels), top, left, height, width, [transform.side, transform.side], antialias=True
     )
-    return F.horizontal_flip(placed) if placement.flip else placed
+    return F.horizontal_flip(transformed) if transform.flip else transformed
 
 
 def jitter_colors(pixels: torch.Tensor, strength: float, rng: np.random.Generator) -> torch.Tensor:
@@ -139,15 +139,15 @@ def jitter_colors(pixels: torch.Tensor, strength: float, rng: np.random.Generato
     return pixels
 
 
-def pad_to_canvas(pixels: torch.Tensor, placement: Placement) -> torch.Tensor:
+def pad_to_canvas(pixels: torch.Tensor, transform: GeometricTransform) -> torch.Tensor:
     """(channels, side, side) -> (channels, canvas, canvas), zeros around it."""
-    rest = placement.canvas - placement.side
+    rest = transform.canvas - transform.side
     if rest == 0:
         return pixels
-    return F.pad(pixels, [placement.x, placement.y, rest - placement.x, rest - placement.y])
+    return F.pad(pixels, [transform.x, transform.y, rest - transform.x, rest - transform.y])
 
 
-def place_boxes(boxes: np.ndarray, placement: Placement) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def transform_boxes(boxes: np.ndarray, transform: GeometricTransform) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes on the canvas.
 
     Args:
@@ -158,30 +158,31 @@ def place_boxes(boxes: np.ndarray, placement: Placement) -> tuple[np.ndarray, np
         the crop took something of; (n,) bool, what the crop left at least a pixel of, each way.
     """
     corners = np.stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)  # (n, 2, 2)
-    moved = placement.move(corners)
+    moved = transform.move(corners)
     moved = np.concatenate([moved.min(axis=1), moved.max(axis=1)], axis=1)  # a flip swaps left and right
-    low, high = np.array([placement.x, placement.y] * 2), np.array([placement.x, placement.y] * 2) + placement.side
+    low, high = np.array([transform.x, transform.y] * 2), np.array([transform.x, transform.y] * 2) + transform.side
     clamped = np.clip(moved, low, high)
     cut = np.abs(clamped - moved).max(axis=1, initial=0) > 1e-6
     sides = clamped[:, 2:] - clamped[:, :2]
     return clamped, cut, ~cut | (sides >= VISIBLE_SIDE).all(axis=1)
 
 
-def place_mask(segmentation: list | dict, placement: Placement) -> torch.Tensor:
+def transform_mask(segmentation: list | dict, transform: GeometricTransform) -> torch.Tensor:
     """The pixels of one object on the canvas: (canvas, canvas) bool.
 
     Args:
         segmentation: polygons in pixels of the image, or a compressed run-length encoding.
     """
-    side, canvas = placement.side, torch.zeros(placement.canvas, placement.canvas, dtype=torch.bool)
+    side, canvas = transform.side, torch.zeros(transform.canvas, transform.canvas, dtype=torch.bool)
     if isinstance(segmentation, list):
-        corner = np.array([placement.x, placement.y])
-        polygons = [placement.move(np.array(polygon, dtype=np.float64).reshape(-1, 2)) for polygon in segmentation]
-        inside = torch.from_numpy(polygons_to_mask([polygon - corner for polygon in polygons], side, side))
+        corner = np.array([transform.x, transform.y])
+        polygons = [transform.move(np.array(polygon, dtype=np.float64).reshape(-1, 2)) for polygon in segmentation]
+        flat = [(polygon - corner).reshape(-1).tolist() for polygon in polygons]
+        inside = torch.from_numpy(decode_mask(encode_segmentation(flat, side, side)))
     else:
-        mask = torch.from_numpy(np.ascontiguousarray(rle_to_mask(segmentation)))
-        inside = place_pixels(mask[None] * 255, placement)[0] > 127  # as the image: half covered is inside
-    canvas[placement.y : placement.y + side, placement.x : placement.x + side] = inside
+        mask = torch.from_numpy(np.ascontiguousarray(decode_mask(segmentation)).view(np.uint8))
+        inside = transform_pixels(mask[None] * 255, transform)[0] > 127  # as the image: half covered is inside
+    canvas[transform.y : transform.y + side, transform.x : transform.x + side] = inside
     return canvas
 
 

@@ -7,9 +7,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
-from faster_coco_eval.core import mask as mask_api
 from scipy.optimize import linear_sum_assignment
 
+from ..rle import ious
 from .metric import DetectionMetric, xywh
 from .rows import CONFIDENT
 
@@ -80,9 +80,9 @@ def tally_pair(prediction: dict, reference: dict, iou_type: str) -> PairTally:
         wanted = [reference["masks"][index] for index in objects]
     else:
         found, wanted = xywh(prediction["boxes"])[detections], xywh(reference["boxes"])[objects]
-    ious = np.asarray(mask_api.iou(found, wanted, [0] * len(objects)))  # (detections, objects)
-    rows, columns = linear_sum_assignment(ious, maximize=True)
-    return PairTally(len(objects), len(detections), ious[rows, columns])
+    overlaps = ious(found, wanted)  # (detections, objects)
+    rows, columns = linear_sum_assignment(overlaps, maximize=True)
+    return PairTally(len(objects), len(detections), overlaps[rows, columns])
 
 
 def instance_figures(tallies: list[PairTally], mcc: float) -> dict[str, np.ndarray]:

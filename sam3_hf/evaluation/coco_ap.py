@@ -2,8 +2,8 @@
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
-from faster_coco_eval.core import mask as mask_api
 
+from ..rle import mask_areas
 from .metric import DetectionMetric, xywh
 
 AREAS = {"": "all", "s": "small", "m": "medium", "l": "large"}
@@ -70,7 +70,7 @@ def _annotations(ids: dict, row: dict, iou_type: str) -> list[dict]:
     if "areas" in row:
         areas = row["areas"]
     elif iou_type == "segm" and row["masks"]:
-        areas = mask_api.area(row["masks"])  # a detection's size is that of its mask, not of its box
+        areas = mask_areas(row["masks"])  # a detection's size is that of its mask, not of its box
     else:
         areas = boxes[:, 2] * boxes[:, 3]
     annotations = []

@@ -3,8 +3,8 @@
 from collections import defaultdict
 
 import numpy as np
-from faster_coco_eval.core import mask as mask_api
 
+from ..rle import ious
 from .coco_ap import evaluate_coco
 from .metric import DetectionMetric, xywh
 from .rows import CONFIDENT
@@ -51,27 +51,27 @@ class Confusion(DetectionMetric):
 
     def figures(self, pairs):
         categories = sorted({reference["category"] for _, reference in pairs})
-        place = {category: index for index, category in enumerate(categories)}
+        index_of = {category: index for index, category in enumerate(categories)}
         images = defaultdict(list)
         for pair in pairs:
             images[pair[1]["image_id"]].append(pair)
         iou_type = self.iou_types[-1]
-        counts = np.zeros((len(place) + 1, len(place) + 1), dtype=int)
+        counts = np.zeros((len(index_of) + 1, len(index_of) + 1), dtype=int)
         for of_image in images.values():
-            add_image(counts, of_image, place, iou_type)
+            add_image(counts, of_image, index_of, iou_type)
         names = [self.name_of(category) for category in categories]
         return {f"{iou_type}_confusion": {"concepts": names, "counts": counts.tolist()}}
 
 
-def add_image(counts: np.ndarray, pairs: list, place: dict[int, int], iou_type: str) -> None:
+def add_image(counts: np.ndarray, pairs: list, index_of: dict[int, int], iou_type: str) -> None:
     """Adds the pairs of one image to the counts of `Confusion`."""
     key = "masks" if iou_type == "segm" else "boxes"
     wanted = [region for _, reference in pairs for region in _regions(reference, key)]
-    owner = np.array([place[r["category"]] for _, r in pairs for _ in r["boxes"]], dtype=int)
+    owner = np.array([index_of[r["category"]] for _, r in pairs for _ in r["boxes"]], dtype=int)
     crowd = np.array([flag for _, reference in pairs for flag in reference["iscrowd"]], dtype=int)
     missed = crowd == 0
     for prediction, reference in pairs:
-        concept = place[reference["category"]]
+        concept = index_of[reference["category"]]
         kept = [
             index for index in np.argsort(-np.array(prediction["scores"])) if prediction["scores"][index] >= CONFIDENT
         ]
@@ -79,7 +79,7 @@ def add_image(counts: np.ndarray, pairs: list, place: dict[int, int], iou_type: 
         found = [regions[index] for index in kept]
         overlaps = np.zeros((len(found), len(owner)))
         if found and wanted:
-            overlaps = np.asarray(mask_api.iou(_together(found, key), _together(wanted, key), crowd.tolist()))
+            overlaps = ious(_together(found, key), _together(wanted, key), crowd.tolist())
         for row in overlaps:
             hits = row >= OVERLAP
             own = owner == concept

@@ -2,7 +2,9 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +14,26 @@ from accelerate.utils import convert_to_fp32, send_to_device
 
 from ..data import EvalDataset, eval_batches, make_loader
 from ..data.images import load_image
-from ..data.masks import rle_to_mask
+from ..files import write_file
 from ..modeling_sam3_lite import Sam3LiteOutput
+from ..rle import decode_mask, encode_masks
 from ..visualization import side_by_side
 from .cgf1 import CGF1
 from .coco_ap import CocoAP
 from .metric import DetectionMetric
-from .rows import CONFIDENT, MAX_DETECTIONS, encode_masks, prediction_row
+from .rows import CONFIDENT, MAX_DETECTIONS, prediction_row
 
 PROMPTS_AT_ONCE = 16  # bounds memory: 200 queries at 1008 px have 66 MB of mask logits for each prompt in float32
 LOWEST_SCORE = 0.01  # detections below are too many to encode: COCO AP goes without the far end of its curves
 DRAWN_SCORE = 0.3  # as `post_process_instance_segmentation` keeps by default
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The first `count` images of the dataset, drawn into a folder: prediction beside truth, 0000.png and so on."""
+
+    folder: Path
+    count: int
 
 
 @torch.no_grad()
@@ -30,14 +41,14 @@ def evaluate(
     accelerator: Accelerator,
     model,
     processor,
-    text,
+    text: Callable[[list[str]], dict],
     dataset: EvalDataset,
+    *,
     batch_size: int,
-    num_workers: int,
-    stop: Callable[[], bool] | None = None,
-    picture_folder: Path | None = None,
-    pictures: int = 0,
+    num_workers: int = 0,
     worker_init_fn: Callable[[int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    pictures: Pictures | None = None,
     more: Sequence[type[DetectionMetric]] = (),
 ) -> dict | None:
     """
@@ -47,9 +58,9 @@ def evaluate(
         model: as returned by `accelerator.prepare`; left in evaluation mode.
         text: turns phrases into the model's text inputs.
         batch_size: images per forward pass.
+        num_workers, worker_init_fn: of `make_loader`.
         stop: asked before each batch whether to give up; all processes must get the same answer.
-        picture_folder: where the first `pictures` images are drawn, prediction beside truth.
-        worker_init_fn: of the data loader's workers.
+        pictures: what to draw.
         more: metrics whose figures are wanted beside those of `CocoAP` and `CGF1`.
 
     Returns:
@@ -59,16 +70,9 @@ def evaluate(
     batches = eval_batches(len(dataset), batch_size, accelerator.process_index, accelerator.num_processes)
     loader = make_loader(dataset, batches, num_workers=num_workers, worker_init_fn=worker_init_fn)
     with tempfile.TemporaryDirectory() as cache:
-        options = {
-            "iou_types": ("bbox", "segm") if dataset.has_masks else ("bbox",),
-            "category_names": dict(enumerate(dataset.concepts)),
-            "num_process": accelerator.num_processes,
-            "process_id": accelerator.process_index,
-            "cache_dir": cache,
-        }
-        metrics = [metric(**options) for metric in (CocoAP, CGF1, *more)]
-        total, prompts, left = torch.zeros((), device=accelerator.device), 0, chain(*batches)
-        for batch in loader:
+        metrics = [metric(**metric_options(accelerator, dataset, cache)) for metric in (CocoAP, CGF1, *more)]
+        total, prompts = torch.zeros((), device=accelerator.device), 0
+        for indices, batch in zip(batches, loader, strict=True):
             if stop is not None and stop():
                 return None
             rows = []
@@ -78,19 +82,24 @@ def evaluate(
                 rows += prediction_rows(processor, outputs, chunk, dataset.has_masks)
             for metric in metrics:
                 metric.add_batch(predictions=rows, references=batch["references"])
-            for place, index in enumerate(islice(left, len(batch["image_ids"]))):
-                if index < pictures:
-                    own = (batch["image_index"] == place).nonzero().flatten().tolist()
-                    picture = draw(
-                        dataset, index, [rows[row] for row in own], [batch["references"][row] for row in own]
-                    )
-                    picture_folder.mkdir(parents=True, exist_ok=True)
-                    picture.save(picture_folder / f"{index:04d}.png")
+            if pictures is not None:
+                draw_batch(dataset, indices, batch, rows, pictures)
         loss = accelerator.reduce(total / prompts, "mean").item()
         figures = [metric.compute() for metric in metrics]
     if not accelerator.is_main_process:
         return None
     return {"loss": loss, **merge_figures(*figures[:2]), **dict(chain.from_iterable(map(dict.items, figures[2:])))}
+
+
+def metric_options(accelerator: Accelerator, dataset: EvalDataset, cache: str) -> dict:
+    """Arguments of a `DetectionMetric` for a dataset, in each of the processes."""
+    return {
+        "iou_types": ("bbox", "segm") if dataset.has_masks else ("bbox",),
+        "category_names": dict(enumerate(dataset.concepts)),
+        "num_process": accelerator.num_processes,
+        "process_id": accelerator.process_index,
+        "cache_dir": cache,
+    }
 
 
 def outputs_by_chunk(accelerator: Accelerator, model, text, batch: dict) -> Iterator[tuple[dict, Sam3LiteOutput]]:
@@ -166,26 +175,41 @@ def best_of_prompt(outputs, prompt: int):
     )
 
 
+def draw_batch(dataset: EvalDataset, indices: list[int], batch: dict, rows: list[dict], pictures: Pictures) -> None:
+    """
+    Draws those images of a batch that are asked for.
+
+    Args:
+        indices: of its images in the dataset.
+        rows: the predictions for its prompts.
+    """
+    for image, index in enumerate(indices):
+        if index < pictures.count:
+            own = (batch["image_index"] == image).nonzero().flatten().tolist()
+            picture = draw(dataset, index, [rows[row] for row in own], [batch["references"][row] for row in own])
+            write_file(pictures.folder / f"{index:04d}.png", partial(picture.save, format="PNG"))
+
+
 def draw(dataset: EvalDataset, index: int, predictions: list[dict], references: list[dict]):
     """Picture of one image, prediction beside truth, from its rows for all concepts."""
     row = dataset.rows[index]
     pixels, _ = load_image(row["image"], row["width"], row["height"])
     return side_by_side(
         pixels.permute(1, 2, 0).numpy(),
-        _instances(predictions, dataset, lambda row, place: row["scores"][place] >= DRAWN_SCORE),
-        _instances(references, dataset, lambda row, place: not row["iscrowd"][place]),
+        _instances(predictions, dataset, lambda row, index: row["scores"][index] >= DRAWN_SCORE),
+        _instances(references, dataset, lambda row, index: not row["iscrowd"][index]),
         title=row["file_name"],
     )
 
 
 def _instances(rows: list[dict], dataset: EvalDataset, wanted) -> dict:
-    picked = [(row, place) for row in rows for place in range(len(row["boxes"])) if wanted(row, place)]
+    picked = [(row, index) for row in rows for index in range(len(row["boxes"])) if wanted(row, index)]
     instances = {
-        "boxes": np.array([row["boxes"][place] for row, place in picked]).reshape(-1, 4),
+        "boxes": np.array([row["boxes"][index] for row, index in picked]).reshape(-1, 4),
         "labels": [dataset.concepts[row["category"]] for row, _ in picked],
     }
     if dataset.has_masks and picked:
-        instances["masks"] = np.stack([rle_to_mask(row["masks"][place]) for row, place in picked])
+        instances["masks"] = np.stack([decode_mask(row["masks"][index]) for row, index in picked])
     if all("scores" in row for row in rows):
-        instances["scores"] = [row["scores"][place] for row, place in picked]
+        instances["scores"] = [row["scores"][index] for row, index in picked]
     return instances

@@ -8,6 +8,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
+from ..files import write_file  # noqa: E402
+
 MAX_NAMED = 30  # concepts that have room for names and numbers
 
 
@@ -21,9 +23,9 @@ def plot_precision_recall(curves: dict, title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
     recall, precision = curves["recall"], curves["precision"]
     many = len(precision) > MAX_NAMED
-    for place, (name, values) in enumerate(precision.items()):
+    for index, (name, values) in enumerate(precision.items()):
         label = None if many else f"{name}: {np.mean(values):.2f}"
-        axes.plot(recall, values, linewidth=1, alpha=0.3 if many else 0.9, color=f"C{place % 10}", label=label)
+        axes.plot(recall, values, linewidth=1, alpha=0.3 if many else 0.9, color=f"C{index % 10}", label=label)
     if precision:
         mean = np.mean(list(precision.values()), axis=0)
         axes.plot(recall, mean, linewidth=2.5, color="black", label=f"mean: {mean.mean():.2f}")
@@ -59,5 +61,5 @@ def plot_confusion(confusion: dict, title: str, path: Path) -> None:
 
 
 def _save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=120)
+    write_file(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
     plt.close(figure)

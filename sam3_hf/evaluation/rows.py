@@ -16,11 +16,11 @@ A pair in which the concept is absent has a reference row without objects: such 
 on. Both kinds of row hold plain lists, so that they go to disk and to other processes as they are.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
-from faster_coco_eval.core import mask as mask_api
+
+from ..data.references import float_array
+from ..rle import encode_masks
 
 CONFIDENT = 0.5  # cgF1 looks at detections from this score on (arXiv 2511.16719)
 MAX_DETECTIONS = 100  # COCO AP looks at so many per image and class
@@ -41,7 +41,7 @@ def prediction_row(image_id: int, category: int, boxes, scores, masks=None) -> d
     Raises:
         ValueError: lengths differ, or a shape is wrong.
     """
-    boxes, scores = _array(boxes).reshape(-1, 4), _array(scores).reshape(-1)
+    boxes, scores = float_array(boxes).reshape(-1, 4), float_array(scores).reshape(-1)
     if len(boxes) != len(scores) or (masks is not None and len(masks) != len(scores)):
         raise ValueError(
             f"image {image_id}, category {category}: {len(boxes)} boxes, {len(scores)} scores and "
@@ -60,108 +60,9 @@ def prediction_row(image_id: int, category: int, boxes, scores, masks=None) -> d
     }
 
 
-def reference_row(image_id: int, category: int, boxes, masks=None, iscrowd=None, areas=None) -> dict:
-    """A reference row from arrays.
-
-    Args:
-        image_id, category: ids of the image and of the concept.
-        boxes: (n, 4) float xyxy in pixels of the original image; n is 0 where the concept is absent.
-        masks: (n, height, width) bool or 0/1, or RLE dicts; None for boxes only.
-        iscrowd: (n,) 0 or 1; default all 0.
-        areas: (n,) square pixels; default the masks' areas, without masks the boxes'.
-    """
-    boxes = _array(boxes).reshape(-1, 4)
-    if masks is not None:
-        masks = encode_masks(masks)
-    if areas is None and masks:
-        areas = mask_api.area(masks)
-    elif areas is None:
-        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return {
-        "image_id": int(image_id),
-        "category": int(category),
-        "boxes": boxes.tolist(),
-        "masks": masks,
-        "iscrowd": [0] * len(boxes) if iscrowd is None else [int(flag) for flag in iscrowd],
-        "areas": _array(areas).reshape(-1).tolist(),
-    }
-
-
-def coco_reference_row(image: dict, category: int, annotations: Sequence[dict], with_masks: bool = True) -> dict:
-    """A reference row from COCO annotations.
-
-    Args:
-        image: entry of the COCO file's `images` with `id`, `height` and `width` in pixels.
-        category: the concept's id.
-        annotations: those of this image and concept, crowd regions included; empty where the concept is absent.
-            `bbox` is xywh in pixels; `segmentation` polygons, compressed or uncompressed RLE.
-        with_masks: False reads the boxes only.
-
-    Raises:
-        ValueError: an annotation lacks the segmentation that `with_masks` asks for.
-    """
-    boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    masks = [_coco_mask(annotation, image) for annotation in annotations] if with_masks else None
-    has_areas = all("area" in annotation for annotation in annotations)
-    areas = [annotation["area"] for annotation in annotations] if has_areas else None
-    iscrowd = [annotation.get("iscrowd", 0) for annotation in annotations]
-    return reference_row(image["id"], category, boxes, masks, iscrowd, areas)
-
-
-def _coco_mask(annotation: dict, image: dict) -> dict:
-    segmentation, size = annotation.get("segmentation"), (image["height"], image["width"])
-    if not segmentation:
-        raise ValueError(
-            f"image {image['id']}, annotation {annotation.get('id')}: no segmentation; pass with_masks=False "
-            "to evaluate boxes only"
-        )
-    if isinstance(segmentation, list):
-        return _text_rle(mask_api.merge(mask_api.frPyObjects(segmentation, *size)))
-    if isinstance(segmentation["counts"], list):
-        return _text_rle(mask_api.frPyObjects(segmentation, *size))
-    return _text_rle(segmentation)
-
-
-def encode_masks(masks) -> list[dict]:
-    """COCO run-length encoding of masks.
-
-    Args:
-        masks: (n, height, width) bool or 0/1, tensor on any device or array; RLE dicts pass through.
-
-    Returns:
-        n dicts {"size": [height, width], "counts": str}.
-    """
-    if isinstance(masks, (list, tuple)) and all(isinstance(mask, dict) for mask in masks):
-        return [_text_rle(mask) for mask in masks]
-    if not isinstance(masks, torch.Tensor):
-        masks = torch.as_tensor(np.asarray(masks))
-    if masks.ndim != 3:
-        raise ValueError(f"masks must be (n, height, width), got {tuple(masks.shape)}")
-    if len(masks) == 0:
-        return []
-    # COCO counts down the columns, in memory (height, width, n) with height the fastest
-    columns = masks.bool().transpose(1, 2).contiguous().to(torch.uint8).cpu().numpy()  # (n, width, height)
-    return [_text_rle(rle) for rle in mask_api.encode(columns.T)]
-
-
-def _text_rle(rle: dict) -> dict:
-    counts = rle["counts"]
-    return {
-        "size": [int(side) for side in rle["size"]],
-        "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts,
-    }
-
-
 def _select(masks, kept: np.ndarray):
     if isinstance(masks, torch.Tensor):
         return masks[torch.as_tensor(kept, device=masks.device)]
     if isinstance(masks, np.ndarray):
         return masks[kept]
     return [masks[index] for index in kept]
-
-
-def _array(values) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().to(torch.float64)
-    return np.asarray(values, dtype=np.float64)

@@ -5,8 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..processing_sam3_lite import tokenize
-from ..vocabulary_sam3_lite import encode_phrases
+from ..vocabulary_sam3_lite import phrase_features
 
 
 class PhraseFeatures:
@@ -22,13 +21,9 @@ class PhraseFeatures:
             ValueError: a phrase is not in the fixed vocabulary of the model.
         """
         phrases = sorted(set(phrases))
-        if model.vocabulary is not None:
-            model.vocabulary.check(phrases, processor)
-        tokens = tokenize(processor.tokenizer, phrases)
-        tokens = {key: value[:, : tokens["attention_mask"].sum(1).max()] for key, value in tokens.items()}
-        features = encode_phrases(model, **{key: value.to(device) for key, value in tokens.items()})
+        features, mask = phrase_features(model, processor, phrases, device, padded=False)
         self.features = features.float().cpu()  # (phrases, tokens, hidden)
-        self.attention_mask = tokens["attention_mask"]  # (phrases, tokens)
+        self.attention_mask = mask.cpu()  # (phrases, tokens)
         self.row = {phrase: row for row, phrase in enumerate(phrases)}
 
     def __call__(self, phrases: list[str]) -> dict[str, Tensor]:

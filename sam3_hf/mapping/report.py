@@ -8,6 +8,9 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..files import write_file
 
 REPORT_FILE = "mapping_report.json"
 
@@ -122,8 +125,7 @@ class MappingReport:
 
     def save(self, folder: str | os.PathLike):
         """Writes `mapping_report.json` into `folder`."""
-        with open(os.path.join(folder, REPORT_FILE), "w", encoding="utf-8") as file:
-            file.write(self.to_json())
+        write_file(Path(folder) / REPORT_FILE, self.to_json())
 
     def __str__(self) -> str:
         header = ("group", "action", "tensors", "source", "target", "energy", "reason")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from faster_coco_eval.core import mask as mask_api
 from torch import Tensor
+
+from ..rle import decode_mask, ious
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Detections:
         return masks
 
     def select(self, index: Sequence[int]) -> Detections:
-        """The detections at these places, in this order."""
+        """The detections with these indices, in this order."""
         rows = torch.as_tensor(index, dtype=torch.long)
         return Detections(
             boxes=self.boxes[rows],
@@ -87,7 +88,7 @@ class Detections:
 
     def to_supervision(self):
         """
-        `supervision.Detections` with masks; `class_id` is the place of the label in `prompts`, and the label itself
+        `supervision.Detections` with masks; `class_id` is the index of the label in `prompts`, and the label itself
         is in `data["class_name"]`.
 
         Raises:
@@ -106,51 +107,6 @@ class Detections:
         )
 
 
-def encode_mask(mask: Tensor, top: int, left: int, size: tuple[int, int]) -> dict:
-    """
-    Args:
-        mask: `(rows, columns)` bool on any device.
-        top, left: place of its first pixel.
-        size: height and width of the image.
-
-    Returns:
-        COCO's compressed encoding at the size of the image, with text counts.
-    """
-    height, width = size
-    # COCO counts down the columns. Edges of runs in the rectangle, as places in the image: no frame of its size.
-    columns = np.pad(mask.t().cpu().numpy().astype(np.int8), ((0, 0), (1, 1)))
-    column, row = np.nonzero(np.diff(columns, axis=1))
-    edges = (left + column) * height + top + row
-    goes_on = np.flatnonzero(edges[1:] == edges[:-1])  # at the top of the next column
-    edges = np.delete(edges, np.concatenate([goes_on, goes_on + 1]))
-    counts = np.diff(np.concatenate([[0], edges, [height * width]])).tolist()
-    if len(counts) > 1 and counts[-1] == 0:
-        counts.pop()
-    return _text_counts(mask_api.frPyObjects({"size": [height, width], "counts": counts}, height, width))
-
-
-def decode_mask(rle: dict) -> np.ndarray:
-    """`(height, width)` bool."""
-    return mask_api.decode(rle).astype(bool)
-
-
-def unite_masks(rles: list[dict]) -> dict:
-    """The union of masks of one size."""
-    return _text_counts(mask_api.merge(rles))
-
-
-def cut_mask(rle: dict, rectangle: tuple[int, int, int, int]) -> dict:
-    """What a mask has inside of (left, top, right, bottom), at the same size."""
-    left, top, right, bottom = rectangle
-    frame = mask_api.frPyObjects([[left, top, right - left, bottom - top]], *rle["size"])
-    return _text_counts(mask_api.merge([rle, *frame], intersect=True))
-
-
-def mask_ious(first: list[dict], second: list[dict]) -> np.ndarray:
-    """`(first, second)` intersection over union, 0 for two empty masks."""
-    return np.nan_to_num(np.asarray(mask_api.iou(first, second, [0] * len(second))).reshape(len(first), len(second)))
-
-
 def suppress(labels: list[str], rle: list[dict], max_iou: float) -> list[int]:
     """
     Non-maximum suppression by masks, within each label.
@@ -160,19 +116,15 @@ def suppress(labels: list[str], rle: list[dict], max_iou: float) -> list[int]:
         max_iou: a detection goes if its mask overlaps that of a better one of its label by more.
 
     Returns:
-        Places of those that stay, in order.
+        Indices of those that stay, in order.
     """
     kept = []
     for label in dict.fromkeys(labels):
-        own = [place for place, other in enumerate(labels) if other == label]
-        ious = mask_ious([rle[place] for place in own], [rle[place] for place in own])
+        own = [index for index, other in enumerate(labels) if other == label]
+        overlaps = ious([rle[index] for index in own], [rle[index] for index in own])
         stay = []
         for row in range(len(own)):
-            if all(ious[row, better] <= max_iou for better in stay):
+            if all(overlaps[row, better] <= max_iou for better in stay):
                 stay.append(row)
         kept += [own[row] for row in stay]
     return sorted(kept)
-
-
-def _text_counts(rle: dict) -> dict:
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ..files import write_file
+from ..rle import decode_mask
 from ..visualization import draw_instances
-from .detections import Detections, decode_mask
+from .detections import Detections
 from .input_files import InputFile
 
 
@@ -48,7 +49,7 @@ class PredictionFolder:
         elif folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and has no predictions: choose another --output.")
         else:
-            _write(path, lambda partial: partial.write_text(json.dumps(settings, indent=2), encoding="utf-8"))
+            write_file(path, json.dumps(settings, indent=2))
 
     def is_complete(self, picture: InputFile) -> bool:
         """
@@ -80,13 +81,13 @@ class PredictionFolder:
         self._json(picture.name).unlink(missing_ok=True)  # what is being replaced is not complete
         if self.overlays:
             drawing = draw_detections(small, found)
-            _write(self._overlay(picture.name), lambda partial: drawing.save(partial, format="PNG"))
+            write_file(self._overlay(picture.name), lambda partial: drawing.save(partial, format="PNG"))
         if self.masks:
             shutil.rmtree(self._masks(picture.name), ignore_errors=True)
             for index, rle in enumerate(found.rle):
                 mask = Image.fromarray(decode_mask(rle))
                 path = self._masks(picture.name) / f"{index:03d}.png"
-                _write(path, lambda partial, mask=mask: mask.save(partial, format="PNG"))
+                write_file(path, lambda partial, mask=mask: mask.save(partial, format="PNG"))
         record = {
             "file": str(picture.path),
             **_state(picture.path),
@@ -99,7 +100,7 @@ class PredictionFolder:
                 )
             ],
         }
-        _write(self._json(picture.name), lambda partial: partial.write_text(json.dumps(record), encoding="utf-8"))
+        write_file(self._json(picture.name), json.dumps(record))
 
     def write_coco(self) -> tuple[int, int]:
         """Exports all predictions of the folder, of earlier runs as well. Returns how many images and detections."""
@@ -118,10 +119,10 @@ class PredictionFolder:
                         count += 1
                 file.write("\n]\n")
 
-        _write(self.folder / "coco_results.json", write_results)
+        write_file(self.folder / "coco_results.json", write_results)
         categories = [{"id": index, "name": prompt} for prompt, index in category_ids.items()]
         dataset = json.dumps({"images": images, "categories": categories})
-        _write(self.folder / "coco_images.json", lambda partial: partial.write_text(dataset, encoding="utf-8"))
+        write_file(self.folder / "coco_images.json", dataset)
         return len(images), count
 
     def _read_all(self) -> Iterator[tuple[str, Detections]]:
@@ -181,10 +182,3 @@ def _check_settings(path: Path, settings: dict) -> None:
 def _state(path: Path) -> dict[str, int]:
     status = path.stat()
     return {"bytes": status.st_size, "modified": status.st_mtime_ns}
-
-
-def _write(path: Path, writer: Callable[[Path], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    writer(partial)
-    os.replace(partial, path)

@@ -11,13 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..configuration_sam3_lite import BOX_PADDING_LABEL, VISUAL_PHRASE
+from ..boxes_sam3_lite import pack_boxes, relative_boxes
+from ..configuration_sam3_lite import VISUAL_PHRASE
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor, enlarge_masks
 from ..reading import ImageInput, read_image
+from ..rle import encode_part
 from ..sources_sam3_lite import HUB_ARGUMENTS
-from ..vocabulary_sam3_lite import encode_phrases
-from .detections import Detections, encode_mask, suppress
+from ..vocabulary_sam3_lite import phrase_features
+from .detections import Detections, suppress
 from .tiling import Part, Tile, cut_tiles, join_parts
 
 PROMPTS_AT_ONCE = 16  # that the detector handles: bounds the memory of many prompts
@@ -227,7 +229,6 @@ class Sam3LitePipeline:
             results += self.detect(prepared, prompts[batch], text, settings, batch_size)
         return results[0] if single else results
 
-    @torch.no_grad()
     def text_features(self, phrases: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """
         The one place where words become features.
@@ -241,11 +242,8 @@ class Sam3LitePipeline:
         phrases = list(dict.fromkeys(phrases))
         if not phrases:
             return {}
-        if self.model.vocabulary is not None:
-            self.model.vocabulary.check(phrases, self.processor)
-        tokens = self.processor(text=phrases).to(self.model.device)
-        features = encode_phrases(self.model, **tokens)
-        return dict(zip(phrases, zip(features, tokens["attention_mask"], strict=True), strict=True))
+        features, masks = phrase_features(self.model, self.processor, phrases)
+        return dict(zip(phrases, zip(features, masks, strict=True), strict=True))
 
     @torch.no_grad()
     def detect(
@@ -303,7 +301,7 @@ class Sam3LitePipeline:
             for row, (mask, top, left) in zip(rows, masks, strict=True):
                 box = boxes[row].clamp(0, 1) * boxes.new_tensor([width, height, width, height])
                 box = box + boxes.new_tensor([tile.left, tile.top, tile.left, tile.top])
-                rle = encode_mask(mask, tile.top + top, tile.left + left, size)
+                rle = encode_part(mask, tile.top + top, tile.left + left, size)
                 yield image, Part(asked[owners[row]].prompt.label, scores[row], box, rle, tile)
 
     def _inputs(self, asked: list[Question], text) -> dict[str, Tensor]:
@@ -314,24 +312,11 @@ class Sam3LitePipeline:
             "text_embeds": torch.stack(features),
             "attention_mask": torch.stack(masks),
         }
-        longest = max(len(question.prompt.all_boxes) for question in asked)
-        if longest:
-            boxes = torch.zeros(len(asked), longest, 4)
-            labels = torch.full((len(asked), longest), BOX_PADDING_LABEL)
-            for row, question in enumerate(asked):
-                height, width = question.size
-                for column, box in enumerate(question.prompt.all_boxes):
-                    left, top, right, bottom = box
-                    boxes[row, column] = torch.tensor(
-                        [
-                            (left + right) / 2 / width,
-                            (top + bottom) / 2 / height,
-                            (right - left) / width,
-                            (bottom - top) / height,
-                        ]
-                    )
-                    labels[row, column] = 1 if column < len(question.prompt.boxes) else 0
-            inputs |= {"input_boxes": boxes, "input_boxes_labels": labels}
+        if any(question.prompt.all_boxes for question in asked):
+            boxes = [_relative(question.prompt.all_boxes, question.size) for question in asked]
+            prompts = [question.prompt for question in asked]
+            labels = [[1] * len(prompt.boxes) + [0] * len(prompt.negative_boxes) for prompt in prompts]
+            inputs |= pack_boxes(boxes, labels)
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
 
@@ -352,6 +337,12 @@ def prompts_of_images(prompts, num_images: int) -> list[list[Prompt]]:
     if not all(len(own) for own in lists):
         raise ValueError("There are no prompts for an image: `prompts` or one of its lists is empty.")
     return [[Prompt(one) if isinstance(one, str) else one for one in own] for own in lists]
+
+
+def _relative(boxes: list[Sequence[float]], size: tuple[int, int]) -> Tensor:
+    """Boxes of a prompt as `(n, 4)` cxcywh in [0, 1]."""
+    corners = [[float(value) for value in box] for box in boxes]
+    return relative_boxes(torch.tensor(corners, dtype=torch.float64).reshape(-1, 4), size)
 
 
 def _finish(parts: list[Part], image: PreparedImage, labels: list[str], settings: PredictionSettings) -> Detections:

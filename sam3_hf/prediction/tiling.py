@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .detections import cut_mask, mask_ious, unite_masks
+from ..rle import cut_mask, ious, unite_masks
 
 # Two tiles see the same thing if, where both look, their masks overlap by as much.
 SAME_OBJECT_IOU = 0.5
@@ -88,7 +88,7 @@ def _same_object(first: Part, second: Part) -> bool:
     shared = first.tile.overlap(second.tile)
     if shared is None or not (_reaches(first.box, shared) and _reaches(second.box, shared)):
         return False
-    return mask_ious([cut_mask(first.rle, shared)], [cut_mask(second.rle, shared)])[0, 0] >= SAME_OBJECT_IOU
+    return ious([cut_mask(first.rle, shared)], [cut_mask(second.rle, shared)])[0, 0] >= SAME_OBJECT_IOU
 
 
 def _reaches(box: Tensor, tile: Tile) -> bool:

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 
 from sam3_hf import Sam3LiteModel
 
+from ..files import write_folder
 from ..mapping import REPORT_FILE
 from ..sharing.hub import PushError, push_folder
 from ..sharing.model_card import write_card
 from .arguments import OutputArguments
-from .checkpoints import write_folder
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ..files import recover
 from ..mapping import REPORT_FILE
 from .arguments import Arguments
-from .checkpoints import STATE, read_state, recover
+from .checkpoints import STATE, read_state
 
 # What a run leaves in its folder, but for the log; --overwrite_output_dir deletes these and nothing else.
 WRITTEN = ("checkpoints", "final", "metrics.jsonl", "predictions", "tensorboard", "curves.png", REPORT_FILE)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ import torch
 import transformers
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from ..files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +90,7 @@ def truncate_metrics(path: Path, step: int, evaluated: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]  # the process may end within a line
     kept = [line for line, entry in whole if entry["step"] <= (evaluated if entry["kind"] == "eval" else step)]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, "".join(kept))
 
 
 class Speed:

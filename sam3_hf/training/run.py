@@ -10,11 +10,12 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, set_seed
 
 from ..data import BatchKeys, make_loader, steps_per_epoch
-from ..evaluation.loop import evaluate
+from ..evaluation.loop import Pictures, evaluate
+from ..files import copy_folder
 from ..sharing.model_card import versions
 from ..visualization import plot_curves
 from .batch_size import choose_batch_size
-from .checkpoints import copy_checkpoint, read_state, replace_state
+from .checkpoints import read_state, replace_state
 from .compatibility import check_compatible
 from .export import export_final, push_final
 from .loop import TrainingLoop
@@ -162,9 +163,9 @@ class Run:
         every, whole_epoch = self.arguments.output.save_every_epochs, self.step % self.steps_per_epoch == 0
         if self.accelerator.is_main_process:
             if every and whole_epoch and round(self.epoch) % every == 0:
-                copy_checkpoint(checkpoint, self.folder / "checkpoints" / f"epoch_{round(self.epoch)}")
+                copy_folder(checkpoint, self.folder / "checkpoints" / f"epoch_{round(self.epoch)}")
             if self.best is not None and self.best["step"] == self.step:
-                copy_checkpoint(checkpoint, self.folder / "checkpoints" / "best")
+                copy_folder(checkpoint, self.folder / "checkpoints" / "best")
         self.accelerator.wait_for_everyone()
 
     def _resume(self, checkpoint: Path, saved: dict) -> None:
@@ -191,6 +192,7 @@ class Run:
             Whether it was done; a stop signal to any process ends it, and the resumed run does it again.
         """
         output = self.arguments.output
+        pictures = self.folder / "predictions" / f"epoch_{math.ceil(self.epoch)}"
         set_seed(self.arguments.optimization.seed)  # mask losses sample points: the same ones each time
         with self.weights_to_judge():
             scores = evaluate(
@@ -199,12 +201,11 @@ class Run:
                 self.processor,
                 self.text,
                 self.valid_data,
-                output.eval_batch_size,
-                self.arguments.data.num_workers,
-                lambda: any_process(self.accelerator, stop.received is not None),
-                self.folder / "predictions" / f"epoch_{math.ceil(self.epoch)}",
-                output.prediction_images,
-                leave_signals_to_the_parent,
+                batch_size=output.eval_batch_size,
+                num_workers=self.arguments.data.num_workers,
+                worker_init_fn=leave_signals_to_the_parent,
+                stop=lambda: any_process(self.accelerator, stop.received is not None),
+                pictures=Pictures(pictures, output.prediction_images),
             )
         (scores,) = broadcast_object_list([scores])
         if scores is None:

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
 from ...checkpoints import NECK, VIT, Checkpoint, LoadedTensors
 from ...configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
 from ...modeling_sam3_lite import Sam3LiteModel
-from ...processing_sam3_lite import Sam3LiteProcessor, tokenize
+from ...processing_sam3_lite import Sam3LiteProcessor
 from ...sources_sam3_lite import HUB_ARGUMENTS
 from ...vision_sam3_lite import Sam3LiteVisionModel
-from ...vocabulary_sam3_lite import encode_phrases
+from ...vocabulary_sam3_lite import phrase_features
 from ..basis import Basis, rotation
 from ..depth import layer_maps
 from ..mapper import map_checkpoint
@@ -264,9 +265,6 @@ class _Calibration:
 
     def _sides(self, student: Sam3LiteModel, fitted: list[Tensor], prompts: Sequence[str]) -> list[Side]:
         """Student and teacher with what their detectors get: for each image a few prompts, the same for both."""
-        tokens = tokenize(self.processor.tokenizer, list(prompts))
-        longest = tokens["attention_mask"].sum(1).max()
-        ids, mask = (tokens[key][:, :longest].to(student.device) for key in ("input_ids", "attention_mask"))
         generator = torch.Generator().manual_seed(self.seed)
         count = min(PROMPTS_PER_IMAGE, len(prompts))
         choices = []
@@ -276,9 +274,16 @@ class _Calibration:
             choices.append((owners.to(student.device), rows))
         sides = []
         for model in (student, self.teacher):
-            features = encode_phrases(model, ids, mask)
-            asked = [PromptBatch(owners, features[rows], mask.bool()[rows]) for owners, rows in choices]
-            coarse = [model.vision_encoder(batch).fpn_hidden_states[-1] for batch in fitted]
+            features, mask = phrase_features(model, self.processor, list(prompts), padded=False)
+            coarse, asked = [], []
+            for batch, (owners, rows) in zip(fitted, choices, strict=True):
+                vision = model.get_vision_features(batch)
+                text, valid = features[rows], mask.bool()[rows]
+                if vision.summary is not None:
+                    text = torch.cat([text, vision.summary[owners]], dim=1)
+                    valid = F.pad(valid, (0, 1), value=True)
+                coarse.append(vision.fpn_hidden_states[-1])
+                asked.append(PromptBatch(owners, text, valid))
             sides.append(Side(model, coarse, asked))
         return sides
 
