@@ -87,11 +87,12 @@ def emulated_fp16(init_scale: float | None = None) -> Iterator[None]:
         accelerator.scaler = torch.amp.GradScaler("cpu", **settings)
         return accelerator
 
-    try:
-        with mock.patch.object(trainer, "start_accelerator", start), RoundedProducts():
-            yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)  # another run may want another precision
+    with (
+        mock.patch.dict(AcceleratorState._shared_state),  # which the next accelerator takes its precision from
+        mock.patch.object(trainer, "start_accelerator", start),
+        RoundedProducts(),
+    ):
+        yield
 
 
 def main() -> int:

@@ -33,7 +33,7 @@ SCORES = {"segm AP": "segm_AP", "segm AP50": "segm_AP50", "valid loss": "loss"}
 def train(folder: Path, precision: str, settings: list[str]) -> None:
     """
     Raises:
-        subprocess.CalledProcessError: the run failed; what it wrote is in `folder`/log.txt, and is printed.
+        subprocess.CalledProcessError: the run failed; what it said is printed.
     """
     command = [sys.executable, *PROGRAMS[precision], str(CONFIG), "--output_dir", str(folder), *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from conftest import HUNG
 from hub_stand_in import TOKEN, HubStandIn
 from typer.testing import CliRunner
 
@@ -66,7 +67,7 @@ def python(arguments: list[str]):
 
 def accelerate(arguments: list[str]):
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *arguments]
-    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=HUNG)
     assert finished.returncode == 0, finished.stdout
 
 
