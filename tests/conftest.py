@@ -10,6 +10,7 @@ from transformers import Sam3Config, Sam3Model
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
 
+HUNG = 3600  # seconds after which a process is taken to hang, far from what any takes on a slow machine
 PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks", "presence_logits", "semantic_seg")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import HUNG
 from evaluation_cases import CASES, HEIGHT, WIDTH, random_pairs
 from faster_coco_eval.core import mask as mask_api
 from torch import distributed
@@ -232,9 +233,9 @@ def test_two_processes_get_the_result_of_one(tmp_path):
     ]
     for worker in workers:
         worker.start()
-    collected = [results.get(timeout=60) for _ in range(4)]
+    collected = [results.get(timeout=HUNG) for _ in range(4)]
     for worker in workers:
-        worker.join(timeout=60)
+        worker.join(timeout=HUNG)
         assert worker.exitcode == 0
     expected = [compute(metric_class, *zip(*rows, strict=True)) for metric_class in (CocoAP, CGF1)]
     assert [result for number, result in collected if number == 0] == [expected, expected]

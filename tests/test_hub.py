@@ -13,7 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import micro_config, shake
+from conftest import HUNG, micro_config, shake
 from hub_stand_in import TOKEN, HubStandIn
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -260,7 +260,7 @@ def test_the_command_in_a_process_of_its_own(hub, folder, tmp_path):
     (tmp_path / "home" / "token").write_text(TOKEN)  # as a login leaves it
     del environment["HF_TOKEN"]
     command = [sys.executable, "-c", "from sam3_hf.cli import app; app()", "push", str(folder), "me/shapes"]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HUNG)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip().endswith(hub.repositories["me/shapes"].branches["main"][-1].sha)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import HUNG
 from torchvision.ops import sigmoid_focal_loss
 
 from sam3_hf import loss_sam3_lite as loss_module
@@ -557,7 +558,7 @@ def test_two_processes_give_the_loss_and_gradient_of_the_whole_batch(tmp_path, m
     command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [subprocess.Popen([*command, rank], env=environment) for rank in "01"]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=HUNG) for process in processes] == [0, 0]
     shards = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
 
     monkeypatch.setattr(loss_module, "_random_points", fixed_points)

@@ -16,6 +16,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import transformers
+from conftest import HUNG
 from hub_stand_in import TOKEN, HubStandIn
 from typer.testing import CliRunner
 
@@ -84,7 +85,7 @@ def accelerate(arguments: list[str]):
 
 def in_a_process(arguments: list[str]):
     command = [sys.executable, *arguments]
-    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=HUNG)
     assert finished.returncode == 0, finished.stdout
 
 

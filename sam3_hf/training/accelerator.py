@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import GradScalerKwargs, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
 from ..modeling_sam3_lite import Sam3LiteModel
@@ -14,6 +14,11 @@ from .optim import build_optimizer
 from .reporting import set_up_logging
 
 logger = logging.getLogger(__name__)
+
+# The loss, a sum over decoder layers, is in the hundreds, and 2^16 times it overflows: from there, the demo in
+# emulated FP16 skips its first steps until the scale is 2^10 or less (benchmarks/fp16_recipe.py --init-scale 65536).
+# At the other end nothing is lost before 2^-4: gradients at 2^0, 2^6 and 2^9 are the same but for rounding.
+FIRST_LOSS_SCALE = 2.0**6
 
 
 def start_accelerator(arguments: Arguments) -> Accelerator:
@@ -30,6 +35,7 @@ def start_accelerator(arguments: Arguments) -> Accelerator:
         cpu=on_cpu,
         mixed_precision=precision,
         gradient_accumulation_steps=arguments.optimization.gradient_accumulation_steps,
+        kwargs_handlers=[GradScalerKwargs(init_scale=FIRST_LOSS_SCALE)],
     )
     if accelerator.distributed_type == DistributedType.FSDP:
         if arguments.optimization.ema_decay:

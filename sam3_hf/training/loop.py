@@ -18,7 +18,7 @@ from .parts import Parts
 
 logger = logging.getLogger(__name__)
 
-MAX_OVERFLOWS = 50  # in a row; by then the loss scale has fallen from 2^16 to 2^-34
+MAX_OVERFLOWS = 50  # in a row; by then the loss scale has fallen from 2^6 to 2^-44
 NOTHING_SAVED = "Nothing was saved, the last checkpoint is as it was."
 
 
