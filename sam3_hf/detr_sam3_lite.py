@@ -210,7 +210,8 @@ class Sam3LiteDetrDecoderLayer(GradientCheckpointingLayer, Sam3DetrDecoderLayer)
         vision_features: Tensor,
         vision_keys: Tensor,
         text_cross_attn_mask: Tensor | None,
-        vision_bias: Callable[[], Tensor],
+        reference: Tensor,
+        vision_bias: Callable[[Tensor], Tensor],
         num_interacting: int,
     ) -> Tensor:
         """
@@ -221,7 +222,8 @@ class Sam3LiteDetrDecoderLayer(GradientCheckpointingLayer, Sam3DetrDecoderLayer)
             vision_features: `(prompts, height * width, hidden)`.
             vision_keys: the same with position encodings.
             text_cross_attn_mask: additive, `(prompts, 1, 1, tokens)`.
-            vision_bias: makes an additive mask `(prompts or 1, heads, 1 + queries, height * width)`.
+            reference: boxes of the queries, `(prompts or 1, queries, 4)` float32.
+            vision_bias: makes of them an additive mask `(prompts or 1, heads, 1 + queries, height * width)`.
             num_interacting: how many of the first tokens take part in self-attention.
         """
         interacting = hidden_states[:, :num_interacting]
@@ -239,7 +241,9 @@ class Sam3LiteDetrDecoderLayer(GradientCheckpointingLayer, Sam3DetrDecoderLayer)
         hidden_states = self.text_cross_attn_layer_norm(hidden_states + self.text_cross_attn_dropout(attended))
 
         def attend_to_vision(query: Tensor) -> Tensor:
-            return self.vision_cross_attn(query, vision_keys, vision_features, attention_mask=vision_bias())[0]
+            return self.vision_cross_attn(query, vision_keys, vision_features, attention_mask=vision_bias(reference))[
+                0
+            ]
 
         # Masks, and what they are made from, are a third of all that a prompt would keep for the backward pass.
         attended = recomputed(attend_to_vision, hidden_states + query_pos)
@@ -322,7 +326,8 @@ class Sam3LiteDetrDecoder(Sam3DetrDecoder):
                 vision,
                 keys,
                 prompt_bias,
-                partial(self._box_position_bias, reference, grid_size),
+                reference,
+                partial(self._box_position_bias, grid_size),
                 1 + self.config.num_queries,
             )
             normed = self.output_layer_norm(hidden[:, 1:])
@@ -336,7 +341,7 @@ class Sam3LiteDetrDecoder(Sam3DetrDecoder):
             all_presence.append(logits.clamp(min=-limit, max=limit))
         return torch.stack(all_hidden), torch.stack(all_boxes), torch.stack(all_presence)
 
-    def _box_position_bias(self, boxes: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    def _box_position_bias(self, grid_size: tuple[int, int], boxes: Tensor) -> Tensor:
         """
         Attention bias from the signed log distance of each grid line to the box edges (`boxRPB` of SAM 3).
 

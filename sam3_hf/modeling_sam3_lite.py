@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.sam3.modeling_sam3 import (
     Sam3DotProductScoring,
@@ -20,131 +15,27 @@ from transformers.models.sam3.modeling_sam3 import (
     Sam3VisionEncoderOutput,
     box_cxcywh_to_xyxy,
 )
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import can_return_tuple
 
 from .configuration_sam3_lite import BOX_PADDING_LABEL, Sam3LiteConfig, check_vocabulary
 from .detr_sam3_lite import Sam3LiteDetrDecoder, Sam3LiteDetrEncoder, Sam3LiteGeometryEncoder, additive_mask
 from .loading_sam3_lite import Sam3LitePreTrainedModel, needs_package
 from .loss_sam3_lite import DetectionOutputs, sam3_lite_loss
 from .masks_sam3_lite import Sam3LiteMaskDecoder
+from .outputs_sam3_lite import (
+    DetectorOutput,
+    Prompts,
+    Sam3LiteFindings,
+    Sam3LiteOutput,
+    Sam3LiteVisionOutput,
+    refuse_arguments,
+)
 from .text_sam3_lite import Sam3LiteTextEncoder
 from .vision_sam3_lite import Sam3LiteVisionModel
 from .vocabulary_sam3_lite import Sam3LiteVocabulary
 
-logger = logging.get_logger(__name__)
-
-# Largest relative difference of text features that rounding explains, half precision at both ends included. Those of
-# other weights differ by about as much as they are large.
-SAME_FEATURES = 0.05
 # `find` runs the mask head for so many prompts at once: each has an 85 MB map at 1008 px in float32.
 PROMPTS_SEGMENTED_AT_ONCE = 4
-
-
-@dataclass
-class Sam3LiteOutput(ModelOutput):
-    r"""
-    Output of [`Sam3LiteModel`]. All but the losses are those of [`Sam3Model`], one row per prompt.
-
-    Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`): total training loss.
-        loss_dict (`dict[str, torch.FloatTensor]`, *optional*, returned with `labels`): its terms.
-        pred_masks (`torch.FloatTensor` of shape `(num_prompts, num_queries, height, width)`, *optional*): mask logits
-            at 4 / patch size of the input resolution. `None` in training mode with `labels`, where only the masks of
-            matched queries are computed.
-        pred_boxes (`torch.FloatTensor` of shape `(num_prompts, num_queries, 4)`): xyxy, relative to the image,
-            nominally in [0, 1] and not clamped.
-        pred_logits (`torch.FloatTensor` of shape `(num_prompts, num_queries)`): score logits of the queries.
-        presence_logits (`torch.FloatTensor` of shape `(num_prompts, 1)`): logits of "the concept is in the image".
-            The score of a detection is `sigmoid(pred_logits) * sigmoid(presence_logits)`.
-        semantic_seg (`torch.FloatTensor` of shape `(num_prompts, 1, height, width)`, *optional*): logits of the union
-            of all instances. `None` in training mode with `labels`.
-    """
-
-    loss: torch.FloatTensor | None = None
-    loss_dict: dict[str, torch.FloatTensor] | None = None
-    pred_masks: torch.FloatTensor | None = None
-    pred_boxes: torch.FloatTensor | None = None
-    pred_logits: torch.FloatTensor | None = None
-    presence_logits: torch.FloatTensor | None = None
-    semantic_seg: torch.FloatTensor | None = None
-
-
-@dataclass
-class Sam3LiteFindings(ModelOutput):
-    r"""
-    Output of [`~Sam3LiteModel.find`]: the kept detections of all prompts, by prompt and query.
-
-    Args:
-        scores (`torch.FloatTensor` of shape `(num_found,)`): in [0, 1].
-        boxes (`torch.FloatTensor` of shape `(num_found, 4)`): xyxy, relative to the image, not clamped.
-        prompt_index (`torch.LongTensor` of shape `(num_found,)`): the prompt that each belongs to.
-        mask_logits (`torch.FloatTensor` of shape `(num_found, height, width)`): at 4 / patch size of the input
-            resolution.
-    """
-
-    scores: torch.FloatTensor | None = None
-    boxes: torch.FloatTensor | None = None
-    prompt_index: torch.LongTensor | None = None
-    mask_logits: torch.FloatTensor | None = None
-
-
-@dataclass
-class Sam3LiteVisionOutput(Sam3VisionEncoderOutput):
-    r"""
-    Output of [`~Sam3LiteModel.get_vision_features`]: that of the vision encoder, and what prompts of an image share.
-
-    Args:
-        summary (`torch.FloatTensor` of shape `(num_images, 1, hidden_size)`, *optional*): the token by which the box
-            encoder sums up an image, for prompts without boxes.
-    """
-
-    summary: torch.FloatTensor | None = None
-
-
-@dataclass
-class DetectorOutput(ModelOutput):
-    """What the detector computes for a chunk of prompts, before losses and post-processing; one row per prompt."""
-
-    logits: Tensor | None = None  # (layers, prompts, queries)
-    boxes: Tensor | None = None  # (layers, prompts, queries, 4) cxcywh
-    presence_logits: Tensor | None = None  # (layers, prompts)
-    one_to_many_logits: Tensor | None = None  # (layers, prompts, queries)
-    one_to_many_boxes: Tensor | None = None  # (layers, prompts, queries, 4)
-    queries: Tensor | None = None  # (prompts, queries [+ one-to-many queries], hidden), last layer
-    encoded: Tensor | None = None  # (prompts, height * width, hidden)
-    prompt_features: Tensor | None = None  # (prompts, tokens, hidden)
-    prompt_mask: Tensor | None = None  # (prompts, tokens) bool
-
-    def of_prompts(self, index: Tensor) -> DetectorOutput:
-        """What the mask head reads, for some prompts."""
-        return DetectorOutput(
-            encoded=self.encoded[index],
-            prompt_features=self.prompt_features[index],
-            prompt_mask=None if self.prompt_mask is None else self.prompt_mask[index],
-        )
-
-
-class Prompts(NamedTuple):
-    """What the detector is asked, one row per prompt; see [`~Sam3LiteModel.forward`]."""
-
-    image_index: Tensor
-    text: Tensor
-    text_mask: Tensor | None
-    input_boxes: Tensor | None
-    input_boxes_labels: Tensor | None
-
-
-def refuse_arguments(arguments: dict, config: Sam3LiteConfig):
-    """
-    Raises:
-        TypeError: what `forward` was given beside its own arguments, or the configuration asks of every call.
-    """
-    wanted = {"output_attentions": config.output_attentions, "output_hidden_states": config.output_hidden_states}
-    for name in wanted:
-        if arguments.pop(name, wanted[name]):
-            raise TypeError(f"Sam3LiteModel does not record `{name}`: register forward hooks on its layers instead.")
-    if arguments:
-        raise TypeError(f"Sam3LiteModel takes no argument `{next(iter(arguments))}`.")
 
 
 class Sam3LiteModel(Sam3LitePreTrainedModel):
@@ -214,24 +105,10 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
                 "`restore_text_encoder` first."
             )
         try:
-            from sam3_hf.checkpoints import UNREAD, stock_config
+            from sam3_hf.checkpoints.stock import to_stock
         except ImportError as error:
             raise needs_package("`to_sam3`") from error
-        stock = Sam3Model(stock_config(self.config)).to(device=self.device, dtype=self.dtype)
-        result = stock.load_state_dict(self.state_dict(), strict=False)
-        unread = re.compile("|".join(UNREAD))
-        lost = result.unexpected_keys + [name for name in result.missing_keys if not unread.match(name)]
-        if lost:
-            raise RuntimeError(
-                f"This version of Transformers names parameters of `Sam3Model` differently: {lost[:4]}."
-            )
-        if self.config.summary_token:
-            logger.warning(
-                "Sam3Model leaves out the summary token of prompts without boxes, with which this model was made: its "
-                "answers to phrases will differ, unless each prompt is given a padding box (`input_boxes` of zeros, "
-                "`input_boxes_labels` of -10)."
-            )
-        return stock.train(self.training)
+        return to_stock(self)
 
     def freeze_vocabulary(self, classes: list[str], processor) -> Sam3LiteModel:
         """
@@ -291,50 +168,13 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         if self.vocabulary is None:
             raise ValueError("The model has a text encoder: there is nothing to restore.")
         try:
-            from sam3_hf.checkpoints import open_checkpoint
+            from sam3_hf.checkpoints.text_encoder import read_text_encoder
         except ImportError as error:
             raise needs_package("`restore_text_encoder`") from error
-        checkpoint = open_checkpoint(source, **hub_arguments)
-        if checkpoint is None:
-            raise OSError(f"{source} has neither a config.json nor a native file of SAM 3.")
-        if checkpoint.config.vocabulary is not None:
-            raise ValueError(f"{source} has a fixed vocabulary and no text encoder either: name a complete model.")
-        width, hidden_size = (c.detr_encoder_config.hidden_size for c in (checkpoint.config, self.config))
-        if width != hidden_size:
-            raise ValueError(f"{source} projects its text to {width} channels, this model needs {hidden_size}.")
-        text_config = copy.deepcopy(checkpoint.config.text_config)
-        text_config._attn_implementation = self.config.text_config._attn_implementation
-        if text_config.vocab_size != self.config.text_config.vocab_size:
-            raise ValueError(
-                f"{source} has a tokenizer of {text_config.vocab_size} tokens, this model one of "
-                f"{self.config.text_config.vocab_size}."
-            )
-        with init.no_init_weights():
-            encoder = Sam3LiteTextEncoder(text_config)
-            projection = nn.Linear(text_config.hidden_size, hidden_size)
-        parts = nn.ModuleDict({"text_encoder": encoder, "text_projection": projection})
-        missing = checkpoint.check({name: tensor.shape for name, tensor in parts.state_dict().items()})
-        if missing:
-            raise ValueError(f"{source} has no whole text encoder: it lacks {', '.join(missing[:4])}.")
-        parts.load_state_dict({name: checkpoint.read(name) for name in parts.state_dict()})
-        parts.to(self.device).train(self.training)
-        self._check_restored(source, encoder, projection)
-        parts.to(self.dtype)
+        encoder, projection = read_text_encoder(source, self, **hub_arguments)
         self.text_encoder, self.text_projection, self.vocabulary = encoder, projection, None
-        self.config.text_config, self.config.vocabulary = text_config, None
+        self.config.text_config, self.config.vocabulary = encoder.config, None
         return self
-
-    @torch.no_grad()
-    def _check_restored(self, source, encoder: Sam3LiteTextEncoder, projection: nn.Linear):
-        stored = self.vocabulary
-        valid = stored.attention_mask.bool()
-        features = projection(encoder(stored.input_ids, stored.attention_mask).last_hidden_state)[valid]
-        difference = (features - stored.features[valid].float()).norm() / features.norm()
-        if not difference <= SAME_FEATURES:
-            raise ValueError(
-                f"The text encoder of {source} is not the one that the vocabulary was made with: its features of the "
-                f"same phrases differ by {difference:.0%} (at most {SAME_FEATURES:.0%} may be rounding)."
-            )
 
     def compile(self, **kwargs):
         """
@@ -741,8 +581,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             mask_logits,
         )
         outputs = self._predictions(found) if self.training else self._predictions(found, pixels, semantic)
-        outputs.loss, outputs.loss_dict = loss, loss_dict
-        return outputs
+        return Sam3LiteOutput(loss=loss, loss_dict=loss_dict, **outputs)  # as a tuple, the loss comes first
 
     def _prompts_to_segment(self, labels: list[dict[str, Tensor]]) -> Tensor:
         """

@@ -48,8 +48,9 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
         - `parts`: for each part `parameters`, `bytes` as stored, and, where it computes, `flops` and what they are
           `per`: "image", "prompt", "phrase" or "prompt with a box" (one box);
         - `parameters`, `bytes`: totals of the parts;
-        - `flops_per_image`, `flops_per_prompt`: of the first prompt for an image, and of each further one. Texts are
-          taken as encoded before; a multiplication and an addition are two FLOPs;
+        - `flops_per_image`, `flops_per_prompt`: of the first prompt for an image, and of each further one. The
+          summary token is of the image, texts are taken as encoded before; a multiplication and an addition are two
+          FLOPs;
         - `mapping`: `source`, `strategy` and `totals` of its mapping report, or None. Of the model as it was mapped:
           the totals count a text encoder that a vocabulary has replaced since.
 
@@ -67,6 +68,7 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
     if missing:
         raise ValueError(f"{source} is incomplete: it lacks {len(missing)} tensors, such as `{missing[0]}`.")
     flops = count_flops(checkpoint.config)
+    summary = flops.pop("summary token")
     parts = _measure(checkpoint, expected, flops)
     report = _read(source, REPORT_FILE, hub_arguments)
     per_prompt = sum(part["flops"] for part in parts.values() if part.get("per") == "prompt")
@@ -80,7 +82,7 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
         "parts": parts,
         "parameters": sum(part["parameters"] for part in parts.values()),
         "bytes": sum(part["bytes"] for part in parts.values()),
-        "flops_per_image": parts["vision encoder"]["flops"] + per_prompt,
+        "flops_per_image": parts["vision encoder"]["flops"] + summary + per_prompt,
         "flops_per_prompt": per_prompt,
         "mapping": report and {key: json.loads(report)[key] for key in ("source", "strategy", "totals")},
     }
@@ -89,7 +91,8 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
 def count_flops(config: Sam3LiteConfig) -> dict[str, int]:
     """
     FLOPs of each part that computes, for one image, one phrase of 32 tokens, one prompt with text and, for the
-    geometry encoder, one box. Counted on the meta device, without memory for weights.
+    geometry encoder, one box; and of the summary token of an image, 0 if phrases do not get it. Counted on the meta
+    device, without memory for weights.
     """
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"  # whose matrix products every version of PyTorch counts
@@ -98,8 +101,12 @@ def count_flops(config: Sam3LiteConfig) -> dict[str, int]:
     with torch.device("meta"), torch.no_grad():
         model = Sam3LiteModel(config).eval()
         with FlopCounterMode(display=False) as counter:
-            levels = model.get_vision_features(torch.zeros(1, 3, size, size)).fpn_hidden_states
+            vision = model.vision_encoder(torch.zeros(1, 3, size, size))
         flops["vision encoder"] = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            summary = model.image_summary(vision)
+        flops["summary token"] = counter.get_total_flops()
+        levels = vision.fpn_hidden_states
         if model.vocabulary is None:
             with FlopCounterMode(display=False) as counter:
                 # Not through the text encoder's own forward, which looks at the tokens.
@@ -108,12 +115,12 @@ def count_flops(config: Sam3LiteConfig) -> dict[str, int]:
             flops["text encoder"] = counter.get_total_flops()
         text, owner = torch.zeros(1, MAX_TOKENS, hidden), torch.zeros(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
-            found = model.detect(levels, owner, text, None, None, None, one_to_many=False)
+            found = model.detect(levels, owner, text, None, None, None, one_to_many=False, summary=summary)
         for part in ("DETR encoder", "DETR decoder", "scoring"):
             (module,) = PARTS[part]
             flops[part] = sum(counter.get_flop_counts()[type(getattr(model, module)).__name__].values())
         with FlopCounterMode(display=False) as counter:
-            pixels = model.mask_decoder(levels, found.encoded, owner, text, None)
+            pixels = model.mask_decoder(levels, found.encoded, owner, found.prompt_features, None)
             model.mask_decoder.masks(found.queries, pixels)
             model.mask_decoder.semantic_projection(pixels)
         flops["mask decoder"] = counter.get_total_flops()

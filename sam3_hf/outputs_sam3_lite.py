@@ -1,0 +1,128 @@
+"""What passes into and out of the parts of a SAM 3 Lite model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class Sam3LiteOutput(ModelOutput):
+    r"""
+    Output of [`Sam3LiteModel`]. All but the losses are those of [`Sam3Model`], one row per prompt.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`): total training loss.
+        loss_dict (`dict[str, torch.FloatTensor]`, *optional*, returned with `labels`): its terms.
+        pred_masks (`torch.FloatTensor` of shape `(num_prompts, num_queries, height, width)`, *optional*): mask logits
+            at 4 / patch size of the input resolution. `None` in training mode with `labels`, where only the masks of
+            matched queries are computed.
+        pred_boxes (`torch.FloatTensor` of shape `(num_prompts, num_queries, 4)`): xyxy, relative to the image,
+            nominally in [0, 1] and not clamped.
+        pred_logits (`torch.FloatTensor` of shape `(num_prompts, num_queries)`): score logits of the queries.
+        presence_logits (`torch.FloatTensor` of shape `(num_prompts, 1)`): logits of "the concept is in the image".
+            The score of a detection is `sigmoid(pred_logits) * sigmoid(presence_logits)`.
+        semantic_seg (`torch.FloatTensor` of shape `(num_prompts, 1, height, width)`, *optional*): logits of the union
+            of all instances. `None` in training mode with `labels`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_dict: dict[str, torch.FloatTensor] | None = None
+    pred_masks: torch.FloatTensor | None = None
+    pred_boxes: torch.FloatTensor | None = None
+    pred_logits: torch.FloatTensor | None = None
+    presence_logits: torch.FloatTensor | None = None
+    semantic_seg: torch.FloatTensor | None = None
+
+
+@dataclass
+class Sam3LiteFindings(ModelOutput):
+    r"""
+    Output of [`~Sam3LiteModel.find`]: the kept detections of all prompts, by prompt and query.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(num_found,)`): in [0, 1].
+        boxes (`torch.FloatTensor` of shape `(num_found, 4)`): xyxy, relative to the image, not clamped.
+        prompt_index (`torch.LongTensor` of shape `(num_found,)`): the prompt that each belongs to.
+        mask_logits (`torch.FloatTensor` of shape `(num_found, height, width)`): at 4 / patch size of the input
+            resolution.
+    """
+
+    scores: torch.FloatTensor | None = None
+    boxes: torch.FloatTensor | None = None
+    prompt_index: torch.LongTensor | None = None
+    mask_logits: torch.FloatTensor | None = None
+
+
+@dataclass
+class Sam3LiteVisionOutput(Sam3VisionEncoderOutput):
+    r"""
+    Output of [`~Sam3LiteModel.get_vision_features`]: that of the vision encoder, and what prompts of an image share.
+
+    Args:
+        summary (`torch.FloatTensor` of shape `(num_images, 1, hidden_size)`, *optional*): the token by which the box
+            encoder sums up an image, for prompts without boxes.
+    """
+
+    summary: torch.FloatTensor | None = None
+
+
+@dataclass
+class DetectorOutput(ModelOutput):
+    """What the detector computes for a chunk of prompts, before losses and post-processing; one row per prompt."""
+
+    logits: Tensor | None = None  # (layers, prompts, queries)
+    boxes: Tensor | None = None  # (layers, prompts, queries, 4) cxcywh
+    presence_logits: Tensor | None = None  # (layers, prompts)
+    one_to_many_logits: Tensor | None = None  # (layers, prompts, queries)
+    one_to_many_boxes: Tensor | None = None  # (layers, prompts, queries, 4)
+    queries: Tensor | None = None  # (prompts, queries [+ one-to-many queries], hidden), last layer
+    encoded: Tensor | None = None  # (prompts, height * width, hidden)
+    prompt_features: Tensor | None = None  # (prompts, tokens, hidden)
+    prompt_mask: Tensor | None = None  # (prompts, tokens) bool
+
+    def of_prompts(self, index: Tensor) -> DetectorOutput:
+        """What the mask head reads, for some prompts."""
+        return DetectorOutput(
+            encoded=self.encoded[index],
+            prompt_features=self.prompt_features[index],
+            prompt_mask=None if self.prompt_mask is None else self.prompt_mask[index],
+        )
+
+
+class Prompts(NamedTuple):
+    """What the detector is asked, one row per prompt; see [`~Sam3LiteModel.forward`]."""
+
+    image_index: Tensor
+    text: Tensor
+    text_mask: Tensor | None
+    input_boxes: Tensor | None
+    input_boxes_labels: Tensor | None
+
+
+def refuse_arguments(arguments: dict, config):
+    """
+    Raises:
+        TypeError: what `forward` was given beside its own arguments, or the configuration asks of every call.
+    """
+    wanted = {"output_attentions": config.output_attentions, "output_hidden_states": config.output_hidden_states}
+    for name in wanted:
+        if arguments.pop(name, wanted[name]):
+            raise TypeError(f"Sam3LiteModel does not record `{name}`: register forward hooks on its layers instead.")
+    if arguments:
+        raise TypeError(f"Sam3LiteModel takes no argument `{next(iter(arguments))}`.")
+
+
+__all__ = [
+    "DetectorOutput",
+    "Prompts",
+    "Sam3LiteFindings",
+    "Sam3LiteOutput",
+    "Sam3LiteVisionOutput",
+    "refuse_arguments",
+]
