@@ -67,26 +67,26 @@ class Setting:
     """Both models and inputs of their parts for some prompts on one image, in the dtypes that autocast gives them."""
 
     def __init__(self, stock: nn.Module, ours: nn.Module, prompts: int, dtype: torch.dtype):
-        self.stock, self.model, self.prompts, self.place = stock, ours, prompts, device()
+        self.stock, self.model, self.prompts, self.device = stock, ours, prompts, device()
         size = image_size_of(ours)
         side = self.side = size // ours.config.vision_config.backbone_config.patch_size
         hidden = self.hidden = ours.config.detr_encoder_config.hidden_size
         self.num_queries = ours.config.detr_decoder_config.num_queries
         self.dtype = dtype
-        self.pixel_values = torch.randn(1, 3, size, size, device=self.place)
-        self.index = torch.zeros(prompts, dtype=torch.long, device=self.place)
+        self.pixel_values = torch.randn(1, 3, size, size, device=self.device)
+        self.index = torch.zeros(prompts, dtype=torch.long, device=self.device)
         self.levels = [self.leaf(1, hidden, n * side, n * side) for n in (4, 2, 1)]
         self.position = ours._position_encoding(self.levels[-1].detach())
         self.text = self.leaf(prompts, TOKENS, hidden)
-        lengths = TOKENS - torch.arange(prompts, device=self.place) % 4
-        self.mask = torch.arange(TOKENS, device=self.place) < lengths[:, None]
+        lengths = TOKENS - torch.arange(prompts, device=self.device) % 4
+        self.mask = torch.arange(TOKENS, device=self.device) < lengths[:, None]
         self.bias = additive_mask(self.mask, dtype)
         self.encoded = self.leaf(prompts, side**2, hidden)
         self.queries = self.leaf(prompts, self.num_queries, hidden, dtype=torch.float32)
         self.pixels = self.leaf(prompts, hidden, 4 * side, 4 * side)
 
     def leaf(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape, dtype=dtype or self.dtype, device=self.place).requires_grad_()
+        return torch.randn(shape, dtype=dtype or self.dtype, device=self.device).requires_grad_()
 
     def both(self, name: str) -> tuple[nn.Module, nn.Module]:
         return self.stock.get_submodule(name), self.model.get_submodule(name)
@@ -139,7 +139,7 @@ def phrases(setting: Setting, different: int) -> tuple[Tensor, Tensor]:
     words = ["".join(parts) for parts in itertools.product(KINDS, THINGS)][:different]
     tokenizer = clip_tokenizer(setting.model.config.text_config.vocab_size)
     tokens = tokenize(tokenizer, [words[i % len(words)] for i in range(setting.prompts)])
-    return tokens["input_ids"].to(setting.place), tokens["attention_mask"].to(setting.place)
+    return tokens["input_ids"].to(setting.device), tokens["attention_mask"].to(setting.device)
 
 
 def text(setting: Setting, name: str, ids: Tensor, mask: Tensor) -> Change:
@@ -185,7 +185,7 @@ def encoder(setting: Setting) -> Change:
 def decoder(setting: Setting) -> Change:
     """The decoder without one-to-many queries, which stock has not, and the boxes of all of its layers."""
     stock, ours = setting.both("detr_decoder")
-    shape = torch.full((1, 2), setting.side, device=setting.place)
+    shape = torch.full((1, 2), setting.side, device=setting.device)
 
     def compared(hidden: Tensor, boxes: Tensor, presence: Tensor) -> list[Tensor]:
         # Ours trains the boxes of every layer before a layer, stock those of one: from the third on gradients differ.
@@ -263,11 +263,11 @@ def matched_masks(setting: Setting) -> Change:
     stock, ours = setting.both("mask_decoder")
     prompt = torch.arange(setting.prompts).repeat_interleave(OBJECTS)
     query = torch.arange(OBJECTS).repeat(setting.prompts) * (setting.num_queries // OBJECTS)
-    places = (prompt.to(setting.place), query.to(setting.place))
+    matches = (prompt.to(setting.device), query.to(setting.device))
     inputs = (setting.queries, setting.pixels)
     return Change(
         f"masks of {OBJECTS} matched queries instead of all",
-        lambda: [stock_masks(stock, *inputs)[places]],
+        lambda: [stock_masks(stock, *inputs)[matches]],
         lambda: [ours.matched_masks(*inputs, prompt, query)],
         (stock, ours),
         inputs,
@@ -284,12 +284,12 @@ def loss(setting: Setting) -> Change:
     config, prompts = setting.model.config.loss_config, setting.prompts
     layers = setting.model.config.detr_decoder_config.num_layers
     labels = training_batch(setting.model, 1, prompts, OBJECTS)["labels"]
-    targets = pack_labels(labels, prompts, setting.place)
-    norms = global_normalizers(targets, union_masks(targets, setting.place)[1])
-    points = torch.rand(int(config.mask_num_points * config.mask_oversample_ratio), 2, device=setting.place)
+    targets = pack_labels(labels, prompts, setting.device)
+    norms = global_normalizers(targets, union_masks(targets, setting.device)[1])
+    points = torch.rand(int(config.mask_num_points * config.mask_oversample_ratio), 2, device=setting.device)
 
     def boxes() -> Tensor:
-        return torch.rand(layers, prompts, setting.num_queries, 4, device=setting.place).requires_grad_()
+        return torch.rand(layers, prompts, setting.num_queries, 4, device=setting.device).requires_grad_()
 
     logits = [setting.leaf(layers, prompts, setting.num_queries) for _ in range(2)]
     by_layer = [logits[0], boxes(), setting.leaf(layers, prompts), logits[1], boxes()]
@@ -325,15 +325,15 @@ def loss(setting: Setting) -> Change:
 def enlarging(setting: Setting) -> Change:
     """Post-processing for a photo of 2 x 3 times the model's size, where each prompt found `OBJECTS` ellipses."""
     prompts, queries = setting.prompts, setting.num_queries
-    x, y, w, h = torch.rand(4, prompts, queries, 1, 1, device=setting.place)
-    line = torch.linspace(0, 1, 4 * setting.side, device=setting.place)
+    x, y, w, h = torch.rand(4, prompts, queries, 1, 1, device=setting.device)
+    line = torch.linspace(0, 1, 4 * setting.side, device=setting.device)
     distance = ((line - x) / (0.05 + 0.1 * w)) ** 2 + ((line[:, None] - y) / (0.05 + 0.1 * h)) ** 2
-    found = torch.arange(queries, device=setting.place) < OBJECTS
+    found = torch.arange(queries, device=setting.device) < OBJECTS
     outputs = SimpleNamespace(
         pred_logits=torch.where(found, 4.0, -4.0).expand(prompts, -1),
-        pred_boxes=torch.rand(prompts, queries, 4, device=setting.place),
+        pred_boxes=torch.rand(prompts, queries, 4, device=setting.device),
         pred_masks=8 * (1 - distance),
-        presence_logits=torch.full((prompts, 1), 4.0, device=setting.place),
+        presence_logits=torch.full((prompts, 1), 4.0, device=setting.device),
     )
     photo = tuple(times * image_size_of(setting.model) for times in (2, 3))
 
@@ -349,7 +349,7 @@ def enlarging(setting: Setting) -> Change:
         return [part for masks in kept for part in enlarge_masks(masks, photo, THRESHOLD)]
 
     def pasted(parts: Sequence[tuple[Tensor, int, int]]) -> list[Tensor]:
-        masks = torch.zeros(len(parts), *photo, dtype=torch.long, device=setting.place)
+        masks = torch.zeros(len(parts), *photo, dtype=torch.long, device=setting.device)
         for mask, (part, top, left) in zip(masks, parts, strict=True):
             mask[top : top + part.shape[0], left : left + part.shape[1]] = part
         return list(masks)

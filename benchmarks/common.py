@@ -231,22 +231,22 @@ def training_batch(model: nn.Module, images: int, prompts: int, objects: int) ->
     Args:
         prompts: per image. objects: per present concept.
     """
-    size, place = image_size_of(model), device()
+    size, where = image_size_of(model), device()
     count = images * prompts
     generator = np.random.default_rng(0)
     labels = []
     for index in range(count):
         present = objects if index % 2 == 0 else 0
         boxes = generator.uniform([0.4, 0.4, 0.1, 0.1], [0.6, 0.6, 0.3, 0.3], (present, 4))  # cxcywh
-        masks = torch.zeros(present, size, size, dtype=torch.bool, device=place)
+        masks = torch.zeros(present, size, size, dtype=torch.bool, device=where)
         for mask, (x, y, w, h) in zip(masks, boxes * size, strict=True):
             mask[int(y - h / 2) : int(y + h / 2), int(x - w / 2) : int(x + w / 2)] = True
-        labels.append({"boxes": torch.tensor(boxes, dtype=torch.float32, device=place), "masks": masks})
+        labels.append({"boxes": torch.tensor(boxes, dtype=torch.float32, device=where), "masks": masks})
     return {
-        "pixel_values": torch.randn(images, 3, size, size, device=place),
-        "text_embeds": torch.randn(count, TOKENS, model.config.detr_encoder_config.hidden_size, device=place),
-        "attention_mask": torch.ones(count, TOKENS, dtype=torch.long, device=place),
-        "image_index": torch.arange(images, device=place).repeat_interleave(prompts),
+        "pixel_values": torch.randn(images, 3, size, size, device=where),
+        "text_embeds": torch.randn(count, TOKENS, model.config.detr_encoder_config.hidden_size, device=where),
+        "attention_mask": torch.ones(count, TOKENS, dtype=torch.long, device=where),
+        "image_index": torch.arange(images, device=where).repeat_interleave(prompts),
         "labels": labels,
     }
 

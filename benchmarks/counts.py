@@ -89,9 +89,9 @@ def find(model: Sam3LiteModel, vision: Sam3VisionEncoderOutput, text: Tensor, ma
     for rows in index.split(PROMPTS_SEGMENTED_AT_ONCE):
         some = torch.arange(len(rows))
         pixels = model._mask_features(levels, rows, found.of_prompts(some), shared)
-        places = torch.empty(len(rows) * kept, dtype=torch.long)
+        matches = torch.empty(len(rows) * kept, dtype=torch.long)
         with counted_matches([kept] * len(rows)):
-            model.mask_decoder.matched_masks(found.queries[some], pixels, places, places)
+            model.mask_decoder.matched_masks(found.queries[some], pixels, matches, matches)
 
 
 def counted_matches(counts: list[int]) -> AbstractContextManager:

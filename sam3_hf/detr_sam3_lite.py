@@ -45,7 +45,7 @@ class Sam3LiteGeometryEncoder(Sam3GeometryEncoder):
     the boxes of a prompt comes a summary token, which without boxes depends on the image alone.
     """
 
-    def summarise(self, vision_features: Tensor, vision_position: Tensor) -> Tensor:
+    def summarize(self, vision_features: Tensor, vision_position: Tensor) -> Tensor:
         """
         The summary token of prompts without boxes, `(images, 1, hidden)`; see `forward`.
 

@@ -116,8 +116,8 @@ class Sam3LiteMaskDecoder(Sam3MaskDecoder):
             `(matches, h, w)`.
         """
         counts = torch.bincount(prompt_index, minlength=len(pixels)).tolist()
-        place = (index.to(queries.device, non_blocking=True) for index in (prompt_index, query_index))
-        weights, biases = self._mask_weights(queries[tuple(place)])
+        chosen = (index.to(queries.device, non_blocking=True) for index in (prompt_index, query_index))
+        weights, biases = self._mask_weights(queries[tuple(chosen)])
         rows = [
             torch.addmm(bias, weight, pixel.flatten(1))
             for weight, bias, pixel in zip(weights.split(counts), biases.split(counts), pixels, strict=True)

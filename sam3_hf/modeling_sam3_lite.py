@@ -242,7 +242,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         # Where phrases do not get it, training makes it all the same: masked, it keeps the box encoder in the graph.
         if summary is None and (self.config.summary_token or self.training):
             coarse = vision_embeds.fpn_hidden_states[2]
-            summary = self.geometry_encoder.summarise(coarse, self._position_encoding(coarse))
+            summary = self.geometry_encoder.summarize(coarse, self._position_encoding(coarse))
         return summary
 
     @can_return_tuple

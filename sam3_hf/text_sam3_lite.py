@@ -51,7 +51,7 @@ class Sam3LiteTextEncoder(CLIPPreTrainedModel):
                 f"{tuple(input_ids.shape)} and {tuple(attention_mask.shape)}."
             )
         num_tokens = input_ids.shape[1]
-        different, place = torch.stack([input_ids, attention_mask.to(input_ids.dtype)], 1).unique(
+        different, row = torch.stack([input_ids, attention_mask.to(input_ids.dtype)], 1).unique(
             dim=0, return_inverse=True
         )
         positions = torch.arange(1, num_tokens + 1, device=input_ids.device)
@@ -59,6 +59,6 @@ class Sam3LiteTextEncoder(CLIPPreTrainedModel):
         length = min(-(-longest // TOKEN_BLOCK) * TOKEN_BLOCK, num_tokens)
         outputs = self.text_model(input_ids=different[:, 0, :length])
         return BaseModelOutputWithPooling(
-            last_hidden_state=F.pad(outputs.last_hidden_state, (0, 0, 0, num_tokens - length))[place],
-            pooler_output=outputs.pooler_output[place],
+            last_hidden_state=F.pad(outputs.last_hidden_state, (0, 0, 0, num_tokens - length))[row],
+            pooler_output=outputs.pooler_output[row],
         )

@@ -20,17 +20,17 @@ PAPER, INK, FAINT_INK = (255, 255, 255), (34, 38, 46), (110, 116, 128)
 Colour = tuple[int, int, int]
 
 
-def instance_colours(count: int) -> list[Colour]:
-    """Different colours, RGB in 0 to 255, for instances by their places; the first ones are the same for any count."""
-    colours = []
+def instance_colors(count: int) -> list[Colour]:
+    """Different colors, RGB in 0 to 255, for instances by their index; the first ones are the same for any count."""
+    colors = []
     for index in range(count):
         if index < len(PALETTE):
             red, green, blue = (int(PALETTE[index][start : start + 2], 16) for start in (1, 3, 5))
         else:  # steps of the golden ratio keep hues apart however many follow
             shade = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.85 - 0.25 * (index % 2), 0.9)
             red, green, blue = (round(255 * channel) for channel in shade)
-        colours.append((red, green, blue))
-    return colours
+        colors.append((red, green, blue))
+    return colors
 
 
 def draw_instances(
@@ -40,7 +40,7 @@ def draw_instances(
     labels: Sequence[str] | None = None,
     scores=None,
     *,
-    colours: Sequence[Colour] | None = None,
+    colors: Sequence[Colour] | None = None,
     tag_labels: bool = True,
 ) -> Image.Image:
     """Outlines instances in an image, each in a colour of its own and with a tag, and tints their masks a little.
@@ -54,7 +54,7 @@ def draw_instances(
         masks: (n, height, width) bool or 0/1 at the size of `image`; None draws boxes alone.
         labels: n concepts; default "object".
         scores: (n,) in [0, 1]; None leaves them out.
-        colours: n times RGB; default: `instance_colours`.
+        colors: n times RGB; default: `instance_colors`.
         tag_labels: False leaves the concept out of the tags, for pictures that say it elsewhere.
 
     Raises:
@@ -62,7 +62,7 @@ def draw_instances(
     """
     image = _as_image(image)
     boxes, masks, labels, scores = _check_instances(image, boxes, masks, labels, scores)
-    colours = colours or instance_colours(len(labels))
+    colors = colors or instance_colors(len(labels))
     scale = _scale_of(image)
     canvas = _resize(image, scale)
     stroke = max(3, round(max(canvas.size) / 320))
@@ -71,16 +71,16 @@ def draw_instances(
     order = np.argsort(-areas, kind="stable")  # small ones last: on top
     for index in order:
         if areas[index]:
-            _draw_mask(canvas, masks[index], colours[index], stroke)
+            _draw_mask(canvas, masks[index], colors[index], stroke)
         else:
-            _draw_box(ImageDraw.Draw(canvas), boxes[index] * scale, colours[index], stroke)
+            _draw_box(ImageDraw.Draw(canvas), boxes[index] * scale, colors[index], stroke)
     draw = ImageDraw.Draw(canvas)
     taken = []
     for index in order:
         words = [labels[index]] if tag_labels else []
         words += [f"{scores[index]:.2f}"] if scores is not None else []
         if words:
-            _draw_tag(draw, canvas.size, boxes[index] * scale, " ".join(words), colours[index], taken)
+            _draw_tag(draw, canvas.size, boxes[index] * scale, " ".join(words), colors[index], taken)
     return canvas
 
 
@@ -100,9 +100,9 @@ def side_by_side(
     image = _as_image(image)
     shown = sorted({*(prediction.get("labels") or ()), *(ground_truth.get("labels") or ())})
     halves = [
-        draw_instances(image, *(instances.get(field) for field in FIELDS), colours=colours, tag_labels=len(shown) > 1)
-        for instances, colours in zip(
-            (prediction, ground_truth), _shared_colours(image, prediction, ground_truth), strict=True
+        draw_instances(image, *(instances.get(field) for field in FIELDS), colors=colors, tag_labels=len(shown) > 1)
+        for instances, colors in zip(
+            (prediction, ground_truth), _shared_colors(image, prediction, ground_truth), strict=True
         )
     ]
     width, height = halves[0].size
@@ -123,8 +123,8 @@ def side_by_side(
         panel.paste(half, (left, top))
     for row, entries in enumerate(rows):
         for x, index in entries:
-            place = (margin + x, top + height + margin + row * 28 + 10)
-            draw.text(place, counts[index], font=_font(17), fill=FAINT_INK, anchor="lm")
+            position = (margin + x, top + height + margin + row * 28 + 10)
+            draw.text(position, counts[index], font=_font(17), fill=FAINT_INK, anchor="lm")
     return panel
 
 
@@ -152,11 +152,11 @@ def plot_curves(metrics_jsonl: str | Path, out_png: str | Path) -> Path:
     for axis, (name, series) in zip(axes[0], panels.items(), strict=True):
         for index, (label, points) in enumerate(sorted(series.items())):
             steps, values = np.array(sorted(points.items()), dtype=float).T
-            colour = PALETTE[(index + 1) % len(PALETTE)]
+            color = PALETTE[(index + 1) % len(PALETTE)]
             noisy = name == "Loss" and len(steps) > 60
-            line = {"color": colour, "linewidth": 1.8, "marker": "o" if len(steps) < 40 else None, "markersize": 4}
+            line = {"color": color, "linewidth": 1.8, "marker": "o" if len(steps) < 40 else None, "markersize": 4}
             if noisy:
-                axis.plot(steps, values, color=colour, alpha=0.3)
+                axis.plot(steps, values, color=color, alpha=0.3)
             axis.plot(steps, _smooth(values) if noisy else values, label=label, **line)
         axis.set_title(name, loc="left", fontsize=12)
         axis.set_xlabel("step")
@@ -238,7 +238,7 @@ def _resize(image: Image.Image, scale: float) -> Image.Image:
     return image.copy() if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _draw_mask(canvas: Image.Image, mask: np.ndarray, colour: Colour, stroke: int) -> None:
+def _draw_mask(canvas: Image.Image, mask: np.ndarray, color: Colour, stroke: int) -> None:
     soft = Image.fromarray(mask.astype(np.uint8) * 255).resize(canvas.size, Image.Resampling.BILINEAR)
     if canvas.width > mask.shape[1]:  # rounds off the steps of enlarged pixels
         soft = soft.filter(ImageFilter.GaussianBlur(0.6 * canvas.width / mask.shape[1]))
@@ -251,24 +251,24 @@ def _draw_mask(canvas: Image.Image, mask: np.ndarray, colour: Colour, stroke: in
     halo = inside.filter(ImageFilter.MaxFilter(3))
     core = inside.filter(ImageFilter.MinFilter(2 * stroke + 1))
     canvas.paste(PAPER, frame, ImageChops.subtract(halo, inside))
-    canvas.paste(colour, frame, inside.point(lambda value: round(value * FILL_OPACITY)))
-    canvas.paste(colour, frame, ImageChops.subtract(inside, core))
+    canvas.paste(color, frame, inside.point(lambda value: round(value * FILL_OPACITY)))
+    canvas.paste(color, frame, ImageChops.subtract(inside, core))
 
 
-def _draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: Colour, stroke: int) -> None:
+def _draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, color: Colour, stroke: int) -> None:
     left, top, right, bottom = (round(float(side)) for side in box)
     right, bottom = max(right - 1, left), max(bottom - 1, top)
     draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=PAPER, width=1)
-    draw.rectangle((left, top, right, bottom), outline=colour, width=stroke)
+    draw.rectangle((left, top, right, bottom), outline=color, width=stroke)
 
 
-def _draw_tag(draw, size: tuple[int, int], box: np.ndarray, text: str, colour, taken: list) -> None:
+def _draw_tag(draw, size: tuple[int, int], box: np.ndarray, text: str, color, taken: list) -> None:
     """Writes at the first free place by the box: above it, below it, inside it, or beside it."""
     height = max(18, round(max(size) / 48))
     font = _font(round(height * 0.74))
     width = round(draw.textlength(text, font=font)) + height // 2
     left, top, right, bottom = (float(side) for side in box)
-    places = [
+    positions = [
         (left, top - height),
         (left, bottom),
         (left, top),
@@ -278,15 +278,15 @@ def _draw_tag(draw, size: tuple[int, int], box: np.ndarray, text: str, colour, t
         (right - width, top - height),
         (right - width, bottom),
     ]
-    places = [
+    positions = [
         (min(max(round(x), 0), max(size[0] - width, 0)), min(max(round(y), 0), max(size[1] - height, 0)))
-        for x, y in places
+        for x, y in positions
     ]
-    tags = [(x, y, x + width, y + height) for x, y in places]
+    tags = [(x, y, x + width, y + height) for x, y in positions]
     tag = min(tags, key=lambda tag: sum(_overlap(tag, other) for other in taken))
     taken.append(tag)
-    draw.rounded_rectangle(tag, height // 5, fill=colour, outline=INK)
-    light = colour[0] * 0.299 + colour[1] * 0.587 + colour[2] * 0.114 > 140
+    draw.rounded_rectangle(tag, height // 5, fill=color, outline=INK)
+    light = color[0] * 0.299 + color[1] * 0.587 + color[2] * 0.114 > 140
     middle = ((tag[0] + tag[2]) / 2, (tag[1] + tag[3]) / 2)
     draw.text(middle, text, font=font, fill=INK if light else PAPER, anchor="mm")
 
@@ -304,22 +304,22 @@ def _bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
     return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
 
-def _shared_colours(image: Image.Image, prediction: Mapping, ground_truth: Mapping) -> tuple[list[Colour], ...]:
+def _shared_colors(image: Image.Image, prediction: Mapping, ground_truth: Mapping) -> tuple[list[Colour], ...]:
     """Colours of predicted and of true instances: one where they are of one concept and their boxes overlap."""
     (found, _, found_labels, _), (true, _, true_labels, _) = (
         _check_instances(image, *(instances.get(field) for field in FIELDS))
         for instances in (prediction, ground_truth)
     )
-    colours = instance_colours(len(found_labels) + len(true_labels))
+    colors = instance_colors(len(found_labels) + len(true_labels))
     free, of_true = set(range(len(found_labels))), []
     overlaps = box_iou(torch.as_tensor(true), torch.as_tensor(found))
     for index, label in enumerate(true_labels):
-        same = [place for place in free if found_labels[place] == label]
-        best = max(same, key=lambda place: overlaps[index, place], default=None)
+        same = [position for position in free if found_labels[position] == label]
+        best = max(same, key=lambda position: overlaps[index, position], default=None)
         shares = best is not None and overlaps[index, best] >= LOWEST_SHARED_IOU
-        of_true.append(colours[best if shares else len(found_labels) + index])
+        of_true.append(colors[best if shares else len(found_labels) + index])
         free -= {best} if shares else set()
-    return colours[: len(found_labels)], of_true
+    return colors[: len(found_labels)], of_true
 
 
 def _count(instances: Mapping, concept: str) -> int:

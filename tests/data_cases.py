@@ -51,11 +51,11 @@ def write_roboflow(folder: Path, images_per_split: int = 4) -> Path:
         images, annotations = [], []
         for number in range(1, images_per_split + 1):
             images.append(image(number))
-            for place in range(number - 1):
-                x = 2 + 25 * place
+            for column in range(number - 1):
+                x = 2 + 25 * column
                 corners = [x, 5, x + 20, 5, x + 20, 30, x, 30]
                 entry = {"bbox": [x, 5, 20, 25], "segmentation": [corners], "area": 500}
-                annotations.append(annotation(10 * number + place, number, 3, **entry))
+                annotations.append(annotation(10 * number + column, number, 3, **entry))
             if number % 2 == 0:
                 corners = [50, 40, 90, 40, 70, 70]
                 entry = {"bbox": [50, 40, 40, 30], "segmentation": [corners], "area": 600}

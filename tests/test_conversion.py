@@ -314,7 +314,7 @@ def test_incomplete_sources(stock_model, tmp_path, removed, accepted):
     if accepted:
         model = Sam3LiteModel.from_pretrained(tmp_path, preset="same")
         totals = model.mapping_report.totals
-        assert totals["initialised"]["tensors"] == len(lost)
+        assert totals["initialized"]["tensors"] == len(lost)
         assert sum(row.tensors for row in model.mapping_report.rows if row.reason == "unknown name") == len(lost)
     else:
         with pytest.raises(ValueError, match=rf"missing are {len(lost)}, such as `detr.*`renamed\."):

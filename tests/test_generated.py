@@ -5,7 +5,7 @@ import pytest
 from faster_coco_eval import COCO
 from PIL import Image
 
-from sam3_hf.data.generated import COLOURS, CONCEPTS, write_dataset
+from sam3_hf.data.generated import COLORS, CONCEPTS, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,9 @@ def test_colours_are_those_that_the_names_say(folder):
         adjective = names[annotation["category_id"]].split()[0]
         picture = np.asarray(Image.open(folder / "train" / files[annotation["image_id"]]), dtype=float)
         pixels = picture[coco.annToMask(annotation).astype(bool)]
-        if adjective in COLOURS:
+        if adjective in COLORS:
             average = pixels.mean(axis=0)
-            nearest = min(COLOURS, key=lambda name: np.abs(average - COLOURS[name]).sum())
+            nearest = min(COLORS, key=lambda name: np.abs(average - COLORS[name]).sum())
             assert nearest == adjective
         else:
             # a pattern is both dark and light, a plain shape is not

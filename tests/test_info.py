@@ -99,7 +99,7 @@ def test_presets_are_recognised_at_any_resolution_and_vocabulary():
 
 
 @pytest.mark.parametrize(
-    ("card", "licence"),
+    ("card", "license"),
     [
         (None, "unknown"),
         ("# No fields\n", "unknown"),
@@ -107,11 +107,11 @@ def test_presets_are_recognised_at_any_resolution_and_vocabulary():
         ("---\nlicense: other\nlicense_name: sam-license\n---\n", "sam-license"),
     ],
 )
-def test_licence(model, tmp_path, card, licence):
+def test_licence(model, tmp_path, card, license):
     model.save_pretrained(tmp_path)
     if card is not None:
         (tmp_path / "README.md").write_text(card)
-    assert model_info(tmp_path)["licence"] == licence
+    assert model_info(tmp_path)["license"] == license
 
 
 def test_totals_of_the_mapping(model, tmp_path):
@@ -129,7 +129,7 @@ def test_totals_of_the_mapping(model, tmp_path):
 def test_a_native_file(model, tmp_path):
     torch.save({"model": native_state_dict(model.state_dict())}, tmp_path / "sam3.pt")
     facts = model_info(tmp_path / "sam3.pt")
-    assert facts["parameters"] == model.num_parameters() and facts["licence"] == "unknown"
+    assert facts["parameters"] == model.num_parameters() and facts["license"] == "unknown"
 
 
 def test_a_large_model_is_not_loaded(tmp_path):

@@ -216,8 +216,8 @@ def test_perfect_predictions_cost_nothing():
     mask_logits = (masks[[1, 0, 0]].float() * 60 - 30)[None, None].expand(2, 1, -1, -1, -1).clone()
     labels = [{"boxes": torch.tensor(target), "masks": masks}]
     # at points between pixels the bilinear logit and the bilinear target differ: compare at pixel centres
-    centres = (torch.arange(16) + 0.5) / 16
-    grid = torch.cartesian_prod(centres, centres)
+    centers = (torch.arange(16) + 0.5) / 16
+    grid = torch.cartesian_prod(centers, centers)
     config = make_config(mask_num_points=256, mask_oversample_ratio=1.0, mask_importance_sample_ratio=1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "_random_points", lambda n, points, device: grid[:points].expand(n, -1, -1))

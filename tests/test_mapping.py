@@ -335,7 +335,7 @@ def test_narrower_is_closer_by_isometry_than_by_selection_than_by_skipping(wide,
 def test_width_and_depth_together_or_alone(source, inputs, mapping, sizes):
     model = Sam3LiteModel.from_pretrained(source, config=narrow_config(**sizes), mapping=mapping)
     totals = model.mapping_report.totals
-    assert "initialised" not in totals
+    assert "initialized" not in totals
     mapped = sum(total["tensors"] for action, total in totals.items() if action != "dropped")
     assert mapped == len(model.state_dict())
     parameters = sum(total["parameters"] for action, total in totals.items() if action != "dropped")
@@ -399,7 +399,7 @@ def test_presets(tmp_path):
     model = Sam3LiteModel.from_pretrained(tmp_path, preset="tiny", image_size=64)
     assert model.config.image_size == 64
     assert model.config.vision_config.backbone_config.hidden_size == 96
-    assert "initialised" not in model.mapping_report.totals
+    assert "initialized" not in model.mapping_report.totals
     with pytest.raises(ValueError, match="grow"):  # the default for a standard source is the preset `lite`
         Sam3LiteModel.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="did you mean `tiny`"):
@@ -432,7 +432,7 @@ def test_impossible_sizes_are_explained(source, sizes, message):
 
 def test_mismatched_sizes_can_be_initialised(source):
     model = Sam3LiteModel.from_pretrained(source, config=narrow_config(num_queries=13), ignore_mismatched_sizes=True)
-    rows = [row for row in model.mapping_report.rows if row.action == "initialised"]
+    rows = [row for row in model.mapping_report.rows if row.action == "initialized"]
     assert {row.group for row in rows} == {"detr_decoder.query_embed", "detr_decoder.reference_points"}
     assert {row.reason for row in rows} == {"sizes differ"}
     assert model.detr_decoder.query_embed.weight.std() > 0.5
@@ -509,7 +509,7 @@ def test_one_warning_and_a_table(source, caplog):
 def test_skip_initialises_and_says_so(source):
     model = Sam3LiteModel.from_pretrained(source, config=narrow_config(), mapping="skip")
     rows = {row.group: row for row in model.mapping_report.rows if row.action != "dropped"}
-    assert rows[f"{VIT}.layers.*.attention.q_proj"].action == "initialised"
+    assert rows[f"{VIT}.layers.*.attention.q_proj"].action == "initialized"
     assert rows["detr_decoder.layers.*.mlp.fc1"].action == "copied"
     assert model.mapping_report.layers == {}
 
@@ -518,7 +518,7 @@ def test_report_averages_energy_per_group():
     report = MappingReport("source", "isometry")
     report.add("a.layers.0.fc.weight", "rotated", (4, 4), (2, 2), 0.5)
     report.add("a.layers.1.fc.weight", "rotated", (4, 4), (2, 2), 0.7)
-    report.add("a.layers.2.fc.weight", "initialised", (4, 4), (2, 2))
+    report.add("a.layers.2.fc.weight", "initialized", (4, 4), (2, 2))
     assert [(row.group, row.tensors, row.parameters) for row in report.rows] == [
         ("a.layers.*.fc", 2, 8),
         ("a.layers.*.fc", 1, 4),

@@ -115,9 +115,9 @@ def test_no_neighbours_through_the_collator(asked):
 @torch.no_grad()
 def test_it_is_made_once_for_each_image(model, inputs, monkeypatch):
     made = []
-    summarise = model.geometry_encoder.summarise
+    summarize = model.geometry_encoder.summarize
     monkeypatch.setattr(
-        model.geometry_encoder, "summarise", lambda maps, *args: made.append(len(maps)) or summarise(maps, *args)
+        model.geometry_encoder, "summarize", lambda maps, *args: made.append(len(maps)) or summarize(maps, *args)
     )
     words = rows(inputs, [0, 1, 2, 0, 1, 2])
     del words["pixel_values"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sam3_hf.visualization import draw_instances, instance_colours, plot_curves, side_by_side
+from sam3_hf.visualization import draw_instances, instance_colors, plot_curves, side_by_side
 
 GREY = np.full((64, 96, 3), 128, dtype=np.uint8)
 
@@ -27,8 +27,8 @@ def disc(center: tuple[int, int], radius: int) -> np.ndarray:
     return (rows - center[0]) ** 2 + (columns - center[1]) ** 2 < radius**2
 
 
-def has_colour(canvas, colour) -> np.ndarray:
-    return (np.asarray(canvas) == colour).all(axis=2)
+def has_color(canvas, color) -> np.ndarray:
+    return (np.asarray(canvas) == color).all(axis=2)
 
 
 @pytest.mark.parametrize("named", [(200, 40, 40), (40, 60, 200), (30, 150, 50), (240, 240, 240), (15, 15, 15)])
@@ -37,24 +37,24 @@ def test_things_keep_their_colour_under_any_overlay(named):
     image, mask = GREY.copy(), disc((32, 48), 14)
     image[mask] = named
     core = disc((32, 48), 9).repeat(5, 0).repeat(5, 1)
-    for colour in instance_colours(12):
-        canvas = draw_instances(image, masks=mask[None], colours=[colour], tag_labels=False).resize((480, 320))
+    for color in instance_colors(12):
+        canvas = draw_instances(image, masks=mask[None], colors=[color], tag_labels=False).resize((480, 320))
         seen = np.asarray(canvas).astype(float)[core].mean(axis=0)
-        moved, left = np.abs(seen - named).max(), np.abs(seen - colour).max()
+        moved, left = np.abs(seen - named).max(), np.abs(seen - color).max()
         assert moved < left / 3
-        assert moved > 0.1 * np.abs(np.subtract(colour, named)).max()  # and yet it is tinted
+        assert moved > 0.1 * np.abs(np.subtract(color, named)).max()  # and yet it is tinted
 
 
 def test_a_mask_has_an_outline_with_a_halo_and_the_rest_is_as_it_was():
-    image, mask, colour = GREY.copy(), disc((32, 48), 14), (0, 161, 228)
-    image[mask] = colour  # the outline alone would not be seen
-    canvas = np.asarray(draw_instances(image, masks=mask[None], colours=[colour], tag_labels=False))
+    image, mask, color = GREY.copy(), disc((32, 48), 14), (0, 161, 228)
+    image[mask] = color  # the outline alone would not be seen
+    canvas = np.asarray(draw_instances(image, masks=mask[None], colors=[color], tag_labels=False))
     scale = 512 / 96
     rows, columns = np.mgrid[: canvas.shape[0], : canvas.shape[1]]
     radius = np.hypot(rows + 0.5 - 32.5 * scale, columns + 0.5 - 48.5 * scale)
-    halo = radius[has_colour(canvas, (255, 255, 255))]
+    halo = radius[has_color(canvas, (255, 255, 255))]
     assert 14 * scale - 8 < halo.min() and halo.max() < 14 * scale + 6
-    ring = has_colour(draw_instances(GREY, masks=mask[None], colours=[colour], tag_labels=False), colour)
+    ring = has_color(draw_instances(GREY, masks=mask[None], colors=[color], tag_labels=False), color)
     across = ring[round(32.5 * scale)]  # the outline is cut twice, each time some pixels wide
     assert across.sum() in range(4, 11)
     assert 2 * 14 * scale - 12 < np.ptp(np.flatnonzero(across)) < 2 * 14 * scale + 4
@@ -64,7 +64,7 @@ def test_a_mask_has_an_outline_with_a_halo_and_the_rest_is_as_it_was():
 def test_instances_of_one_phrase_differ_in_colour():
     masks = np.stack([disc((20, 20), 10), disc((40, 70), 10)])
     canvas = draw_instances(GREY, masks=masks, labels=["red circle"] * 2)
-    first, second = (has_colour(canvas, colour) for colour in instance_colours(2))
+    first, second = (has_color(canvas, color) for color in instance_colors(2))
     assert first[:, :256].sum() > 300 and second[:, 256:].sum() > 300
     assert not first[:, 256:].any() and not second[:, :256].any()
 
@@ -72,13 +72,13 @@ def test_instances_of_one_phrase_differ_in_colour():
 def test_a_mask_at_the_edge_of_the_picture():
     mask = np.zeros((1, 64, 96), dtype=bool)
     mask[0, :20, :30] = True
-    found = has_colour(draw_instances(GREY, masks=mask, tag_labels=False), instance_colours(1)[0])
+    found = has_color(draw_instances(GREY, masks=mask, tag_labels=False), instance_colors(1)[0])
     assert found[0, :150].all() and found[:100, 0].all() and not found[5:90, 5:140].any()
 
 
 def test_a_box_is_drawn_where_it_is():
-    canvas = draw_instances(GREY, boxes=[[30, 20, 60, 44]], labels=["red circle"], colours=[(0, 255, 0)])
-    found = has_colour(canvas, (0, 255, 0))
+    canvas = draw_instances(GREY, boxes=[[30, 20, 60, 44]], labels=["red circle"], colors=[(0, 255, 0)])
+    found = has_color(canvas, (0, 255, 0))
     rows, columns = np.flatnonzero(found.any(axis=1)), np.flatnonzero(found.any(axis=0))
     scale = 512 / 96
     assert abs(columns[0] - 30 * scale) <= 1.5 and abs(columns[-1] + 1 - 60 * scale) <= 1.5
@@ -93,11 +93,11 @@ def test_an_instance_with_an_empty_mask_shows_its_box():
 
 
 def test_tags_stay_in_the_picture_and_avoid_each_other():
-    colours = [(250, 10, 10), (10, 250, 10)]
+    colors = [(250, 10, 10), (10, 250, 10)]
     boxes = [[0, 0, 30, 20], [0, 0, 30, 21]]
-    canvas = draw_instances(GREY, boxes=boxes, labels=["a", "b"], scores=[0.9, 0.8], colours=colours)
-    for colour in colours:
-        assert has_colour(canvas, colour).sum() > 600  # each tag's ground is seen
+    canvas = draw_instances(GREY, boxes=boxes, labels=["a", "b"], scores=[0.9, 0.8], colors=colors)
+    for color in colors:
+        assert has_color(canvas, color).sum() > 600  # each tag's ground is seen
 
 
 def test_tensors_draw_as_arrays_do():
@@ -122,9 +122,9 @@ def test_wrong_lengths_and_sizes_are_refused():
 
 
 def test_instance_colours_are_distinct_and_stable():
-    colours = instance_colours(40)
-    assert len(set(colours)) == 40
-    assert instance_colours(5) == colours[:5]
+    colors = instance_colors(40)
+    assert len(set(colors)) == 40
+    assert instance_colors(5) == colors[:5]
 
 
 def test_side_by_side_holds_both_and_is_deterministic():
@@ -134,7 +134,7 @@ def test_side_by_side_holds_both_and_is_deterministic():
     assert panel.tobytes() == again.tobytes()
     assert panel.width > 2 * 512 and panel.height > 341
     nothing = side_by_side(GREY, {}, truth)
-    found = has_colour(nothing, instance_colours(1)[0])
+    found = has_color(nothing, instance_colors(1)[0])
     assert not found[:, : nothing.width // 2].any() and found[:, nothing.width // 2 :].any()
     assert side_by_side(GREY, {}, {}).width == panel.width
 
@@ -145,18 +145,18 @@ def test_side_by_side_shows_one_thing_in_one_colour():
     truth = {"masks": masks[::-1], "labels": ["a", "a"]}
     panel = side_by_side(GREY, prediction, truth)
     left, right = panel.crop((0, 0, panel.width // 2, panel.height)), panel.crop((panel.width // 2, 0, *panel.size))
-    found, missed = instance_colours(2), instance_colours(4)[2]
-    assert has_colour(left, found[0]).sum() > 300 and has_colour(left, found[1]).sum() > 300
-    assert has_colour(right, found[0]).sum() > 300  # the second true object is what the first prediction covers
-    assert has_colour(right, missed).sum() > 300  # a "b" was found where an "a" is
-    assert not has_colour(right, found[1]).any() and not has_colour(left, missed).any()
+    found, missed = instance_colors(2), instance_colors(4)[2]
+    assert has_color(left, found[0]).sum() > 300 and has_color(left, found[1]).sum() > 300
+    assert has_color(right, found[0]).sum() > 300  # the second true object is what the first prediction covers
+    assert has_color(right, missed).sum() > 300  # a "b" was found where an "a" is
+    assert not has_color(right, found[1]).any() and not has_color(left, missed).any()
 
 
 def test_side_by_side_names_the_concepts_where_there_are_several():
     one, other = one_instance(), {**one_instance(), "labels": ["blue circle"]}
     alone, mixed = side_by_side(GREY, {}, one), side_by_side(GREY, other, one)
-    colours = instance_colours(2)
-    assert has_colour(mixed, colours[1]).sum() > has_colour(alone, colours[0]).sum() + 500  # the ground of its tag
+    colors = instance_colors(2)
+    assert has_color(mixed, colors[1]).sum() > has_color(alone, colors[0]).sum() + 500  # the ground of its tag
 
 
 def test_curves(tmp_path):

@@ -138,7 +138,7 @@ def _identify(files: Iterable[str]) -> tuple[dict[str, Stored], dict[str, str], 
         found: dict[str, Stored] = {}
         for name in names:
             if name.startswith(prefix):
-                found.update(_recognise(name, name[len(prefix) :]))
+                found.update(_recognize(name, name[len(prefix) :]))
         if len(found) > len(best):
             best = found
     dropped = {
@@ -156,7 +156,7 @@ def _identify(files: Iterable[str]) -> tuple[dict[str, Stored], dict[str, str], 
     return best, dropped, unknown
 
 
-def _recognise(name: str, bare: str) -> dict[str, Stored]:
+def _recognize(name: str, bare: str) -> dict[str, Stored]:
     # Some versions of Transformers save the text encoder without the name of its inner module.
     bare = re.sub(r"^text_encoder\.(?=embeddings|encoder|final_layer_norm)", f"{CLIP}.", bare)
     if to_native(bare) is not None or bare in BUFFERS:

@@ -28,7 +28,7 @@ CONCEPTS = (  # up to the eighth, each adjective and each noun comes twice
     "yellow star",
 )
 
-COLOURS = {"red": (206, 52, 46), "blue": (44, 92, 204), "green": (52, 150, 66), "yellow": (238, 196, 44)}
+COLORS = {"red": (206, 52, 46), "blue": (44, 92, 204), "green": (52, 150, 66), "yellow": (238, 196, 44)}
 PATTERN_COLOURS = (  # (figure, ground) of stripes and dots
     ((46, 44, 50), (240, 234, 220)),
     ((112, 62, 148), (238, 222, 242)),
@@ -162,12 +162,12 @@ def _fit_shape(rng, concept: str, shapes: list[dict], image_size: int, height: i
     """Looks for a position at which every shape stays recognisable; None when the picture is full."""
     for _ in range(40):
         radius = image_size * rng.uniform(0.085, 0.2)
-        centre = rng.uniform([0.6 * radius] * 2, [width - 0.6 * radius, height - 0.6 * radius])
+        center = rng.uniform([0.6 * radius] * 2, [width - 0.6 * radius, height - 0.6 * radius])
         angle = rng.uniform(-0.45, 0.45)
         unit = _outline(concept.split()[1])
         turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-        polygon = unit @ turn * radius + centre
-        coverage = _rasterise(polygon, height, width)
+        polygon = unit @ turn * radius + center
+        coverage = _rasterize(polygon, height, width)
         full = coverage >= 0.5
         area = _polygon_area(polygon)
         if full.sum() < max(MIN_PIXELS, 0.7 * area):  # at most 30% outside the picture
@@ -183,7 +183,7 @@ def _fit_shape(rng, concept: str, shapes: list[dict], image_size: int, height: i
                 "polygon": polygon,
                 "coverage": coverage,
                 "area": area,
-                "centre": centre,
+                "center": center,
                 "radius": radius,
                 "angle": angle,
             }
@@ -208,7 +208,7 @@ def _polygon_area(polygon: np.ndarray) -> float:
     return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
 
 
-def _rasterise(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
+def _rasterize(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
     """Share of each pixel inside the polygon, (height, width) float in [0, 1]."""
     start = polygon * SUPERSAMPLING
     end = np.roll(start, -1, axis=0)
@@ -250,16 +250,16 @@ def _ground(rng, height: int, width: int) -> np.ndarray:
 def _paint(rng, picture: np.ndarray, shape: dict) -> np.ndarray:
     height, width = picture.shape[:2]
     radius = shape["radius"]
-    shadow = _rasterise(shape["polygon"] + 0.1 * radius, height, width)
+    shadow = _rasterize(shape["polygon"] + 0.1 * radius, height, width)
     blurred = Image.fromarray((shadow * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.1 * radius))
     picture = picture * (1 - 0.45 * np.asarray(blurred)[..., None] / 255)
 
     figure, ground, share = _fill(rng, shape, height, width)
     fill = ground + (figure - ground) * share[..., None]
     pixel_y, pixel_x = np.mgrid[:height, :width] + 0.5
-    light = -(pixel_x - shape["centre"][0] + pixel_y - shape["centre"][1]) / (2 * radius)
+    light = -(pixel_x - shape["center"][0] + pixel_y - shape["center"][1]) / (2 * radius)
     mottle = _smooth_noise(rng, height, width, 24) - 0.5
-    inner = _rasterise(shape["centre"] + 0.86 * (shape["polygon"] - shape["centre"]), height, width)
+    inner = _rasterize(shape["center"] + 0.86 * (shape["polygon"] - shape["center"]), height, width)
     fill = fill * (1 + 0.14 * light + 0.14 * mottle - 0.28 * (1 - inner))[..., None]
     alpha = shape["coverage"][..., None]
     return picture * (1 - alpha) + fill * alpha
@@ -269,13 +269,13 @@ def _fill(rng, shape: dict, height: int, width: int) -> tuple[np.ndarray, np.nda
     """Figure colour and ground colour, each (3,) in [0, 255], and the figure's share, (height, width) in [0, 1]."""
     adjective, radius = shape["concept"].split()[0], shape["radius"]
     tint = rng.uniform(-16, 16, size=3)
-    if adjective in COLOURS:
-        colour = np.asarray(COLOURS[adjective]) + tint
-        return colour, colour, np.ones((height, width))
+    if adjective in COLORS:
+        color = np.asarray(COLORS[adjective]) + tint
+        return color, color, np.ones((height, width))
     figure, ground = np.asarray(PATTERN_COLOURS[rng.integers(len(PATTERN_COLOURS))]) + tint
     samples = (np.arange(max(height, width) * SUPERSAMPLING) + 0.5) / SUPERSAMPLING
-    x = samples[None, : width * SUPERSAMPLING] - shape["centre"][0]
-    y = samples[: height * SUPERSAMPLING, None] - shape["centre"][1]
+    x = samples[None, : width * SUPERSAMPLING] - shape["center"][0]
+    y = samples[: height * SUPERSAMPLING, None] - shape["center"][1]
     cos, sin = np.cos(shape["angle"]), np.sin(shape["angle"])
     period = max(4.5, 0.5 * radius)  # finer would blur into one colour
     phase = rng.uniform(0, 1)

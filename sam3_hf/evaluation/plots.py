@@ -53,8 +53,8 @@ def plot_confusion(confusion: dict, title: str, path: Path) -> None:
         axes.set_xticks(range(size), [*confusion["concepts"], "missed"], rotation=45, ha="right")
         axes.set_yticks(range(size), [*confusion["concepts"], "nothing, double"])
         for row, column in zip(*np.nonzero(counts), strict=True):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, counts[row, column], ha="center", va="center", color=colour)
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, counts[row, column], ha="center", va="center", color=color)
     axes.axhline(size - 1.5, color="grey", linewidth=0.8)
     axes.axvline(size - 1.5, color="grey", linewidth=0.8)
     _save(figure, path)

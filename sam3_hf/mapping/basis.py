@@ -73,11 +73,11 @@ def rotation(moment: Tensor, size: int) -> Basis:
     width = len(moment)
     moment = moment.double()
     constant = torch.full((width, 1), width**-0.5, dtype=torch.float64)
-    centred = moment - constant @ (constant.T @ moment)
-    centred = centred - (centred @ constant) @ constant.T
-    total = centred.trace().clamp_min(1e-30)
+    centered = moment - constant @ (constant.T @ moment)
+    centered = centered - (centered @ constant) @ constant.T
+    total = centered.trace().clamp_min(1e-30)
     # The constant vector has no part in the centred moment; below all others, it is not among the strongest.
-    values, vectors = torch.linalg.eigh((centred + centred.T) / 2 - total * constant @ constant.T)
+    values, vectors = torch.linalg.eigh((centered + centered.T) / 2 - total * constant @ constant.T)
     strongest = vectors.flip(1)[:, : size - 1]
     signs = strongest.gather(0, strongest.abs().argmax(0, keepdim=True)).sign()
     small = torch.full((size, 1), size**-0.5, dtype=torch.float64)

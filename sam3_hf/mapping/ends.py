@@ -20,15 +20,15 @@ def embedded_patches(transfer: Transfer) -> Stream:
     kernel, patch = weight.flatten(1), weight.shape[-1]
     grid = torch.cartesian_prod(torch.arange(patch), torch.arange(patch)).float()
     near = torch.exp(-torch.cdist(grid, grid) / patch)
-    colours = 0.6 + 0.4 * torch.eye(weight.shape[1])
-    prior = 0.25 * torch.kron(colours, near)  # pixels in [-1, 1] have a standard deviation of about 0.5
+    colors = 0.6 + 0.4 * torch.eye(weight.shape[1])
+    prior = 0.25 * torch.kron(colors, near)  # pixels in [-1, 1] have a standard deviation of about 0.5
     spread = positions - positions.mean(0)
     return Stream(positions.mean(0), kernel @ prior @ kernel.T + spread.T @ spread / len(spread))
 
 
 def vision_entry(transfer: Transfer) -> Stream:
     """The stream in front of the first layer of the ViT."""
-    return embedded_patches(transfer).normalised(*transfer.pair(f"{VIT}.layer_norm"))
+    return embedded_patches(transfer).normalized(*transfer.pair(f"{VIT}.layer_norm"))
 
 
 def map_vision_ends(transfer: Transfer, basis: Basis, final: Stream):
@@ -42,7 +42,7 @@ def map_vision_ends(transfer: Transfer, basis: Basis, final: Stream):
         matrix = basis.scale * basis.matrix.T * gamma
         matrix = matrix - matrix.mean(0, keepdim=True)
         matrix = matrix - matrix.mean(1, keepdim=True)
-        length = ((matrix @ embedded_patches(transfer).normalised().moment) * matrix).sum()
+        length = ((matrix @ embedded_patches(transfer).normalized().moment) * matrix).sum()
         gamma = torch.full((len(matrix),), math.sqrt(length / len(matrix)))
     else:
         matrix = torch.eye(len(gamma)) if basis.matrix is None else basis.matrix.T

@@ -70,7 +70,7 @@ class Mapper:
     def _copy(self, name: str, source: str):
         """Copies a tensor as it is, or its first rows where the target has fewer queries."""
         if source not in self.checkpoint:
-            self.transfer.initialise(name, source)
+            self.transfer.initialize(name, source)
             return
         have, want = self.checkpoint.shape(source), tuple(self.transfer.shapes[name])
         if have == want:
@@ -79,7 +79,7 @@ class Mapper:
             self.transfer.put(name, self.checkpoint.read(source)[: want[0]], source, "selected")
         else:
             self.mismatched.append(f"{name}: {have} in the source, {want} in the model")
-            self.transfer.initialise(name, source)
+            self.transfer.initialize(name, source)
 
     def _map_tower(
         self,
@@ -117,12 +117,12 @@ class Mapper:
         layers = []
         moment = torch.zeros_like(stream.covariance)
         for i in range(tower.depth):
-            moment += stream.normalised().moment
+            moment += stream.normalized().moment
             stream, signals = through_layer(
                 stream, lambda leaf, i=i: self.transfer.read(f"{tower.prefix}.{i}.{leaf}"), tower
             )
             layers.append(signals)
-        moment += stream.normalised().moment
+        moment += stream.normalized().moment
         self.transfer.forget_reads(tower.prefix)
         return TowerSignals(moment, layers, stream)
 

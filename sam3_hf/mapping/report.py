@@ -22,7 +22,7 @@ class MappingRow:
 
     Args:
         group: name without `weight` and `bias`, layer indices as `*`.
-        action: `copied`, `rotated`, `selected`, `refit` (fitted to images), `initialised` (at random, as an untrained
+        action: `copied`, `rotated`, `selected`, `refit` (fitted to images), `initialized` (at random, as an untrained
             model) or `dropped`.
         tensors, parameters: how many, in the target; in the source if dropped.
         source_shape, target_shape: of a weight, if there is one; `None` where it is not on that side.

@@ -24,7 +24,7 @@ class Stream:
     mean: Tensor
     covariance: Tensor
 
-    def normalised(self, gamma: Tensor | None = None, beta: Tensor | None = None) -> Stream:
+    def normalized(self, gamma: Tensor | None = None, beta: Tensor | None = None) -> Stream:
         """Behind a LayerNorm with weight `gamma` and bias `beta`."""
         mean = self.mean - self.mean.mean()
         covariance = self.covariance - self.covariance.mean(0, keepdim=True)
@@ -84,7 +84,7 @@ def through_layer(stream: Stream, read: Callable[[str], Tensor], tower: Tower) -
         read: the tensor of the layer that has a name, such as `mlp.fc1.weight`.
     """
     attention = tower.attention
-    behind = stream.normalised(read("layer_norm1.weight"), read("layer_norm1.bias"))
+    behind = stream.normalized(read("layer_norm1.weight"), read("layer_norm1.bias"))
     value_weight, out_weight = read(f"{attention}.v_proj.weight"), read(f"{attention}.{tower.out_proj}.weight")
     value_mean = value_weight @ behind.mean + read(f"{attention}.v_proj.bias")
     values = (value_weight @ behind.covariance).unflatten(0, (tower.heads, -1))  # (heads, head_dim, width)
@@ -96,7 +96,7 @@ def through_layer(stream: Stream, read: Callable[[str], Tensor], tower: Tower) -
         stream.mean + out_weight @ value_mean + read(f"{attention}.{tower.out_proj}.bias"),
         stream.covariance + ATTENDED_VARIANCE * path @ behind.covariance @ path.T,
     )
-    behind = stream.normalised(read("layer_norm2.weight"), read("layer_norm2.bias"))
+    behind = stream.normalized(read("layer_norm2.weight"), read("layer_norm2.bias"))
     up, down = read("mlp.fc1.weight"), read("mlp.fc2.weight")
     variance = ((up @ behind.covariance) * up).sum(1)
     mean, variance = activation_moments(up @ behind.mean + read("mlp.fc1.bias"), variance, tower.activation)

@@ -71,13 +71,13 @@ class Transfer:
         for leaf, tensor in zip(("weight", "bias"), pair, strict=True):
             self.put(f"{module}.{leaf}", tensor, f"{source}.{leaf}", action, energy)
 
-    def initialise(self, name: str, source: str):
+    def initialize(self, name: str, source: str):
         """Leaves a target tensor to random initialisation: the source tensor is not there, or of another size."""
         if source not in self.checkpoint:
-            self.report.add(name, "initialised", None, self.shapes[name], reason="not in the source")
+            self.report.add(name, "initialized", None, self.shapes[name], reason="not in the source")
             return
         self._used.add(source)
-        self.report.add(name, "initialised", self.checkpoint.shape(source), self.shapes[name], reason="sizes differ")
+        self.report.add(name, "initialized", self.checkpoint.shape(source), self.shapes[name], reason="sizes differ")
 
     def forget_reads(self, prefix: str):
         """Takes the source tensors under a prefix as unread: what was read for an estimate alone is still dropped."""

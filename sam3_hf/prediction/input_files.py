@@ -32,7 +32,7 @@ def find_pictures(inputs: list[str], exclude: Path) -> list[InputFile]:
     pictures: dict[str, Path] = {}
     for given in inputs:
         matches = [given] if Path(given).exists() else sorted(glob.glob(given, recursive=True))
-        found = [picture for match in matches for picture in _pictures_at(Path(match), exclude)]
+        found = [picture for match in matches for picture in _pictures_in(Path(match), exclude)]
         if not found:
             raise ValueError(f"{given}: there is no such file and no picture; folders are searched for {_known()}.")
         for path, name in found:
@@ -45,11 +45,11 @@ def find_pictures(inputs: list[str], exclude: Path) -> list[InputFile]:
     return [InputFile(path, name) for name, path in sorted(pictures.items())]
 
 
-def _pictures_at(place: Path, exclude: Path) -> list[InputFile]:
-    if not place.is_dir():
-        return [InputFile(place.resolve(), place.name)]
-    paths = (path for path in place.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
-    pictures = [InputFile(path.resolve(), path.relative_to(place).as_posix()) for path in paths]
+def _pictures_in(source: Path, exclude: Path) -> list[InputFile]:
+    if not source.is_dir():
+        return [InputFile(source.resolve(), source.name)]
+    paths = (path for path in source.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+    pictures = [InputFile(path.resolve(), path.relative_to(source).as_posix()) for path in paths]
     return [picture for picture in pictures if not picture.path.is_relative_to(exclude)]
 
 

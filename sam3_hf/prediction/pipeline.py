@@ -351,7 +351,7 @@ def _finish(parts: list[Part], image: PreparedImage, labels: list[str], settings
     parts = sorted(parts, key=lambda part: -part.score)
     if settings.nms_iou is not None:
         kept = suppress([part.label for part in parts], [part.rle for part in parts], settings.nms_iou)
-        parts = [parts[place] for place in kept]
+        parts = [parts[index] for index in kept]
     parts = parts[: settings.max_detections]
     return Detections(
         boxes=torch.stack([part.box for part in parts]) if parts else torch.zeros(0, 4),

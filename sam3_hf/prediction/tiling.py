@@ -68,17 +68,17 @@ def join_parts(parts: list[Part]) -> list[Part]:
     """
     root = list(range(len(parts)))
 
-    def find(place: int) -> int:
-        while root[place] != place:
-            place = root[place]
-        return place
+    def find(index: int) -> int:
+        while root[index] != index:
+            index = root[index]
+        return index
 
     for first, second in combinations(range(len(parts)), 2):
         if find(first) != find(second) and _same_object(parts[first], parts[second]):
             root[find(second)] = find(first)
     groups: dict[int, list[Part]] = {}
-    for place, part in enumerate(parts):
-        groups.setdefault(find(place), []).append(part)
+    for index, part in enumerate(parts):
+        groups.setdefault(find(index), []).append(part)
     return [_unite(group) for group in groups.values()]
 
 

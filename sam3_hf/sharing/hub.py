@@ -78,9 +78,9 @@ def push_folder(
     folder = Path(folder)
     files = files_to_push(folder)
     additions = [CommitOperationAdd(path.name, path) for path in files if path.name != CARD_FILE]
-    has_card, has_licence = (folder / name in files for name in (CARD_FILE, LICENSE_FILE))
+    has_card, has_license = (folder / name in files for name in (CARD_FILE, LICENSE_FILE))
     card = (folder / CARD_FILE).read_text(encoding="utf-8") if has_card else str(model_card(folder))
-    if folder_origin(folder).derived and not has_licence:
+    if folder_origin(folder).derived and not has_license:
         additions.append(CommitOperationAdd(LICENSE_FILE, SAM_LICENSE_TEXT))
     api = HfApi(token=token)
     try:

@@ -43,7 +43,7 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
     Returns:
         A dict that `json` can write:
 
-        - `source`, `licence` ("unknown" where no model card says it), `preset` (None where the sizes are no preset's),
+        - `source`, `license` ("unknown" where no model card says it), `preset` (None where the sizes are no preset's),
           `dtype`, `vocabulary` (None for a model with a text encoder), `sizes`;
         - `parts`: for each part `parameters`, `bytes` as stored, and, where it computes, `flops` and what they are
           `per`: "image", "prompt", "phrase" or "prompt with a box" (one box);
@@ -74,7 +74,7 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
     per_prompt = sum(part["flops"] for part in parts.values() if part.get("per") == "prompt")
     return {
         "source": source,
-        "licence": _licence(source, hub_arguments),
+        "license": _license(source, hub_arguments),
         "preset": preset_of(checkpoint.config),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "vocabulary": checkpoint.config.vocabulary,
@@ -164,7 +164,7 @@ def _read(source: str, name: str, hub_arguments: dict) -> str | None:
         return file.read()
 
 
-def _licence(source: str, hub_arguments: dict) -> str:
+def _license(source: str, hub_arguments: dict) -> str:
     text = _read(source, "README.md", hub_arguments)
     if text is None:
         return "unknown"

@@ -228,13 +228,13 @@ def _render(
         if best
         else "",
         limits=_limits(sizes, vocabulary, origin, trained, _mapped(preset, report)),
-        licence=_licence_text(origin),
+        license=_license_text(origin),
         versions=", ".join(f"{key} {value}" for key, value in provenance["versions"].items()),
     )
 
 
 def _metadata(name: str, origin: Origin, dataset: dict | None, scores: dict[str, float]) -> ModelCardData:
-    licence = {"license": "other", "license_name": SAM_LICENSE, "license_link": SAM_LICENSE_LINK}
+    license = {"license": "other", "license_name": SAM_LICENSE, "license_link": SAM_LICENSE_LINK}
     hub_id = dataset["hub_id"] if dataset else None
     results = [
         EvalResult(
@@ -256,7 +256,7 @@ def _metadata(name: str, origin: Origin, dataset: dict | None, scores: dict[str,
         datasets=[hub_id] if hub_id else None,
         model_name=name if results else None,
         eval_results=results or None,
-        **(licence if origin.derived else {}),
+        **(license if origin.derived else {}),
     )
 
 
@@ -385,7 +385,7 @@ def _limits(sizes: dict, vocabulary: list[str] | None, origin: Origin, trained: 
     ]
 
 
-def _licence_text(origin: Origin) -> str:
+def _license_text(origin: Origin) -> str:
     link = f"[SAM License]({SAM_LICENSE_LINK})"
     if origin.derived:
         return (

@@ -70,8 +70,8 @@ def _dead_leaves(size: int, generator: np.random.Generator) -> Image.Image:
         x, y = generator.uniform(0, size, 2)
         stretch = generator.uniform(0.6, 1.6)
         box = (x - radius * stretch, y - radius / stretch, x + radius * stretch, y + radius / stretch)
-        colour = tuple(generator.integers(0, 256, 3).tolist())
-        (draw.ellipse if generator.uniform() < 0.5 else draw.rectangle)(box, fill=colour)
+        color = tuple(generator.integers(0, 256, 3).tolist())
+        (draw.ellipse if generator.uniform() < 0.5 else draw.rectangle)(box, fill=color)
     noise = generator.normal(0, 6, (size, size, 3))
     return Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8))
 

@@ -116,6 +116,6 @@ def refit_stack(
         for target, stream in zip(targets, teacher.streams, strict=True):
             target.append(write(stream))
         calls = student.calls(layer)
-        for place, site in enumerate(sites):
-            fit_site(layer, site, calls, [target[place] for target in targets], ridge)
+        for position, site in enumerate(sites):
+            fit_site(layer, site, calls, [target[position] for target in targets], ridge)
         student.streams = [call() for call in calls]

@@ -63,18 +63,18 @@ def measure_signals(vision: nn.Module, batches: Iterable[Tensor]) -> TowerSignal
     layers = vision.backbone.layers
     width = vision.config.backbone_config.hidden_size
     heads = vision.config.backbone_config.num_attention_heads
-    final, normalised = Moments(width), torch.zeros(width, width, dtype=torch.float64)
+    final, normalized = Moments(width), torch.zeros(width, width, dtype=torch.float64)
     values = [Moments(width) for _ in layers]
     neurons = [Spread(layer.mlp.fc2.in_features) for layer in layers]
     tokens = 0
 
     def record_stream(stream: Tensor):
         nonlocal tokens
-        centred = stream.flatten(0, -2).float()
-        centred = centred - centred.mean(1, keepdim=True)
-        centred = centred / centred.square().mean(1, keepdim=True).clamp_min(1e-12).sqrt()
-        tokens += len(centred)
-        normalised.add_((centred.T @ centred).double().cpu())
+        centered = stream.flatten(0, -2).float()
+        centered = centered - centered.mean(1, keepdim=True)
+        centered = centered / centered.square().mean(1, keepdim=True).clamp_min(1e-12).sqrt()
+        tokens += len(centered)
+        normalized.add_((centered.T @ centered).double().cpu())
 
     hooks = []
     for layer, value, neuron in zip(layers, values, neurons, strict=True):
@@ -94,7 +94,7 @@ def measure_signals(vision: nn.Module, batches: Iterable[Tensor]) -> TowerSignal
         for hook in hooks:
             hook.remove()
     signals = [_layer_signals(*parts, heads) for parts in zip(layers, values, neurons, strict=True)]
-    return TowerSignals((normalised / tokens).float(), signals, final.stream)
+    return TowerSignals((normalized / tokens).float(), signals, final.stream)
 
 
 def _layer_signals(layer: nn.Module, value: Moments, neuron: Spread, heads: int) -> LayerSignals:

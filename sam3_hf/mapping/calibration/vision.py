@@ -107,9 +107,9 @@ def search_layers(
 
 def _neighbours(kept: tuple[int, ...], types: list[bool]) -> Iterator[tuple[int, ...]]:
     """Choices that differ in one layer, where the sequence of types stays the same."""
-    for place, layer in enumerate(kept):
-        low = kept[place - 1] if place else -1
-        high = kept[place + 1] if place + 1 < len(kept) else len(types)
+    for position, layer in enumerate(kept):
+        low = kept[position - 1] if position else -1
+        high = kept[position + 1] if position + 1 < len(kept) else len(types)
         for other in range(low + 1, high):
             if other != layer and types[other] == types[layer]:
-                yield (*kept[:place], other, *kept[place + 1 :])
+                yield (*kept[:position], other, *kept[position + 1 :])
