@@ -39,6 +39,8 @@ from sam3_hf import Sam3LiteConfig, Sam3LiteModel, loss_sam3_lite
 from sam3_hf.loss_sam3_lite import Match
 from sam3_hf.modeling_sam3_lite import PROMPTS_SEGMENTED_AT_ONCE
 
+IMAGES = (1, 2, 3)  # of the training steps that are counted
+
 
 class Call(NamedTuple):
     """What a call of the model does on an image."""
@@ -136,51 +138,72 @@ def fixed_matches(logits, boxes, targets, config, one_to_many) -> list[Match]:
     return matches
 
 
-class FakeStep:
-    """A training step on fake tensors; to be made and run within `fake_cuda` or `fake_cpu`."""
+class FakeTrainer:
+    """Training steps on fake tensors; to be made and used within `fake_cuda` or `fake_cpu`."""
 
-    def __init__(self, name: str, image_size: int | None, images: int, prompts: int, checkpointing: bool):
+    def __init__(self, name: str, image_size: int | None, checkpointing: bool):
         self.name = name
         self.model = build(name, image_size).train()
         self.model.text_encoder = self.model.text_projection = None
         if checkpointing:
             self.model.gradient_checkpointing_enable()
         self.loss_config = Sam3LiteConfig.from_preset(name.removeprefix(STOCK)).loss_config
-        self.batch = training_batch(self.model, images, prompts, objects=5)
 
-    def loss(self) -> Tensor:
-        counts = [len(label["boxes"]) for label in self.batch["labels"] if len(label["boxes"])]
+    def batch(self, images: int, prompts: int) -> dict:
+        return training_batch(self.model, images, prompts, objects=5)
+
+    def loss(self, batch: dict) -> Tensor:
+        counts = [len(label["boxes"]) for label in batch["labels"] if len(label["boxes"])]
         with mock.patch.object(loss_sam3_lite, "match_queries", fixed_matches), counted_matches(counts):
             if self.name.startswith(STOCK):
-                return stock_loss(self.model, self.batch, self.loss_config)
-            return self.model(**self.batch).loss
+                return stock_loss(self.model, batch, self.loss_config)
+            return self.model(**batch).loss
 
 
-class Step(NamedTuple):
-    """What a training step does up to the optimizer's part."""
+class Forward(NamedTuple):
+    """What forward pass and loss of a step do."""
 
-    flop: int
-    kernels: int  # of forward pass and loss
-    moved: int  # bytes; of forward pass and loss
+    kernels: int
+    moved: int  # bytes
     peak: int  # bytes, with AdamW's two moments
 
 
-def count_step(name: str, image_size: int | None, precision: str, *case) -> Step:
+def count_forward(
+    name: str, image_size: int | None, precision: str, prompts: int, checkpointing: bool
+) -> list[Forward]:
+    """Of steps on 1, 2 and 3 images."""
+    counted = []
     with fake_cuda(grid_side(name, image_size)):
-        step = FakeStep(name, image_size, *case)
-        weights = sum(parameter.nbytes for parameter in step.model.parameters())
-        with Counter(3 * weights) as forward, autocast(precision):
-            step.loss()
+        trainer = FakeTrainer(name, image_size, checkpointing)
+        weights = sum(parameter.nbytes for parameter in trainer.model.parameters())
+        for images in IMAGES:
+            batch = trainer.batch(images, prompts)
+            with Counter(3 * weights) as counter, autocast(precision):
+                trainer.loss(batch)
+            counted.append(Forward(counter.kernels, counter.moved, counter.peak))
+    return counted
+
+
+def count_backward(
+    name: str, image_size: int | None, precision: str, prompts: int, checkpointing: bool
+) -> tuple[list[int], int]:
+    """Bytes that the backward pass adds to the peak of steps on 1, 2 and 3 images; operations of the first step."""
+    added = []
     with fake_cpu(grid_side(name, image_size)):
-        step = FakeStep(name, image_size, *case)
-        with Counter(device="cpu") as whole:
-            with autocast(precision):
-                loss = step.loss()
-            before = whole.peak
-            loss.backward()
+        trainer = FakeTrainer(name, image_size, checkpointing)
+        for images in IMAGES:
+            batch = trainer.batch(images, prompts)
+            with Counter(device="cpu") as counter:
+                with autocast(precision):
+                    loss = trainer.loss(batch)
+                before = counter.peak
+                loss.backward()
+            added.append(counter.peak - before)
+            trainer.model.zero_grad()
+        batch = trainer.batch(IMAGES[0], prompts)
         with flops() as arithmetic:  # which keeps tensors alive
-            step.loss().backward()
-    return Step(arithmetic.get_total_flops(), forward.kernels, forward.moved, forward.peak + whole.peak - before)
+            trainer.loss(batch).backward()
+    return added, arithmetic.get_total_flops()
 
 
 def grid_side(name: str, image_size: int | None) -> int:
@@ -192,16 +215,16 @@ def training(arguments: argparse.Namespace, case: tuple) -> dict | None:
     name, precision, prompts, checkpointing = case
     if name.startswith(STOCK) and checkpointing:
         return None
-    one, two, three = (
-        count_step(name, arguments.image_size, precision, images, prompts, checkpointing) for images in (1, 2, 3)
-    )
-    first, second, more = one.peak / 1e9, two.peak / 1e9, (three.peak - two.peak) / 1e9
+    step = (name, arguments.image_size, precision, prompts, checkpointing)
+    forward, (added, flop) = count_forward(*step), count_backward(*step)
+    one, two, three = ((counted.peak + more) / 1e9 for counted, more in zip(forward, added, strict=True))
+    per_image = three - two
     row = {"model": name, "precision": precision, "prompts per image": prompts, "checkpointing": checkpointing}
-    row |= {"TFLOP": one.flop / 1e12, "kernels": one.kernels, "GB moved": one.moved / 1e9}
-    row |= {"GB": first, "GB per image": more}
+    row |= {"TFLOP": flop / 1e12, "kernels": forward[0].kernels, "GB moved": forward[0].moved / 1e9}
+    row |= {"GB": one, "GB per image": per_image}
     for card in arguments.cards:
         space = card - arguments.reserve
-        fits = 2 + int((space - second) / more) if space >= second else int(space >= first)
+        fits = 2 + int((space - two) / per_image) if space >= two else int(space >= one)
         row[f"images in {card:g} GB"] = fits
     return row
 
