@@ -77,10 +77,10 @@ class Sam3LiteGeometryEncoder(Sam3GeometryEncoder):
         """
         num_prompts = boxes.shape[0]
         valid = box_labels != BOX_PADDING_LABEL
-        embeds = self.cls_embed.weight.expand(num_prompts, 1, -1).to(vision_features.dtype)
+        embeds = [self.cls_embed.weight.expand(num_prompts, 1, -1).to(vision_features.dtype)]
         if boxes.shape[1] or torch.is_grad_enabled():
-            own = self._embed_boxes(boxes, box_labels.clamp(min=0), vision_features, image_index)
-            embeds = torch.cat([own, embeds.to(own.dtype)], dim=1)
+            embeds.insert(0, self._embed_boxes(boxes, box_labels.clamp(min=0), vision_features, image_index))
+        embeds = torch.cat([part.to(embeds[0].dtype) for part in embeds], dim=1)
         valid = F.pad(valid, (0, 1), value=True)
 
         embeds = self.prompt_layer_norm(self.final_proj(embeds))

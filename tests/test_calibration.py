@@ -3,7 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import micro_config, shake
+from conftest import micro_config, shake, with_padding_box
 from PIL import Image
 from torch import nn
 from transformers import Sam3Model
@@ -262,7 +262,7 @@ def test_a_standard_folder_in_half_precision_and_a_result_for_stock_transformers
     with torch.no_grad():
         expected = model(**inputs)
         inputs.pop("original_sizes")
-        result = stock(**inputs)
+        result = stock(**with_padding_box(inputs))
     torch.testing.assert_close(result.pred_masks, expected.pred_masks, atol=1e-4, rtol=1e-4)
 
 
