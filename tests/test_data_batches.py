@@ -40,7 +40,7 @@ def splits(tmp_path):
 class WordTokenizer:
     """One id per word, as long as asked."""
 
-    def __call__(self, phrases, padding, truncation, max_length, return_tensors):
+    def __call__(self, phrases, padding, truncation, max_length, split_special_tokens, return_tensors):
         ids = torch.zeros(len(phrases), max_length, dtype=torch.long)
         for row, phrase in enumerate(phrases):
             words = [1 + sum(word.encode()) % 90 for word in phrase.split()]

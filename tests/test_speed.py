@@ -18,7 +18,7 @@ from transformers.models.sam3.modeling_sam3 import (
     Sam3ViTModel,
 )
 
-from sam3_hf import Sam3LiteConfig, Sam3LiteModel, modeling_sam3_lite, vision_sam3_lite
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel, detr_sam3_lite, vision_sam3_lite
 from sam3_hf.detr_sam3_lite import additive_mask
 from sam3_hf.masks_sam3_lite import conv_of_upsampled
 from sam3_hf.precision_sam3_lite import GroupNorm, LayerNorm
@@ -172,7 +172,7 @@ def test_norms_under_autocast_of_cuda_stay_in_half():
 
 
 class Layouts(TorchDispatchMode):
-    """Notes whether the maps of convolutions are channels-last, but for those from pixels or to one channel."""
+    """Notes whether maps of convolutions are channels-last, but for those from pixels, to one channel or of no box."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +180,8 @@ class Layouts(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten.convolution.default and args[0].shape[1] > 3 and result.shape[1] > 1:
+        is_convolution = function is torch.ops.aten.convolution.default and args[0].numel() > 0
+        if is_convolution and args[0].shape[1] > 3 and result.shape[1] > 1:
             self.channels_last.append(args[0].is_contiguous(memory_format=torch.channels_last))
         return result
 
@@ -324,10 +325,10 @@ def test_prompts_of_one_image_train_as_those_of_copies_of_it(model, inputs):
 RECOMPUTED = {  # what is made again of a step, by the function or module that makes it
     "widen": vision_sam3_lite,
     "rest": vision_sam3_lite,
-    "Sam3FPNLayer": modeling_sam3_lite,
-    "attend_to_prompt": modeling_sam3_lite,
-    "transform": modeling_sam3_lite,
-    "attend_to_vision": modeling_sam3_lite,
+    "Sam3FPNLayer": vision_sam3_lite,
+    "attend_to_prompt": detr_sam3_lite,
+    "transform": detr_sam3_lite,
+    "attend_to_vision": detr_sam3_lite,
 }
 
 
@@ -365,7 +366,7 @@ def test_a_neck_keeps_less_behind_a_frozen_vit_as_well(model, monkeypatch):
     vision.backbone.requires_grad_(False)
     pixels = torch.randn(1, 3, 64, 64)
     less = saved_bytes(lambda: vision(pixels))
-    monkeypatch.setattr(modeling_sam3_lite, "recomputed", lambda function, *tensors: function(*tensors))
+    monkeypatch.setattr(vision_sam3_lite, "recomputed", lambda function, *tensors: function(*tensors))
     assert less < 0.5 * saved_bytes(lambda: vision(pixels))
 
 

@@ -228,13 +228,13 @@ def _render(
         if best
         else "",
         limits=_limits(sizes, vocabulary, origin, trained, _mapped(preset, report)),
-        license=_license_text(origin),
+        license_text=_license_text(origin),
         versions=", ".join(f"{key} {value}" for key, value in provenance["versions"].items()),
     )
 
 
 def _metadata(name: str, origin: Origin, dataset: dict | None, scores: dict[str, float]) -> ModelCardData:
-    license = {"license": "other", "license_name": SAM_LICENSE, "license_link": SAM_LICENSE_LINK}
+    sam_license = {"license": "other", "license_name": SAM_LICENSE, "license_link": SAM_LICENSE_LINK}
     hub_id = dataset["hub_id"] if dataset else None
     results = [
         EvalResult(
@@ -256,7 +256,7 @@ def _metadata(name: str, origin: Origin, dataset: dict | None, scores: dict[str,
         datasets=[hub_id] if hub_id else None,
         model_name=name if results else None,
         eval_results=results or None,
-        **(license if origin.derived else {}),
+        **(sam_license if origin.derived else {}),
     )
 
 
