@@ -59,7 +59,7 @@ def image_fault(source: dict, width: int, height: int) -> tuple[str, str] | None
                 return "image size differs", f"{stated} in the annotations, {real} in the file"
             if not _ends_properly(source, image.format):
                 image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+    except Exception as error:  # as in `load_image`
         return "unreadable image", f"{source['path'] or 'embedded image'}: {error}"
     return None
 
@@ -102,6 +102,6 @@ def load_image(source: dict, width: int, height: int, at_least: tuple[float, flo
             if turned:
                 image = ImageOps.exif_transpose(image)
             pixels = np.array(to_rgb(image))  # (height, width, 3)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # damage makes Pillow's readers raise whatever they run into
         raise OSError(f"cannot decode image {source['path'] or '(embedded)'}: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1), factor
