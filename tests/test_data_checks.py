@@ -2,13 +2,20 @@
 
 import json
 import os
+import struct
+import warnings
+import zlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from data_cases import CATEGORIES, HEIGHT, WIDTH, annotation, damage, image, load_error, write_coco, write_roboflow
+from PIL import Image
 
 from sam3_hf import rle
-from sam3_hf.data import EvalDataset, TrainDataset, checks, decoding, load_dataset_splits
+from sam3_hf.data import EvalDataset, TrainDataset, checks, decoding, images, load_dataset_splits
+from sam3_hf.reading import read_image
 from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.data import load_data, warn_of_crowds
 
@@ -216,14 +223,97 @@ def test_a_cache_that_cannot_be_written_or_read_costs_time_only(tmp_path, cache,
     assert decoded == ["1.png"] * 3 and "will be decoded again" in caplog.text
 
 
+# Images of more than 8 bits, or of several frames
+
+
+@pytest.fixture
+def untold(monkeypatch):
+    monkeypatch.setattr(images, "_told", set())
+
+
+def save_pixels(path, values) -> dict:
+    """A picture whose left half has the first value and whose right half has the second."""
+    Image.fromarray(np.repeat(np.asarray(values)[None], HEIGHT, 0).repeat(WIDTH // 2, 1)).save(path)
+    return {"path": str(path), "bytes": None}
+
+
+def save_16_bit_colour(path, value: int) -> dict:
+    """A PNG of 16 bits a colour, which Pillow reads but does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0)
+    rows = (b"\0" + struct.pack(">H", value) * 3 * WIDTH) * HEIGHT
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    return {"path": str(path), "bytes": None}
+
+
+@pytest.mark.parametrize(
+    "name, dtype, values, expected, bits",
+    [
+        ("a.png", np.uint16, [0, 4080], [0, 255], 12),
+        ("a.png", np.uint16, [16, 200], [16, 200], 8),
+        ("a.png", np.uint16, [4080, 65280], [15, 255], None),
+        ("a.png", np.uint16, [0, 0], [0, 0], None),
+        ("a.tif", np.uint16, [0, 4080], [0, 255], 12),
+        ("a.tif", np.int32, [0, 4080], [0, 255], 12),
+        ("a.tif", np.int32, [0, 65280], [0, 255], None),
+        ("a.tif", np.float32, [0, 0.6], [0, 153], None),
+    ],
+)
+def test_deep_grey_is_scaled_and_said(tmp_path, caplog, untold, name, dtype, values, expected, bits):
+    source = save_pixels(tmp_path / name, np.array(values, dtype))
+    for _ in range(2):
+        pixels, _ = images.load_image(source, WIDTH, HEIGHT)
+        assert pixels[:, 0, [0, -1]].tolist() == [expected] * 3
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (bits is not None)  # once, for all images alike
+    assert bits is None or (str(tmp_path / name) in said[0] and f"was read as of {bits} bits" in said[0])
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        assert torch.equal(read_image(source["path"]), pixels)  # as `predict` reads it
+    assert len(notes) == (bits is not None)
+
+
+@pytest.mark.parametrize("dtype, values", [("float32", [0, 1.5]), ("float32", [-1, 0]), ("int32", [0, 70000])])
+def test_deep_grey_of_no_known_range_is_refused(tmp_path, dtype, values):
+    write_coco(tmp_path, [image(1, file_name="1.tif")], [annotation(1)])
+    source = save_pixels(tmp_path / "1.tif", np.array(values, dtype))
+    error = load_error(tmp_path)
+    assert error.counts == {"unreadable image": 1}
+    mode = "F" if dtype == "float32" else "I"
+    assert f"(mode {mode}) from {values[0]} to {values[1]}" in str(error) and "8 bits" in str(error)
+    with pytest.raises(OSError, match="1.tif.*mode"):
+        read_image(source["path"])
+
+
+def test_colour_of_16_bits_that_would_be_black_is_refused(tmp_path):
+    bright, _ = images.load_image(save_16_bit_colour(tmp_path / "a.png", 40000), WIDTH, HEIGHT)
+    assert (bright == 40000 >> 8).all()
+    with pytest.raises(OSError, match="b.png.*colour of 16 bits"):
+        images.load_image(save_16_bit_colour(tmp_path / "b.png", 4000), WIDTH, HEIGHT)
+
+
+def test_first_frame_of_a_gif_is_used_and_said(tmp_path, caplog, untold):
+    frames = [Image.new("P", (WIDTH, HEIGHT), color) for color in (0, 1)]
+    for frame in frames:
+        frame.putpalette([255, 0, 0, 0, 0, 255])
+    frames[0].save(tmp_path / "1.gif", save_all=True, append_images=frames[1:])
+    pixels, _ = images.load_image({"path": str(tmp_path / "1.gif"), "bytes": None}, WIDTH, HEIGHT)
+    assert pixels[:, 0, 0].tolist() == [255, 0, 0]
+    assert "1.gif: has several frames or pages, of which the first is used" in caplog.text
+
+
 # More objects than queries
 
 
 def test_images_with_more_objects_than_queries_are_named(tmp_path, caplog):
-    images = [image(number) for number in range(1, 15)]
+    entries = [image(number) for number in range(1, 15)]
     crowded = [annotation(100 * number + index, number) for number in range(2, 15) for index in range(4)]
-    write_coco(tmp_path / "train", images, [annotation(1), *crowded, annotation(9999, 2)])
-    write_coco(tmp_path / "valid", images[:1], [annotation(1)])
+    write_coco(tmp_path / "train", entries, [annotation(1), *crowded, annotation(9999, 2)])
+    write_coco(tmp_path / "valid", entries[:1], [annotation(1)])
     splits = load_dataset_splits(tmp_path)
     train, valid = TrainDataset(splits["train"], 64), EvalDataset(splits["validation"], 64)
     warn_of_crowds(train, valid, 3)
