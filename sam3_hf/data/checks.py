@@ -276,6 +276,7 @@ def compute_missing_areas(split: RawSplit) -> None:
             if not _are_numbers([item["area"]]):
                 item["area"] = _area(item, row["width"], row["height"])
                 count += 1
+            item["area"] = float(item["area"])  # an integer may have more than 64 bits
     if count:
         logger.warning("%s: %d missing areas computed", split.source, count)
 
