@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import numpy as np
 import torch
@@ -41,10 +42,45 @@ def read_image(image: ImageInput) -> Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """`image.convert("RGB")`, and of 16-bit grey the upper 8 bits, where Pillow would clip at 255."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    """
+    `image.convert("RGB")`, but grey of more than 8 bits through `to_8_bits`, where Pillow would clip at 255; its note
+    is given as a Python warning.
+
+    Raises:
+        ValueError: as `to_8_bits`.
+    """
+    image, note = to_8_bits(image)
+    if note:
+        warnings.warn(note, stacklevel=2)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_8_bits(image: Image.Image) -> tuple[Image.Image, str | None]:
+    """
+    Grey of 16 or 32 bits, or in floats, as 8 bits; other images as they are.
+
+    Whole numbers are taken for 8, 12 or 16 bits, the fewest that hold the largest of them: microscopes and X-ray
+    detectors store 12 bits in files of 16. Floats are from 0 to 1.
+
+    Returns:
+        (image, what the user should know of how it was read or None)
+
+    Raises:
+        ValueError: the values are in none of these ranges.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image, None
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 1):  # nor is NaN
+            raise ValueError(f"floats (mode F) from {low:g} to {high:g}: scale them to 0..1, or save it with 8 bits")
+        return Image.fromarray((values * 255).round().astype(np.uint8)), None
+    if low < 0 or high >= 2**16:
+        raise ValueError(f"integers (mode {image.mode}) from {low} to {high}: save it with 8 bits, or 16 without sign")
+    bits = next(bits for bits in (8, 12, 16) if high < 2**bits)
+    note = f"grey of 16 bits or more (mode {image.mode}) that uses {bits} was read as of {bits} bits"
+    return Image.fromarray((values >> (bits - 8)).astype(np.uint8)), note if 0 < high < 2**12 else None
 
 
 def _read_file(source: str) -> Tensor:

@@ -83,14 +83,45 @@ def compress(segmentation: dict) -> dict:
         ValueError: the counts are malformed or do not cover the image exactly.
     """
     size, counts = [int(side) for side in segmentation["size"]], segmentation["counts"]
-    if isinstance(counts, list) and not all(type(count) is int and count >= 0 for count in counts):
+    runs = _listed_runs(counts) if isinstance(counts, list) else _text_runs(counts)
+    if runs.min(initial=0) < 0 or runs.sum() != size[0] * size[1]:
+        covered, pixels = int(runs.sum()), size[0] * size[1]
+        raise ValueError(f"counts do not decode: runs of {covered} pixels in an image of {pixels}")
+    return encode_segmentation({"size": size, "counts": counts}, *size)
+
+
+def _listed_runs(counts: list) -> np.ndarray:
+    """(runs,) int64. Raises ValueError if counts are not whole numbers of at most 32 bits, as COCO's are."""
+    if not all(type(count) is int and 0 <= count < 2**32 for count in counts):
         raise ValueError("counts must be whole numbers, 0 or more")
-    try:
-        compressed = encode_segmentation({"size": size, "counts": counts}, *size)
-        mask_api.decode(compressed)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"counts do not decode: {error}") from None
-    return compressed
+    return np.array(counts, dtype=np.int64)
+
+
+def _text_runs(counts: str | bytes) -> np.ndarray:
+    """
+    (runs,) int64 of compressed counts, without the memory and time that decoding pixels takes: 5 bits a character,
+    the lowest first, a sixth where more follow; from the fourth run on, the difference to the last but one.
+
+    Raises:
+        ValueError: this is no such text.
+    """
+    if isinstance(counts, str) and counts.isascii():
+        counts = counts.encode()
+    if not isinstance(counts, bytes):
+        raise ValueError("counts do not decode: neither a list nor text of COCO's encoding")
+    codes = np.frombuffer(counts, np.uint8).astype(np.int64) - ord("0")
+    if codes.size == 0 or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        raise ValueError("counts do not decode: no text of COCO's encoding, or its end is missing")
+    ends = np.flatnonzero(codes & 32 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    digits = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    if digits.max() > 6:
+        raise ValueError("counts do not decode: a run of more than 32 bits")
+    runs = np.add.reduceat((codes & 31) << (5 * digits), starts)
+    runs -= np.where(codes[ends] & 16, 1 << (5 * (digits[ends] + 1)), 0)  # the sign
+    for parity in (1, 2):
+        runs[parity::2] = np.cumsum(runs[parity::2])
+    return runs
 
 
 def uncompressed(mask: np.ndarray) -> dict:
@@ -121,6 +152,11 @@ def cut_mask(rle: dict, rectangle: tuple[int, int, int, int]) -> dict:
 def mask_areas(rles: list[dict]) -> np.ndarray:
     """(masks,) pixels."""
     return mask_api.area(rles)
+
+
+def extent(rle: dict) -> list[float]:
+    """The box [x, y, width, height] around the pixels of a mask; all 0 if it has none."""
+    return mask_api.toBbox(rle).tolist()
 
 
 def ious(first: list[dict] | np.ndarray, second: list[dict] | np.ndarray, crowd: Sequence[int] = ()) -> np.ndarray:

@@ -1,8 +1,11 @@
 """Sizes at which the model runs in milliseconds, and stock models that share its weights."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# what tests and the processes they start remember of images is not left in the user's cache
+os.environ["HF_DATASETS_CACHE"] = os.path.join(tempfile.gettempdir(), f"sam3-hf-tests-{os.getuid()}")
 
 import pytest
 import torch

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from sam3_hf.data import DatasetError, load_dataset_splits
 
 WIDTH, HEIGHT = 120, 80
 CATEGORIES = [{"id": 3, "name": "RBC"}, {"id": 7, "name": "WBC"}, {"id": 9, "name": "platelet"}]
@@ -14,6 +17,20 @@ def save_image(path: Path, width: int = WIDTH, height: int = HEIGHT, seed: int =
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((width, height)).save(path, **options)
+
+
+def damage(path: Path) -> None:
+    """Flips bits in the middle of a file, whose header and end stay as they are."""
+    content = bytearray(path.read_bytes())
+    middle = slice(len(content) // 2, len(content) // 2 + 8)
+    content[middle] = bytes(255 - byte for byte in content[middle])
+    path.write_bytes(content)
+
+
+def load_error(*args, **kwargs) -> DatasetError:
+    with pytest.raises(DatasetError) as caught:
+        load_dataset_splits(*args, **kwargs)
+    return caught.value
 
 
 def image(image_id: int, **changes) -> dict:

@@ -7,11 +7,11 @@ import os
 import datasets
 import numpy as np
 import pytest
-from data_cases import CATEGORIES, HEIGHT, WIDTH, annotation, image, save_image, write_coco, write_roboflow
+from data_cases import CATEGORIES, HEIGHT, WIDTH, annotation, image, load_error, save_image, write_coco, write_roboflow
 from faster_coco_eval.core import mask as mask_api
 from PIL import Image
 
-from sam3_hf.data import DatasetError, concept_names, has_masks, load_dataset_splits, segmentation_of
+from sam3_hf.data import concept_names, has_masks, load_dataset_splits, segmentation_of
 from sam3_hf.data.images import load_image
 from sam3_hf.rle import decode_mask, encode_segmentation
 
@@ -31,12 +31,6 @@ def rle_of(mask: np.ndarray, compressed: bool) -> dict:
 
 def decode(item: dict) -> np.ndarray:
     return decode_mask(encode_segmentation(segmentation_of(item), HEIGHT, WIDTH))
-
-
-def load_error(*args, **kwargs) -> DatasetError:
-    with pytest.raises(DatasetError) as caught:
-        load_dataset_splits(*args, **kwargs)
-    return caught.value
 
 
 # Forms of input

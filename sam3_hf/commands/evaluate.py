@@ -55,7 +55,7 @@ def _scores(source, data, split, image_folder, category_map, batch_size, workers
     from ..evaluation.loop import evaluate as score
     from ..evaluation.text import PhraseFeatures
 
-    splits = load_dataset_splits(data, image_folder, category_map)
+    splits = load_dataset_splits(data, image_folder, category_map, check_images=[split])
     if split not in splits:
         raise ValueError(f"{data} has no split {split}: --split takes {', '.join(splits)}.")
     accelerator = Accelerator(mixed_precision="fp16" if torch.cuda.is_available() else "no")

@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from pathlib import Path, PureWindowsPath
 
-from .checks import DatasetError, Problems
+from .checks import DatasetError, Problems, one_line, short
 from .rows import RawSplit
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ REQUIRED_FIELDS = {
     "annotations": ("id", "image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
+ID_LIMIT = 2**63  # ids are stored in 64 bits
+LARGEST_IMAGE = 2**31  # pixels; the runs of COCO's masks are counted in 32 bits
 
 
 def split_name(name: str) -> str:
@@ -61,9 +63,10 @@ def read_coco(name: str, file: Path, image_folder: Path | None, problems: Proble
         name: split.
         file: JSON with `images`, `annotations`, `categories`.
         image_folder: where each `file_name` starts; default: the folder of `file`, or `images/` in it.
-        problems: what is wrong inside is added: missing fields, duplicate or dangling ids, duplicate category names,
-            file names that lead out of the image folder by `..`, a root or a drive (a symbolic link in the folder may
-            point anywhere, as the Hub's cache does). Entries concerned are missing from the result.
+        problems: what is wrong inside is added: missing fields, ids that are no whole numbers of 64 bits, duplicate or
+            dangling ids, duplicate category names, names that are no text, file names that lead out of the image
+            folder by `..`, a root or a drive (a symbolic link in the folder may point anywhere, as the Hub's cache
+            does). Entries concerned are missing from the result.
 
     Raises:
         DatasetError: the file cannot be read, is not JSON, or lacks one of the three lists.
@@ -76,23 +79,16 @@ def read_coco(name: str, file: Path, image_folder: Path | None, problems: Proble
     rows, sources, objects_by_image = [], [], {}
     for image in images:
         objects_by_image[image["id"]] = objects = []
-        path = locate_image(str(image["file_name"]), roots)
-        if path is None:
+        fault = _image_entry_fault(image)
+        path = None if fault else locate_image(image["file_name"], roots)
+        if fault:
+            problems.add(fault[0], file, f"image {image['id']}: {fault[1]}")
+        elif path is None:
             problems.add("file_name leads out of the image folder", file, f"image {image['id']}: {image['file_name']}")
-            continue
-        if not all(isinstance(image[side], int) and image[side] > 0 for side in ("width", "height")):
-            problems.add("invalid image size", file, f"image {image['id']}: {image['width']}x{image['height']}")
-            continue
-        sources.append({"path": path, "bytes": None})
-        rows.append(
-            {
-                "image_id": image["id"],
-                "file_name": image["file_name"],
-                "width": image["width"],
-                "height": image["height"],
-                "objects": objects,
-            }
-        )
+        else:
+            sources.append({"path": path, "bytes": None})
+            fields = {field: image[field] for field in ("file_name", "width", "height")}
+            rows.append({"image_id": image["id"], **fields, "objects": objects})
     for annotation in annotations:
         if annotation["image_id"] not in objects_by_image:
             problems.add("dangling image_id", file, f"there is no image {annotation['image_id']}", annotation["id"])
@@ -107,11 +103,13 @@ def read_coco(name: str, file: Path, image_folder: Path | None, problems: Proble
 def load_json(file: Path) -> dict:
     """The content of a COCO file. Raises DatasetError naming the file and what it lacks."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))  # with or without the mark that Windows tools write
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"cannot read the annotation file {file}: {error}") from error
-    except json.JSONDecodeError as error:
-        raise DatasetError(f"{file} is not valid JSON: {error}") from error
+        raise DatasetError(one_line(f"cannot read the annotation file {file}: {error}")) from error
+    except RecursionError as error:
+        raise DatasetError(f"{file} is not a COCO file: its lists or objects are nested too deep") from error
+    except ValueError as error:  # or an integer of thousands of digits
+        raise DatasetError(one_line(f"{file} is not valid JSON: {error}")) from error
     for field in REQUIRED_FIELDS:
         if not isinstance(content, dict) or not isinstance(content.get(field), list):
             raise DatasetError(f"{file} lacks the list '{field}'; a COCO file has {', '.join(REQUIRED_FIELDS)}")
@@ -128,13 +126,13 @@ def _valid_entries(content: dict, kind: str, file: Path, problems: Problems) -> 
         annotation_id = entry.get("id") if kind == "annotations" else None
         missing = [field for field in REQUIRED_FIELDS[kind] if entry.get(field) is None]
         ids = [field for field in ("id", "image_id", "category_id") if field in REQUIRED_FIELDS[kind]]
-        malformed = [field for field in ids if field not in missing and type(entry[field]) is not int]
+        malformed = [field for field in ids if field not in missing and not _is_id(entry[field])]
         if missing:
             detail = f"{kind}[{position}] lacks '{missing[0]}'"
             problems.add("missing field", file, detail, annotation_id)
         elif malformed:
-            detail = f"{kind}[{position}]: '{malformed[0]}' is {entry[malformed[0]]!r}, not a whole number"
-            problems.add("malformed id", file, detail, annotation_id)
+            detail = f"{kind}[{position}]: '{malformed[0]}' is {short(entry[malformed[0]])}"
+            problems.add("malformed id", file, f"{detail}, not a whole number of 64 bits", annotation_id)
         elif entry["id"] in seen:
             problems.add(f"duplicate id in {kind}", file, f"{entry['id']}", annotation_id)
         else:
@@ -146,21 +144,45 @@ def _valid_entries(content: dict, kind: str, file: Path, problems: Problems) -> 
 def _read_categories(entries: list[dict], annotations: list[dict], file: Path, problems: Problems) -> dict[int, str]:
     """{id: name}, without Roboflow's project category."""
     used = {annotation["category_id"] for annotation in annotations}
-    parents = {entry.get("supercategory") for entry in entries if entry.get("supercategory") != "none"}
+    parents = [entry.get("supercategory") for entry in entries]
+    parents = {parent for parent in parents if isinstance(parent, str) and parent != "none"}
     categories = {}
     for entry in entries:
-        name = str(entry["name"]).strip()
-        if entry.get("supercategory") == "none" and entry["name"] in parents and entry["id"] not in used:
+        name = entry["name"]
+        if type(name) in (int, float):
+            name = str(name)
+        if not _is_text(name):
+            problems.add("malformed category name", file, f"category {entry['id']}: {short(name)} is no text")
+        elif entry.get("supercategory") == "none" and name in parents and entry["id"] not in used:
             logger.info("%s: category '%s' names the project, no annotation uses it; left out", file, name)
-        elif not name:
+        elif not name.strip():
             problems.add("empty category name", file, f"category {entry['id']}")
         else:
-            categories[entry["id"]] = name
+            categories[entry["id"]] = name.strip()
     for name, count in Counter(categories.values()).items():
         if count > 1:
             ids = ", ".join(str(category_id) for category_id, other in categories.items() if other == name)
             problems.add("duplicate category name", file, f"'{name}' is the name of categories {ids}")
     return categories
+
+
+def _image_entry_fault(image: dict) -> tuple[str, str] | None:
+    """(kind, detail) of what is wrong with an entry of `images` that has all fields; None if nothing is."""
+    width, height = image["width"], image["height"]
+    if not _is_text(image["file_name"]) or "\0" in image["file_name"]:
+        return "malformed file_name", f"{short(image['file_name'])} is no text that can name a file"
+    if not all(type(side) is int and side > 0 for side in (width, height)) or width * height > LARGEST_IMAGE:
+        return "invalid image size", f"{short(width)}x{short(height)}"
+    return None
+
+
+def _is_id(value) -> bool:
+    return type(value) is int and -ID_LIMIT <= value < ID_LIMIT
+
+
+def _is_text(value) -> bool:
+    """Whether this is text without halves of characters (surrogates), which JSON lets pass and no file can hold."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def locate_image(file_name: str, roots: list[Path]) -> str | None:
@@ -189,6 +211,6 @@ def _object(annotation: dict, categories: dict[int, str]) -> dict:
         "category": categories[annotation["category_id"]],
         "bbox": annotation["bbox"],
         "area": annotation.get("area"),
-        "iscrowd": bool(annotation.get("iscrowd", 0)),
+        "iscrowd": annotation.get("iscrowd"),
         "segmentation": annotation.get("segmentation") or None,
     }

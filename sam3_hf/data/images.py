@@ -5,6 +5,7 @@ state the size as stored. So the orientation is applied unless the stated size i
 differs from it. Where both are equal (square images, upside-down or mirrored ones) it is applied.
 """
 
+import logging
 import os
 from io import BytesIO
 
@@ -12,12 +13,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..reading import to_rgb
+from ..reading import to_8_bits, to_rgb
+
+logger = logging.getLogger(__name__)
 
 ORIENTATION_TAG = 0x0112  # EXIF
 SWAPS_SIDES = (5, 6, 7, 8)  # orientations that turn by a quarter
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 TAIL_BYTES = 1024  # some cameras write a little after the end marker
+
+_told: set[str] = set()
 
 
 def open_image(source: dict) -> Image.Image:
@@ -59,7 +64,7 @@ def image_fault(source: dict, width: int, height: int) -> tuple[str, str] | None
                 return "image size differs", f"{stated} in the annotations, {real} in the file"
             if not _ends_properly(source, image.format):
                 image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+    except Exception as error:  # as in `load_image`
         return "unreadable image", f"{source['path'] or 'embedded image'}: {error}"
     return None
 
@@ -77,6 +82,13 @@ def _ends_properly(source: dict, file_format: str) -> bool:
     return END_MARKERS[file_format] in tail
 
 
+def tell_once(source: dict, note: str) -> None:
+    """Logs how an image is read, for the first one that it is true of in this process."""
+    if note not in _told:
+        _told.add(note)
+        logger.warning("%s: %s; others alike are not named", source["path"] or "embedded image", note)
+
+
 def load_image(source: dict, width: int, height: int, at_least: tuple[float, float] | None = None):
     """Decodes an image, upright as its annotations mean it.
 
@@ -89,11 +101,14 @@ def load_image(source: dict, width: int, height: int, at_least: tuple[float, flo
         (pixels, factor): (3, height, width) uint8 RGB, and the 1, 2, 4 or 8 by which sides were divided (rounded up).
 
     Raises:
-        OSError: the file is missing or broken; the message names it.
+        OSError: the file is missing or broken, or its values are in no known range; the message names it.
     """
     try:
         with open_image(source) as image:
             factor, turned = 1, is_turned(image, width, height)
+            deep = image.mode in ("RGB", "RGBA") and ";16" in str(image.tile)  # Pillow keeps the upper 8 bits
+            if getattr(image, "is_animated", False) and image.format != "MPO":  # photographs and their previews
+                tell_once(source, "has several frames or pages, of which the first is used")
             if at_least is not None:
                 sides = at_least[::-1] if turned and orientation(image) in SWAPS_SIDES else at_least
                 stored_width = image.size[0]
@@ -101,7 +116,12 @@ def load_image(source: dict, width: int, height: int, at_least: tuple[float, flo
                 factor = 1 if drafted is None else round(stored_width / drafted[1][2])
             if turned:
                 image = ImageOps.exif_transpose(image)
+            image, note = to_8_bits(image)
             pixels = np.array(to_rgb(image))  # (height, width, 3)
-    except (OSError, SyntaxError, ValueError) as error:
+            if deep and 0 < pixels.max() < 16:
+                raise ValueError(f"colour of 16 bits (mode {image.mode}) that uses 12 at most: save it with 8 bits")
+            if note:
+                tell_once(source, note)
+    except Exception as error:  # damage makes Pillow's readers raise whatever they run into
         raise OSError(f"cannot decode image {source['path'] or '(embedded)'}: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1), factor

@@ -1,7 +1,7 @@
 """The way in: from what a user has to checked `datasets` splits."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import datasets
@@ -9,6 +9,8 @@ import yaml
 
 from .checks import DatasetError, Problems, check_dataset
 from .coco import find_roboflow_files, read_coco, split_name
+from .concepts import check_phrases, warn_of_unseen_concepts
+from .decoding import decode_images
 from .objects import read_objects
 from .rows import RawSplit, build_dataset
 
@@ -21,6 +23,7 @@ def load_dataset_splits(
     data: Source | Mapping[str, Source],
     image_folder: Source | Mapping[str, Source] | None = None,
     category_map: Source | Mapping[str, str] | None = None,
+    check_images: bool | Collection[str] = True,
 ) -> datasets.DatasetDict:
     """Reads a dataset, checks and repairs it, and brings it into one row schema (see `sam3_hf.data.rows`).
 
@@ -35,6 +38,8 @@ def load_dataset_splits(
             file, or images/ in it.
         category_map: YAML file, or dict, {category name: phrase to prompt with}; names left out stay as they are, two
             names with one phrase become one concept.
+        check_images: whether every image is decoded once (and not again while its file stays as it is; see
+            `sam3_hf.data.decoding`), or the splits whose images are. All are checked by their headers in any case.
 
     Returns:
         {"train": ..., "validation": ..., "test": ...}, those that there are. Concepts are the same in all splits:
@@ -43,7 +48,7 @@ def load_dataset_splits(
     Raises:
         FileNotFoundError: there is no such file or folder.
         DatasetError: the dataset has faults; the message lists the first ten and counts each kind. Or the category map
-            has an unknown name, or leaves numbers without a name.
+            has an unknown name, or leaves numbers without a name; or two phrases are one to the model.
     """
     problems = Problems()
     splits = _read(data, image_folder, problems)
@@ -55,15 +60,22 @@ def load_dataset_splits(
             f"categories {', '.join(unnamed[:10])} are numbers without a name; give a category_map, "
             f"e.g. '{unnamed[0]}: red blood cell'"
         )
-    check_dataset(splits, problems)
     phrases = [category_map.get(name, name) for name in names]
     concepts = list(dict.fromkeys(phrases))
+    check_phrases(concepts, " and ".join(dict.fromkeys(split.source for split in splits)), problems)
+    check_dataset(splits, problems)
+    for split in splits:
+        if check_images is True or (check_images and split.name in check_images):
+            decode_images(split, problems)
+    problems.raise_if_any()
     if len(concepts) < len(names):
         logger.info("the category map merges %d categories into %d concepts", len(names), len(concepts))
     category_index = {name: concepts.index(phrase) for name, phrase in zip(names, phrases, strict=True)}
     for split in splits:
         _log_counts(split, len(concepts))
-    return datasets.DatasetDict({split.name: build_dataset(split, concepts, category_index) for split in splits})
+    result = datasets.DatasetDict({split.name: build_dataset(split, concepts, category_index) for split in splits})
+    warn_of_unseen_concepts(result)
+    return result
 
 
 def _log_counts(split: RawSplit, concepts: int) -> None:

@@ -114,7 +114,7 @@ def _object(item: dict, item_id: int, category: str) -> dict:
     if isinstance(segmentation, str):
         try:
             segmentation = json.loads(segmentation) or None
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             pass  # the check that follows names it
     if isinstance(segmentation, dict) and all(value is None for value in segmentation.values()):
         segmentation = None  # how a struct feature may state that there is none
@@ -123,6 +123,6 @@ def _object(item: dict, item_id: int, category: str) -> dict:
         "category": category,
         "bbox": list(item["bbox"]) if item["bbox"] is not None else None,
         "area": item.get("area"),
-        "iscrowd": bool(item.get("iscrowd")),
+        "iscrowd": item.get("iscrowd"),
         "segmentation": segmentation,
     }

@@ -27,7 +27,7 @@ class RawSplit:
         name: "train", "validation" or "test".
         source: annotation file or repository, for messages.
         rows: dicts with `image_id`, `file_name`, `width`, `height` and `objects`, whose `category` is a name, whose
-            `segmentation` is a list, dict or None, and whose `area` may be None.
+            `segmentation` is a list, dict or None, and whose `area` and `iscrowd` are as they came.
         images: {"path", "bytes"} of each row: a list, or a dataset with an undecoded `image` column.
         category_names: in the order of the source.
         numbered: the names are bare numbers, for want of any other.
@@ -115,6 +115,29 @@ def objects_per_category(dataset: datasets.Dataset) -> np.ndarray:
     counts = np.bincount(cells[~crowd], minlength=len(dataset) * concepts)
     crowds = np.bincount(cells[crowd], minlength=len(dataset) * concepts)
     return np.where((counts == 0) & (crowds > 0), -1, counts).reshape(len(dataset), concepts)
+
+
+def first_of(names: list[str]) -> str:
+    """The first ten of a list as text."""
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def crowded_images(rows: datasets.Dataset, limit: int) -> tuple[list[str], int]:
+    """
+    The images with more than `limit` objects of one concept, as "FILE (COUNT 'CONCEPT')", and the largest number of
+    objects of one concept in an image; crowd regions do not count.
+    """
+    counts = objects_per_category(rows)
+    if not counts.size:
+        return [], 0
+    most, names = counts.argmax(axis=1), concept_names(rows)
+    crowded = np.flatnonzero(counts.max(axis=1) > limit)
+    files = rows.select(crowded)["file_name"] if len(crowded) else []
+    texts = [
+        f"{file} ({counts[index, most[index]]} '{names[most[index]]}')"
+        for file, index in zip(files, crowded, strict=True)
+    ]
+    return texts, int(counts.max())
 
 
 def segmentation_of(item: dict) -> list | dict | None:

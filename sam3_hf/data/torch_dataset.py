@@ -13,7 +13,7 @@ from torchvision.ops import box_convert
 from . import transforms
 from .images import load_image
 from .references import coco_reference_row
-from .rows import concept_names, has_masks, objects_per_category, segmentation_of
+from .rows import concept_names, crowded_images, first_of, has_masks, objects_per_category, segmentation_of
 from .sampling import Prompt, PromptSampling, add_box, draw_prompts, image_rng
 from .transforms import Augmentation, GeometricTransform
 
@@ -225,14 +225,17 @@ def promptable_rows(rows: datasets.Dataset, sampling: PromptSampling) -> dataset
     counts = objects_per_category(rows)  # (images, concepts)
     too_many = counts > sampling.max_objects
     if too_many.any():
-        text = "concepts with more than %d objects in an image are not asked for there: %d cases"
-        logger.warning(text, sampling.max_objects, too_many.sum())
+        images, _ = crowded_images(rows, sampling.max_objects)
+        text = "concepts with more than %d objects in an image are not asked for there: %d cases, in %d images: %s"
+        logger.warning(text, sampling.max_objects, too_many.sum(), len(images), first_of(images))
     possible = ((counts >= 0) & ~too_many).any(axis=1) | bool(sampling.negative_words)
     if possible.all():
         return rows
     if not possible.any():
         raise ValueError("no image of the training split can get a prompt: all concepts are crowd regions or too many")
-    logger.warning("%d images left out: no concept can be asked for in them", (~possible).sum())
+    left_out = rows.select(np.flatnonzero(~possible))["file_name"]
+    text = "%d images left out: no concept can be asked for in them: %s"
+    logger.warning(text, len(left_out), first_of(left_out))
     return rows.select(np.flatnonzero(possible))
 
 

@@ -97,6 +97,11 @@ class DataArguments:
         0.476, "training images are shrunk to at least this share of the model's side, above 0 to 1, and padded"
     )
     color_jitter: float = option(0.2, "brightness, contrast and saturation change by up to this share, 0 to below 1")
+    check_images: bool = option(
+        True,
+        "decode every image once before training, so that a damaged one does not stop the run later; what was sound "
+        "is not decoded again by the next run. 'false' checks headers only",
+    )
     num_workers: int = option(4, "processes per training process that decode and augment; 0 decodes in the loop")
     generated_train: int = option(256, "training images to draw when --data is 'generated'")
     generated_valid: int = option(32, "validation images to draw when --data is 'generated'")

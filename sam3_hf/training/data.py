@@ -1,12 +1,18 @@
 """The training and validation splits of a run."""
 
+import logging
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
 
 from ..data import Augmentation, DatasetError, EvalDataset, PromptSampling, TrainDataset, load_dataset_splits
+from ..data.concepts import unseen_concepts
 from ..data.generated import write_dataset
+from ..data.rows import crowded_images, first_of, objects_per_category
 from .arguments import Arguments
+
+logger = logging.getLogger(__name__)
 
 
 def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -> tuple[TrainDataset, EvalDataset]:
@@ -36,13 +42,15 @@ def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -
     if options.validation_data is not None:
         source = {"train": source, "validation": options.validation_data}
         folders = {"train": folders, "validation": options.validation_image_folder or folders}
-    splits = load_dataset_splits(source, folders, options.category_map)
+    used = ("train", "validation") if options.check_images else False
+    splits = load_dataset_splits(source, folders, options.category_map, check_images=used)
     for split in ("train", "validation"):
         if split not in splits:
             raise DatasetError(
                 f"{options.data} has no {split} split, only {', '.join(splits)}: a Roboflow folder has train/ and "
                 "valid/, for COCO files give --validation_data"
             )
+    check_common_concepts(splits["train"], splits["validation"], options.data)
     sampling = PromptSampling(
         prompts_per_image=options.prompts_per_image,
         negative_ratio=options.negative_ratio,
@@ -57,6 +65,29 @@ def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -
     )
     train = TrainDataset(splits["train"], image_size, sampling, augmentation, arguments.optimization.seed)
     return train, EvalDataset(splits["validation"], image_size)
+
+
+def check_common_concepts(train, validation, source: str) -> None:
+    """Raises DatasetError if the validation split has objects, and none of a concept that the training split shows."""
+    unseen, shown = unseen_concepts(train, validation), unseen_concepts(validation, train)
+    counts = objects_per_category(validation)
+    if unseen and len(unseen) == np.any(counts > 0, axis=0).sum():
+        raise DatasetError(
+            f"{source}: no concept of the validation split ({first_of(list(unseen))}) is in the training split "
+            f"({first_of(list(shown))}): give it the same categories, or rename them with --category_map"
+        )
+
+
+def warn_of_crowds(train: TrainDataset, validation: EvalDataset, num_queries: int) -> None:
+    """Logs which images have more objects of one concept than the model has queries."""
+    for name, data in (("training", train), ("validation", validation)):
+        images, most = crowded_images(data.rows, num_queries)
+        if images:
+            text = (
+                "%d %s images have more objects of one concept than the model has queries (%d), which finds at most "
+                "one each; --num_queries %d is enough for all: %s"
+            )
+            logger.warning(text, len(images), name, num_queries, most, first_of(images))
 
 
 def read_words(path: str | None) -> tuple[str, ...]:

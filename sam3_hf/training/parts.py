@@ -11,7 +11,7 @@ from ..data import EvalDataset, TrainDataset
 from ..processing_sam3_lite import Sam3LiteProcessor
 from .accelerator import prepare
 from .arguments import Arguments
-from .data import load_data
+from .data import load_data, warn_of_crowds
 from .model import build_model, write_mapping_report
 from .objectives import Labels, Objective
 from .phrases import FrozenText, TokenizedText, build_text
@@ -49,6 +49,7 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
         write_mapping_report(model, arguments)
     processor = Sam3LiteProcessor.from_config(model.config)
     train_data, valid_data = load_data(accelerator, arguments, model.config.image_size)
+    warn_of_crowds(train_data, valid_data, model.config.detr_decoder_config.num_queries)
     text = build_text(accelerator, arguments, model, processor, train_data)
     model, optimizer = prepare(accelerator, model, arguments.optimization)
     return Parts(
