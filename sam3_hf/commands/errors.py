@@ -21,5 +21,11 @@ def one_line_errors(memory_option: str = "--batch-size") -> Iterator[None]:
         typer.echo(f"Error: the memory of the GPU does not suffice: pass a smaller {memory_option}.", err=True)
         raise typer.Exit(1) from error
     except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {on_one_line(str(error)) or type(error).__name__}", err=True)
         raise typer.Exit(1) from error
+
+
+def on_one_line(text: str) -> str:
+    """A message without line breaks, and with the control characters that file names may hold written as escapes."""
+    words = " ".join(text.split())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)
