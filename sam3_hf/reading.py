@@ -106,7 +106,7 @@ def _check_regular(path: str) -> None:
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
-        raise OSError(f"it has {width} x {height} pixels, more than the {max_pixels:,} allowed (`max_pixels`)")
+        raise OSError(f"it has {width} x {height} pixels, more than {max_pixels:,}: allow that by `max_pixels`")
 
 
 def _unknown_format(error: Exception) -> str | None:
