@@ -1,9 +1,10 @@
-"""Damaged, huge, odd and hostile pictures, names, URLs and model files: a result, or a line that says what is wrong."""
+"""Damaged, huge, odd and hostile pictures, names, URLs and models: a result, or a line that says what is wrong."""
 
 import http.server
 import io
 import json
 import os
+import shutil
 import struct
 import threading
 from pathlib import Path
@@ -16,9 +17,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf.checkpoints import weight_files
 from sam3_hf.cli import app
 from sam3_hf.downloads import MAX_REDIRECTS, download, is_public, is_url
 from sam3_hf.reading import read_image
+from sam3_hf.sharing.model_card import model_card
 
 HOSTILE = [
     "a|b",
@@ -389,3 +392,102 @@ def test_urls_that_cannot_be(url, reason, monkeypatch):
 )
 def test_public_addresses(address, public):
     assert is_public(address) == public
+
+
+@pytest.fixture
+def copied(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def changed_config(folder: Path, path: tuple, value) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    part = fields
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+VIT = ("vision_config", "backbone_config")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ((*VIT, "num_hidden_layers"), 10**6, "`vision_config.backbone_config.num_hidden_layers` must be at most 512"),
+        ((*VIT, "hidden_size"), 10**400, "`vision_config.backbone_config.hidden_size` must be at most 16,384"),
+        (("detr_decoder_config", "num_layers"), 10**6, "`detr_decoder_config.num_layers` must be at most 512"),
+        (("text_config", "vocab_size"), 10**9, "`text_config.vocab_size` must be at most 10,000,000"),
+        (("text_config", "hidden_act"), "nope", "`text_config.hidden_act`='nope' is no activation"),
+        (("text_config", "layer_norm_eps"), float("nan"), "`text_config.layer_norm_eps`=nan"),
+        (("text_config", "hidden_size"), "64", "hidden_size"),
+        (("vision_config",), 3, "vision_config"),
+        (("loss_config",), [1], "config.json has a value that cannot be"),
+        (("loss_config", "class_alpha"), "x", "`loss_config.class_alpha` must be a number"),
+        (("summary_token",), "yes", "`summary_token` must be true or false"),
+        (("dtype",), "float99", "float99"),
+    ],
+)
+def test_configurations_that_cannot_be_are_refused_before_anything_is_built(copied, monkeypatch, path, value, words):
+    built = []
+    monkeypatch.setattr(Sam3LiteModel, "__init__", lambda *_, **__: built.append(1))
+    changed_config(copied, path, value)
+    with pytest.raises(ValueError) as caught:
+        Sam3LiteModel.from_pretrained(copied)
+    assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert words in one_line(run("info", copied))
+    assert not built
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"no json", "is no JSON"),
+        (b"", "is no JSON"),
+        (b"[]", "holds a list"),
+        (b'\xef\xbb\xbf{"model_type": "sam3_lite"}', "byte order mark"),
+        (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
+        (b'{"a": "\xff"}', "no text in UTF-8"),
+        (b'{"hidden_size": ' + b"9" * 5000 + b"}", "is no JSON"),
+    ],
+)
+def test_a_config_file_that_is_none(copied, tmp_path, content, words):
+    noise().save(tmp_path / "a.png")
+    (copied / "config.json").write_bytes(content)
+    for command in (
+        ["info", copied],
+        ["predict", tmp_path / "a.png", "--model", copied, "--prompt", "cat", "--output", tmp_path / "out"],
+        ["push", copied, "me/model"],
+    ):
+        line = one_line(run(*command))
+        assert "config.json" in line and words in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "shard", ["../other.safetensors", "/etc/passwd", "a/../../b.safetensors", 7, "..\\b.safetensors"]
+)
+def test_an_index_that_points_outside_of_its_folder(copied, shard):
+    (copied / "model.safetensors").rename(copied.parent / "other.safetensors")
+    index = {"metadata": {}, "weight_map": {"text_projection.bias": shard}}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    for load in (Sam3LiteModel.from_pretrained, weight_files, model_card):
+        with pytest.raises(ValueError, match="model.safetensors.index.json") as caught:
+            load(copied)
+        assert "do not trust" in str(caught.value) or shard == 7
+    one_line(run("info", copied))
+
+
+def test_parts_in_a_folder_of_the_folder_are_found(copied):
+    (copied / "parts").mkdir()
+    (copied / "model.safetensors").rename(copied / "parts" / "one.safetensors")
+    names = dict.fromkeys(Sam3LiteModel(micro_config()).state_dict(), "parts/one.safetensors")
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    assert weight_files(copied) == [copied / "parts" / "one.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["mapping_report.json", "provenance.json"])
+@pytest.mark.parametrize("content", ["[]", "{", "{}", '{"origin": 7, "totals": 7, "source": [], "strategy": {}}'])
+def test_a_damaged_report_is_named(copied, name, content):
+    (copied / name).write_text(content)
+    assert name in one_line(run("push", copied, "me/model"))

@@ -25,6 +25,18 @@ def one_line_errors(memory_option: str = "--batch-size") -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
+@contextmanager
+def model_errors(source: str) -> Iterator[None]:
+    """Raises a ValueError that names the model, of whatever error the files of a damaged or foreign one lead to."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, AssertionError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{source} cannot be loaded, a file of it is damaged or no model's: {reason}") from error
+
+
 def on_one_line(text: str) -> str:
     """A message without line breaks, and with the control characters that file names may hold written as escapes."""
     words = " ".join(text.split())

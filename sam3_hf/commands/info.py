@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..sharing.info import model_info
-from .errors import one_line_errors
+from .errors import model_errors, one_line_errors
 
 
 def info(
@@ -17,7 +17,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ):
     """Shows parts, parameters, bytes, FLOPs per image and per prompt, vocabulary and licence of a model."""
-    with one_line_errors():
+    with one_line_errors(), model_errors(model):
         facts = model_info(model, revision=revision)
     typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else as_text(facts))
 

@@ -18,7 +18,7 @@ from ..prediction.output_folder import PredictionFolder, UnwritableName
 from ..prediction.pipeline import PredictionSettings, PreparedImage, Sam3LitePipeline, prompts_of_images
 from ..reading import MAX_PIXELS, read_image
 from ..visualization import LONGEST_SIDE
-from .errors import on_one_line, one_line_errors
+from .errors import model_errors, on_one_line, one_line_errors
 
 
 def predict(
@@ -55,8 +55,9 @@ def predict(
         prompts = list(dict.fromkeys(prompt))
         prompts_of_images(prompts, 1)  # an empty prompt is an error before anything is written
         pictures = find_pictures(inputs, exclude=output)
-        pipe = Sam3LitePipeline.from_pretrained(model, device=device, revision=revision)
-        text = pipe.text_features(prompts)  # so is a word that a fixed vocabulary lacks
+        with model_errors(model):
+            pipe = Sam3LitePipeline.from_pretrained(model, device=device, revision=revision)
+            text = pipe.text_features(prompts)  # so is a word that a fixed vocabulary lacks
         record = {
             "model": model,
             "weights": fingerprint(pipe.model),

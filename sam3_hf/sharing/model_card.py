@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from ..checkpoints import source_config, weight_files
 from ..configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
 from ..mapping import REPORT_FILE
+from ..sources_sam3_lite import read_json
 from ..version import __version__
 from .sizes import preset_of, sizes_of
 
@@ -100,7 +101,7 @@ def origin_of(source: str | os.PathLike, **hub_arguments) -> Origin:
 
     def read(name: str) -> dict | None:
         path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        return None if path is None else read_json(path)
 
     provenance = read(PROVENANCE_FILE)
     if provenance is None and not isinstance(config, Sam3LiteConfig):
@@ -114,13 +115,23 @@ def folder_origin(folder: Path) -> Origin:
 
 
 def _recorded(provenance: dict | None, report: dict | None) -> Origin:
-    """The origin that a lite model's own files tell of."""
-    if provenance is not None:
-        return Origin(**provenance["origin"])
-    if report is None:
-        return UNKNOWN
-    on_hub = not os.path.exists(report["source"])
-    return Origin(report["source"], None if report.get("source_is_lite") else True, on_hub)
+    """
+    The origin that a lite model's own files tell of.
+
+    Raises:
+        ValueError: a file does not hold what it should.
+    """
+    try:
+        name = PROVENANCE_FILE
+        if provenance is not None:
+            return Origin(**provenance["origin"])
+        name = REPORT_FILE
+        if report is None:
+            return UNKNOWN
+        on_hub = not os.path.exists(report["source"])
+        return Origin(report["source"], None if report.get("source_is_lite") else True, on_hub)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{name} does not say where the weights come from ({error!r}): it is damaged.") from error
 
 
 def versions() -> dict[str, str]:
@@ -300,7 +311,7 @@ def _weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], list[str], int]:
 
 
 def _read(path: Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _shown(origin: Origin) -> str:
