@@ -1,9 +1,11 @@
 """Damaged, huge, odd and hostile pictures, names, URLs and models: a result, or a line that says what is wrong."""
 
+import ast
 import http.server
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import threading
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import micro_config, shake
+from huggingface_hub import ModelCard
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -20,8 +23,10 @@ from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.checkpoints import weight_files
 from sam3_hf.cli import app
 from sam3_hf.downloads import MAX_REDIRECTS, download, is_public, is_url
+from sam3_hf.plain_text import markdown, markdown_code, plain, python_literal
 from sam3_hf.reading import read_image
-from sam3_hf.sharing.model_card import model_card
+from sam3_hf.sharing.model_card import model_card, write_card
+from sam3_hf.visualization import draw_instances, side_by_side
 
 HOSTILE = [
     "a|b",
@@ -491,3 +496,79 @@ def test_parts_in_a_folder_of_the_folder_are_found(copied):
 def test_a_damaged_report_is_named(copied, name, content):
     (copied / name).write_text(content)
     assert name in one_line(run("push", copied, "me/model"))
+
+
+def trained_card(folder: Path, concepts: list[str], dataset_name: str = "mine") -> str:
+    """The card of a model in a folder, as if trained on these concepts."""
+    dataset = {"name": dataset_name, "hub_id": None, "training images": 3, "concepts": concepts, "has masks": True}
+    scores = {"segm_AP": 0.5}
+    provenance = {
+        "origin": {"base": f"/runs/{dataset_name}", "derived": False},
+        "versions": {"sam3-hf": "1"},
+        "arguments": {"epochs": 1},
+        "steps": 3,
+        "epochs": 1,
+        "images_per_step": 1,
+        "dataset": dataset,
+        "best": {"step": 3, "epoch": 1.0, "scores": scores},
+    }
+    write_card(folder, provenance)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_names_are_shown_as_they_are_in_cards(copied, name):
+    renderer = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    plain_card = trained_card(copied, ["plain", "cat"])
+    card = trained_card(copied, [name, "cat"], name)
+    assert card.count("\n") - plain_card.count("\n") in (0, 1)  # YAML may break a long name, inside of its quotes
+    fields, plain_fields = ModelCard(card).data.to_dict(), ModelCard(plain_card).data.to_dict()
+    assert fields.keys() == plain_fields.keys() and "license" not in fields
+    body, plain_body = (text.split("\n---\n", 1)[1] for text in (card, plain_card))
+    tags, plain_tags = (re.findall("<[^>]*>", renderer.render(text)) for text in (body, plain_body))
+    assert tags == plain_tags
+    (line,) = [line for line in body.splitlines() if line.startswith("phrases = ")]
+    phrases = ast.literal_eval(line.removeprefix("phrases = "))
+    assert phrases == ([name, "cat"] if len(name) < 100 else ["cat"])
+    assert all(character.isprintable() for character in line)
+    (concepts,) = [line for line in body.splitlines() if "Concepts: " in line]
+    assert len(concepts) < 400 and concepts.endswith(", cat.")
+
+
+def test_markdown_and_code():
+    assert markdown("a|b`c`<b>") == r"a\|b\`c\`&lt;b&gt;"
+    assert markdown("red blood cell (1-2)") == "red blood cell (1-2)"
+    assert markdown_code("a`b\nc") == "`a'b c`"
+    assert plain("a\n\tb\x00\u202ec\ud800") == "a bc\ufffd"
+    assert len(plain("x" * 500)) == 80 and plain("x" * 80) == "x" * 80
+    for name in HOSTILE:
+        assert ast.literal_eval(python_literal(name)) == name
+
+
+@pytest.mark.parametrize("size", [(40, 30), (1, 3000), (3000, 1)])
+def test_names_are_drawn_whatever_they_are(size):
+    image = Image.new("RGB", size)
+    boxes = [[0, 0, 1, 1]] * len(HOSTILE)
+    drawn = draw_instances(image, boxes, labels=HOSTILE, scores=[0.5] * len(HOSTILE))
+    assert max(drawn.size) in (512, 1280)
+    instances = {"boxes": boxes, "labels": HOSTILE}
+    side_by_side(image, {**instances, "scores": [0.5] * len(HOSTILE)}, instances, title=HOSTILE[2] + HOSTILE[-2] * 10)
+
+
+def test_two_names_that_differ_are_drawn_differently_and_one_line_is_one_line():
+    image, box = Image.new("RGB", (90, 90)), [[10, 40, 80, 80]]
+    one, two = (draw_instances(image, box, labels=[label]) for label in ("two lines", "two\nlines"))
+    assert one.tobytes() == two.tobytes()
+    assert one.tobytes() != draw_instances(image, box, labels=["other"]).tobytes()
+
+
+def test_names_are_plotted_whatever_they_are(tmp_path):
+    from sam3_hf.evaluation.plots import plot_confusion, plot_precision_recall
+
+    names = [*HOSTILE, r"$x^$", r"\frac{"]
+    size = len(names) + 1
+    curves = {"recall": [0, 1], "precision": {name: [1, 0] for name in names}}
+    plot_precision_recall(curves, "title", tmp_path / "curves.png")
+    counts = np.ones((size, size), dtype=int).tolist()
+    plot_confusion({"counts": counts, "concepts": names}, "title", tmp_path / "confusion.png")
+    assert Image.open(tmp_path / "curves.png").size and Image.open(tmp_path / "confusion.png").size
