@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import re
@@ -90,11 +91,13 @@ def _check_redirect(source: _Target, url: str) -> None:
 def _get(target: _Target, private_addresses: bool, max_bytes: int, timeout: float) -> bytes | str:
     """The content, or where a redirect leads."""
     connection = _connect(target, private_addresses, timeout)
+    server = connection.sock  # the connection forgets it before the content is read
     overdue = threading.Event()
 
     def interrupt():
         overdue.set()
-        connection.sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it is closed already
+            socket.socket.shutdown(server, socket.SHUT_RDWR)
 
     # A time-out of the socket starts anew with every byte; this one is for servers that send a byte now and then.
     watch = threading.Timer(TOTAL_TIMEOUT, interrupt)
@@ -102,16 +105,23 @@ def _get(target: _Target, private_addresses: bool, max_bytes: int, timeout: floa
     try:
         watch.start()
         connection.request("GET", target.path, headers={"User-Agent": "sam3-hf", "Accept": "image/*"})
-        response = connection.getresponse()
-        if response.status in _REDIRECTS:
-            return _location(response)
-        _check_head(response, max_bytes)
-        return _body(response, max_bytes)
+        content = _answer(connection.getresponse(), max_bytes)
     except (OSError, http.client.HTTPException) as error:
         raise TimeoutError() if overdue.is_set() else error from error
     finally:
         watch.cancel()
         connection.close()
+    if overdue.is_set():  # what was interrupted may look like an end
+        raise TimeoutError()
+    return content
+
+
+def _answer(response: http.client.HTTPResponse, max_bytes: int) -> bytes | str:
+    with response:
+        if response.status in _REDIRECTS:
+            return _location(response)
+        _check_head(response, max_bytes)
+        return _body(response, max_bytes)
 
 
 def _connect(target: _Target, private_addresses: bool, timeout: float) -> http.client.HTTPConnection:

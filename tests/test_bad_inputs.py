@@ -1,13 +1,16 @@
 """Damaged, huge, odd and hostile pictures, names, URLs and models: a result, or a line that says what is wrong."""
 
 import ast
+import contextlib
 import http.server
 import io
 import json
 import os
 import re
 import shutil
+import ssl
 import struct
+import subprocess
 import threading
 from pathlib import Path
 
@@ -236,7 +239,7 @@ def test_broken_settings_are_named(predict, tmp_path, content):
 
 
 class PictureServer(http.server.ThreadingHTTPServer):
-    """Answers {path: (status, headers, body)} on 127.0.0.1; a body of None is never sent. Keeps what was asked for."""
+    """Answers {path: (status, headers, body or its parts)} on 127.0.0.1; a body of None is never sent."""
 
     daemon_threads = True
 
@@ -256,8 +259,10 @@ class _Answer(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if body is None:
             self.server.over.wait()
-        else:
-            self.wfile.write(body)
+            return
+        with contextlib.suppress(OSError):  # whoever asked has left
+            for part in [body] if isinstance(body, bytes) else body:
+                self.wfile.write(part)
 
     def log_message(self, *_):
         pass
@@ -330,6 +335,42 @@ def test_what_a_server_may_not_do(server):
         assert server.url + path in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(OSError, match="/words: it is damaged"):
         read_image(f"{server.url}/words", private_addresses=True)
+
+
+def test_a_server_that_never_comes_to_an_end_is_left(server, monkeypatch):
+    """It sends a byte before every time-out."""
+
+    def drip():
+        while not server.over.wait(0.05):
+            yield b"x"
+
+    monkeypatch.setattr("sam3_hf.downloads.TOTAL_TIMEOUT", 0.5)
+    for headers in ({"Content-Type": "image/png"}, {"Content-Type": "image/png", "Content-Length": 10**6}):
+        server.answers["/drip"] = (200, headers, drip())
+        with pytest.raises(OSError, match="/drip: it took too long to answer"):
+            download(f"{server.url}/drip", private_addresses=True)
+
+
+def test_https_is_checked(server, tmp_path, monkeypatch):
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    options = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=x", "-addext"]
+    command = ["openssl", "req", *options, "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    body = as_bytes(noise(), "PNG")
+    server.answers["/a.png"] = (200, {"Content-Type": "image/png"}, body)
+    server.answers["/down"] = (302, {"Location": f"{server.url}/a.png"}, b"")
+    url = server.url.replace("http:", "https:")
+    with pytest.raises(OSError, match="/a.png: .*certificate"):
+        download(f"{url}/a.png", private_addresses=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert download(f"{url}/a.png", private_addresses=True) == body
+    with pytest.raises(OSError, match="redirect from https to 'http'"):
+        download(f"{url}/down", private_addresses=True)
 
 
 def test_redirects_are_checked_where_they_lead(server, monkeypatch):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..plain_text import plain
 from ..sharing.info import model_info
 from .errors import model_errors, one_line_errors
 
@@ -48,7 +49,7 @@ def _head(facts: dict) -> list[str]:
         f"ViT {sizes['vision_width']} x {sizes['vision_layers']} x {sizes['vision_heads']}, "
         f"DETR {sizes['detr_encoder_layers']} + {sizes['detr_decoder_layers']}, {sizes['queries']} queries, "
         f"images of {sizes['image_size']} px in patches of {sizes['patch_size']}",
-        "vocabulary: any text" if vocabulary is None else f"vocabulary: {', '.join(vocabulary)}",
+        "vocabulary: any text" if vocabulary is None else f"vocabulary: {', '.join(map(plain, vocabulary))}",
     ]
     if mapping is not None:
         totals = ", ".join(
