@@ -11,6 +11,8 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, Sam
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
+from .limits_sam3_lite import check_multiple, check_values, read_config
+
 logger = logging.get_logger(__name__)
 
 # Tokens that a phrase is padded or cut to.
@@ -166,6 +168,10 @@ class Sam3LiteLossConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         _check_keywords(type(self), kwargs, "loss_config", self.transformers_version)
+        for field in dataclasses.fields(Sam3LiteLossConfig):
+            value = getattr(self, field.name)
+            if isinstance(field.default, (int, float)) and not isinstance(value, (int, float)):
+                raise ValueError(f"`loss_config.{field.name}` must be a number, got {value!r}.")
         super().__post_init__(**kwargs)
 
 
@@ -220,7 +226,7 @@ class Sam3LiteConfig(Sam3Config):
                 setattr(self, name, fields)
         if isinstance(self.loss_config, dict):
             self.loss_config = Sam3LiteLossConfig(**self.loss_config)
-        self._validate_minimums()  # before the stock configs, whose messages name no field
+        self._validate_ranges()  # before the stock configs, whose messages name no field
         super().__post_init__(**kwargs)
         vision = self.vision_config
         vision.scale_factors = [4.0, 2.0, 1.0]  # the fourth level of SAM 3 is never read
@@ -231,8 +237,13 @@ class Sam3LiteConfig(Sam3Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As [`~PreTrainedConfig.from_dict`], for the content of a file: those of older versions lack fields."""
-        return super().from_dict({"summary_token": False, **config_dict}, **kwargs)
+        """
+        As [`~PreTrainedConfig.from_dict`], for the content of a file: those of older versions lack fields.
+
+        Raises:
+            ValueError: a value of a wrong type, or whatever else a damaged file holds, and as in the constructor.
+        """
+        return read_config(super().from_dict, {"summary_token": False, **config_dict}, **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> Sam3LiteConfig:
@@ -308,7 +319,9 @@ class Sam3LiteConfig(Sam3Config):
         Raises:
             ValueError: sizes that no model can have, naming the field and a valid value.
         """
-        self._validate_minimums()
+        self._validate_ranges()
+        if not isinstance(self.summary_token, bool):
+            raise ValueError(f"`summary_token` must be true or false, got {self.summary_token!r}.")
         if self.vocabulary is not None:
             check_vocabulary(self.vocabulary)
         vit = self.vision_config.backbone_config
@@ -317,8 +330,8 @@ class Sam3LiteConfig(Sam3Config):
             if not isinstance(getattr(vit, field), int):
                 raise ValueError(f"`{prefix}.{field}` must be one int (images are square), got {getattr(vit, field)}.")
         for field in ("image_size", "pretrain_image_size"):
-            _check_multiple(f"{prefix}.{field}", getattr(vit, field), "patch_size", vit.patch_size)
-        _check_multiple(f"{prefix}.hidden_size", vit.hidden_size, "num_attention_heads", vit.num_attention_heads)
+            check_multiple(f"{prefix}.{field}", getattr(vit, field), "patch_size", vit.patch_size)
+        check_multiple(f"{prefix}.hidden_size", vit.hidden_size, "num_attention_heads", vit.num_attention_heads)
         head_dim = vit.hidden_size // vit.num_attention_heads
         if head_dim % 4:
             raise ValueError(
@@ -326,17 +339,19 @@ class Sam3LiteConfig(Sam3Config):
                 f"hidden_size {vit.hidden_size}; axial rotary positions need a multiple of 4. "
                 f"Valid: {_valid_head_counts(vit.hidden_size)}."
             )
-        _check_multiple(f"{prefix}.hidden_size", vit.hidden_size, "the neck's two halvings", 4)
+        check_multiple(f"{prefix}.hidden_size", vit.hidden_size, "the neck's two halvings", 4)
         beyond = [i for i in vit.global_attn_indexes if not 0 <= i < vit.num_hidden_layers]
         if beyond:
             raise ValueError(
-                f"`{prefix}.global_attn_indexes` names layers {beyond} of a ViT with {vit.num_hidden_layers} layers; "
-                f"valid: {spread_global_layers(vit.num_hidden_layers, 4)}."
+                f"`{prefix}.global_attn_indexes` names layers {beyond[:8]} of a ViT with "
+                f"{vit.num_hidden_layers} layers; valid: {spread_global_layers(vit.num_hidden_layers, 4)}."
             )
         self._validate_detector_width()
 
-    def _validate_minimums(self):
+    def _validate_ranges(self):
         """Also for nested configs that are still dicts. Values of a wrong type are left to the stock validation."""
+        for name in preset_fields("lite"):
+            check_values(name, getattr(self, name))
         for path, minimums in _MINIMUMS.items():
             part = self
             for name in path:
@@ -347,7 +362,7 @@ class Sam3LiteConfig(Sam3Config):
                     raise ValueError(f"`{'.'.join(path)}.{field}` must be at least {minimum}, got {value}.")
         width, heads = (_field(self.text_config, field) for field in ("hidden_size", "num_attention_heads"))
         if isinstance(width, int) and isinstance(heads, int):
-            _check_multiple("text_config.hidden_size", width, "num_attention_heads", heads)
+            check_multiple("text_config.hidden_size", width, "num_attention_heads", heads)
 
     def _validate_detector_width(self):
         width = self.detr_decoder_config.hidden_size
@@ -360,10 +375,10 @@ class Sam3LiteConfig(Sam3Config):
         for field, value in others.items():
             if value != width:
                 raise ValueError(f"`{field}`={value} must equal `detr_decoder_config.hidden_size`={width}.")
-        _check_multiple("mask_decoder_config.hidden_size", width, "the 8 groups of its GroupNorm", 8)
+        check_multiple("mask_decoder_config.hidden_size", width, "the 8 groups of its GroupNorm", 8)
         for name in ("geometry_encoder_config", "detr_encoder_config", "detr_decoder_config", "mask_decoder_config"):
             heads = getattr(self, name).num_attention_heads
-            _check_multiple(f"{name}.hidden_size", width, "num_attention_heads", heads)
+            check_multiple(f"{name}.hidden_size", width, "num_attention_heads", heads)
 
 
 def check_vocabulary(classes: list[str]):
@@ -568,15 +583,6 @@ def _unknown_field_message(field: str, known) -> str:
 def _did_you_mean(word: str, known) -> str:
     close = difflib.get_close_matches(word, sorted(known), n=1)
     return f"; did you mean `{close[0]}`?" if close else ""
-
-
-def _check_multiple(field: str, value: int, divisor_name: str, divisor: int) -> None:
-    if value < 1 or value % divisor:
-        below = max(value // divisor, 1) * divisor
-        raise ValueError(
-            f"`{field}`={value} is not a positive multiple of {divisor_name} ({divisor}): use {below} or "
-            f"{below + divisor}."
-        )
 
 
 def _valid_head_counts(hidden_size: int) -> list[int]:

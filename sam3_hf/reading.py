@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import stat
 import warnings
+from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from transformers.image_utils import load_image
+
+from .downloads import download, is_url
+
+logger = logging.getLogger(__name__)
 
 ImageInput = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
+# The formats that files are read in, by Pillow's names; PPM stands for PBM, PGM and PNM as well, JPEG for MPO.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 100_000_000
+_FILE_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
 
-def read_image(image: ImageInput) -> Tensor:
+
+def read_image(image: ImageInput, *, max_pixels: int = MAX_PIXELS, private_addresses: bool = False) -> Tensor:
     """
     Args:
         image: path, URL (`http://`, `https://`), PIL image, array `(height, width[, channels])` or tensor
             `(channels, height, width)`. 1 channel is grey, a fourth one (opacity) is left out. Arrays and tensors are
-            uint8, or float in [0, 1]. The EXIF orientation of files and PIL images is applied.
+            uint8, or float in [0, 1]. The EXIF orientation of files and PIL images is applied. Files are BMP, GIF,
+            JPEG, PNG, PBM to PPM, TIFF or WebP; of several frames or pages the first is read, with a warning.
+        max_pixels: most pixels (width times height) of a file or URL. Pillow's own limit stays: 178,956,970 unless
+            `PIL.Image.MAX_IMAGE_PIXELS` is changed.
+        private_addresses: whether a URL may lead to this machine or a local network, see
+            [`~sam3_hf.downloads.download`].
 
     Returns:
         `(3, height, width)` uint8 RGB on the CPU.
 
     Raises:
-        OSError: the file is missing or cannot be decoded; the message names it.
+        OSError: the file is missing, too large, of another format or cannot be decoded, or the URL cannot be had; the
+            message names it.
         ValueError: a shape, dtype or range other than these.
         TypeError: no image at all.
     """
     if isinstance(image, (str, os.PathLike)):
-        return _read_file(os.fspath(image))
+        return _read_source(os.fspath(image), max_pixels, private_addresses)
     if isinstance(image, Image.Image):
         return _from_pil(image)
     if isinstance(image, np.ndarray):
@@ -83,20 +100,63 @@ def to_8_bits(image: Image.Image) -> tuple[Image.Image, str | None]:
     return Image.fromarray((values >> (bits - 8)).astype(np.uint8)), note if 0 < high < 2**12 else None
 
 
-def _read_file(source: str) -> Tensor:
+def _read_source(source: str, max_pixels: int, private_addresses: bool) -> Tensor:
+    if is_url(source):
+        file = BytesIO(download(source, private_addresses=private_addresses))
+    else:
+        _check_regular(source)
+        file = source
     try:
-        if source.startswith(("http://", "https://")):
-            return _from_pil(load_image(source))
-        with Image.open(source) as image:
-            return _from_pil(image)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
-        raise OSError(f"cannot decode image {source}: {error}") from error
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` is the limit here
+            pixels = _decode(source, file, max_pixels)
+    except Exception as error:  # Pillow's readers raise any, from struct.error to NotImplementedError
+        reason = _unknown_format(error) or str(error) or type(error).__name__
+        raise OSError(f"cannot decode image {source}: {reason}") from error
+    for note in dict.fromkeys(str(note.message).strip() for note in notes):
+        logger.warning("%s: %s", source, note)
+    return pixels
+
+
+def _decode(source: str, file: str | BytesIO, max_pixels: int) -> Tensor:
+    with Image.open(file, formats=FORMATS) as image:
+        _check_size(image, max_pixels)
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # photographs and their previews
+            logger.warning("%s has several frames or pages: the first is used.", source)
+            image.seek(0)
+        return _from_pil(image)
+
+
+def _check_regular(path: str) -> None:
+    """Refuses what is no file: opening a pipe would wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # a zero byte
+        raise OSError(f"cannot read image {path!r}: {error}") from error
+    if not stat.S_ISREG(mode):
+        raise OSError(f"cannot read image {path}: it is no file, but a {_FILE_KINDS.get(stat.S_IFMT(mode), 'device')}")
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise OSError(f"it has {width} x {height} pixels, more than {max_pixels:,}: allow that by `max_pixels`")
+
+
+def _unknown_format(error: Exception) -> str | None:
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is damaged or of none of the formats {', '.join(FORMATS)}; save it as PNG"
+    return None
 
 
 def _from_pil(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(to_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
+    image.load()  # a file that is cut off is named as such, before its orientation is asked for
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if not isinstance(orientation, int):
+        raise OSError(f"its EXIF orientation is {orientation!r}, no number: save it without EXIF data")
+    upright = ImageOps.exif_transpose(image)
+    return torch.from_numpy(np.array(to_rgb(upright))).permute(2, 0, 1)
 
 
 def _check_pixels(pixels: Tensor, layout: str) -> Tensor:

@@ -23,12 +23,38 @@ AVERAGE = "ema.safetensors"
 
 
 def config_fields(source: str | os.PathLike, **hub_arguments) -> dict | None:
-    """The content of the `config.json` of a folder or Hub repository, `None` if it has none."""
+    """
+    The content of the `config.json` of a folder or Hub repository, `None` if it has none.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
     path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub_arguments)
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return None if path is None else read_json(path)
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """
+    The content of a JSON file that holds an object.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no JSON, or something else than an object; the message names the file.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as such.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is no usable JSON: it is nested too deeply.") from error
+    except ValueError as error:  # of `json`, and for numbers of thousands of digits
+        if "BOM" in str(error):
+            raise ValueError(f"{path} starts with a byte order mark: save it as UTF-8 without one.") from error
+        raise ValueError(f"{path} is no JSON ({error}): it is damaged; write or download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object: write or download it again.")
+    return content
 
 
 def is_training_checkpoint(source: str | os.PathLike) -> bool:
@@ -41,6 +67,7 @@ def safe_weights(source: str | os.PathLike, variant: str | None = None, **hub_ar
     The safetensors file of a folder or Hub repository, or the index of its shards.
 
     Raises:
+        ValueError: the index is none, or names files outside of the folder.
         OSError: there is none. Where there is a pickle instead, the message says how to insist on it.
     """
 
@@ -52,6 +79,8 @@ def safe_weights(source: str | os.PathLike, variant: str | None = None, **hub_ar
         names = [f"{stem}.{variant}.{end}" for stem, end in (name.rsplit(".", 1) for name in names)]
     path = find(names[0]) or find(names[1])
     if path is not None:
+        if not path.endswith(".safetensors"):
+            shard_names(path)
         return path
     pickled = next((name for name in (WEIGHTS_INDEX_NAME, WEIGHTS_NAME) if find(name) is not None), None)
     if pickled is not None:
@@ -63,6 +92,28 @@ def safe_weights(source: str | os.PathLike, variant: str | None = None, **hub_ar
     raise OSError(f"{source} has neither {names[0]} nor {names[1]}.")
 
 
+def shard_names(index: str | os.PathLike) -> list[str]:
+    """
+    The files that the index of a model in parts names.
+
+    Raises:
+        ValueError: it is no such index, or names a file that is not below its folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no `weight_map` from tensors to files: write it with save_pretrained.")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if not _is_below(name)]
+    if outside:
+        raise ValueError(f"{index} names {outside[0]!r}, which is no file of its folder: do not trust this model.")
+    return names
+
+
+def _is_below(name: str) -> bool:
+    parts = name.replace("\\", "/").split("/")
+    return not (os.path.isabs(name) or ":" in name or "\0" in name or ".." in parts or "" in parts)
+
+
 __all__ = [
     "AVERAGE",
     "FROZEN_TEXT",
@@ -70,5 +121,7 @@ __all__ = [
     "TRAINER_STATE",
     "config_fields",
     "is_training_checkpoint",
+    "read_json",
     "safe_weights",
+    "shard_names",
 ]

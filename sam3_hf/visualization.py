@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torchvision.ops import box_iou
 
+from .plain_text import plain
+
 LONGEST_SIDE = (512, 1280)  # drawings are scaled into this range of pixels: labels need room, files should stay small
 FILL_OPACITY = 0.15  # shows which pixels are meant, and leaves them the colour that a phrase may name
 LOWEST_SHARED_IOU = 0.5  # of the boxes of a prediction and a true object that are drawn in one colour
@@ -52,7 +54,7 @@ def draw_instances(
         boxes: (n, 4) xyxy in pixels of `image`. Drawn for instances without a mask; the tags of all are beside them.
             Default: the bounds of the masks.
         masks: (n, height, width) bool or 0/1 at the size of `image`; None draws boxes alone.
-        labels: n concepts; default "object".
+        labels: n concepts; default "object". Shown on one line, as far as there is room.
         scores: (n,) in [0, 1]; None leaves them out.
         colors: n times RGB; default: `instance_colors`.
         tag_labels: False leaves the concept out of the tags, for pictures that say it elsewhere.
@@ -77,7 +79,7 @@ def draw_instances(
     draw = ImageDraw.Draw(canvas)
     taken = []
     for index in order:
-        words = [labels[index]] if tag_labels else []
+        words = [plain(labels[index])] if tag_labels else []
         words += [f"{scores[index]:.2f}"] if scores is not None else []
         if words:
             _draw_tag(draw, canvas.size, boxes[index] * scale, " ".join(words), colors[index], taken)
@@ -109,7 +111,7 @@ def side_by_side(
     margin, text_height = 16, 20
     title_height = 34 if title else 0
     counts = [
-        f"{concept}: {_count(prediction, concept)} predicted, {_count(ground_truth, concept)} true"
+        f"{plain(concept)}: {_count(prediction, concept)} predicted, {_count(ground_truth, concept)} true"
         for concept in shown
     ] or ["nothing predicted, nothing to find"]
     rows = _flow(counts, 2 * width + margin)
@@ -117,7 +119,7 @@ def side_by_side(
     panel = Image.new("RGB", (2 * width + 3 * margin, top + height + margin + len(rows) * 28 + margin // 2), PAPER)
     draw = ImageDraw.Draw(panel)
     if title:
-        draw.text((margin, margin - 2), _fit(title, 2 * width, 22), font=_font(22), fill=INK)
+        draw.text((margin, margin - 2), _fit(plain(title, 400), 2 * width, 22), font=_font(22), fill=INK)
     for name, half, left in zip(("Prediction", "Ground truth"), halves, (margin, width + 2 * margin), strict=True):
         draw.text((left, margin + title_height), name, font=_font(text_height), fill=INK)
         panel.paste(half, (left, top))
@@ -224,7 +226,7 @@ def _check_instances(image: Image.Image, boxes, masks, labels, scores):
     masks = masks.astype(bool) if masks is not None and count else None
     if boxes is None:
         boxes = np.array([_bounds(mask) for mask in masks] if masks is not None else [])
-    labels = list(labels) if labels is not None else ["object"] * count
+    labels = [str(label) for label in labels] if labels is not None else ["object"] * count
     return boxes.astype(float).reshape(-1, 4), masks, labels, scores
 
 
@@ -266,6 +268,8 @@ def _draw_tag(draw, size: tuple[int, int], box: np.ndarray, text: str, color, ta
     """Writes at the first free place by the box: above it, below it, inside it, or beside it."""
     height = max(18, round(max(size) / 48))
     font = _font(round(height * 0.74))
+    while len(text) > 1 and font.getlength(text) > size[0] - height:
+        text = text[:-2] + "…"
     width = round(draw.textlength(text, font=font)) + height // 2
     left, top, right, bottom = (float(side) for side in box)
     positions = [

@@ -20,6 +20,7 @@ from sam3_hf.modeling_sam3_lite import PROMPTS_SEGMENTED_AT_ONCE, Sam3LiteFindin
 from sam3_hf.prediction.detections import suppress
 from sam3_hf.prediction.pipeline import PredictionSettings
 from sam3_hf.prediction.tiling import cut_tiles
+from sam3_hf.reading import read_image
 from sam3_hf.rle import decode_mask, encode_part
 
 
@@ -113,8 +114,9 @@ def test_every_form_of_an_image_gives_the_same(pipe, images, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}/image.png"
     opaque = np.concatenate([array, np.full((*array.shape[:2], 1), 255, np.uint8)], axis=2)
-    forms = [path, str(path), url, images[0], array, opaque, tensor, array / 255.0, tensor.float() / 255]
+    forms = [path, str(path), images[0], array, opaque, tensor, array / 255.0, tensor.float() / 255]
     try:
+        forms.append(read_image(url, private_addresses=True))
         results = pipe(forms, "cat", threshold=0)
     finally:
         server.shutdown()
@@ -125,8 +127,6 @@ def test_every_form_of_an_image_gives_the_same(pipe, images, tmp_path):
 
 
 def test_files_are_turned_upright_and_16_bits_are_kept(tmp_path):
-    from sam3_hf.reading import read_image
-
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)

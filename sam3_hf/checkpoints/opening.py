@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from transformers import Sam3Config, Sam3VideoConfig
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file
 
 from ..configuration_sam3_lite import Sam3LiteConfig
-from ..sources_sam3_lite import AVERAGE, FROZEN_TEXT, config_fields, is_training_checkpoint, safe_weights
+from ..limits_sam3_lite import read_config
+from ..sources_sam3_lite import AVERAGE, FROZEN_TEXT, config_fields, is_training_checkpoint, safe_weights, shard_names
 from .checkpoint import Checkpoint
 from .configs import lite_config
 from .readers import PickledTensors, SafetensorsFiles
@@ -76,7 +76,7 @@ def source_config(
         fields: its content, if it was read before.
 
     Raises:
-        ValueError: the model type is none of SAM 3's.
+        ValueError: the model type is none of SAM 3's, or a value cannot be.
     """
     fields = fields or config_fields(source, **hub_arguments)
     if fields is None:
@@ -85,9 +85,9 @@ def source_config(
     if model_type == "sam3_lite":
         return Sam3LiteConfig.from_dict(fields)
     if model_type == "sam3":
-        return Sam3Config.from_dict(fields)
+        return read_config(Sam3Config.from_dict, fields)
     if model_type == "sam3_video":
-        return Sam3VideoConfig.from_dict(fields).detector_config
+        return read_config(Sam3VideoConfig.from_dict, fields).detector_config
     raise ValueError(
         f"{source} is a model of type {model_type!r}; a lite model starts from `sam3`, `sam3_video` or `sam3_lite`, "
         f"or from Meta's `{NATIVE_FILE}`."
@@ -102,16 +102,15 @@ def weight_files(source: str | os.PathLike, variant: str | None = None, **hub_ar
         variant, hub_arguments: as in [`open_checkpoint`].
 
     Raises:
+        ValueError: the index is none, or names files outside of the folder.
         OSError: there are none, or a shard is missing.
     """
     path = safe_weights(source, variant, **hub_arguments)
     if path.endswith(".safetensors"):
         return [Path(path)]
-    with open(path, encoding="utf-8") as file:
-        shards = sorted(set(json.load(file)["weight_map"].values()))
     found = {
         shard: cached_file(source, shard, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-        for shard in shards
+        for shard in shard_names(path)
     }
     missing = [shard for shard, file in found.items() if file is None]
     if missing:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..plain_text import plain
 from ..sharing.info import model_info
-from .errors import one_line_errors
+from .errors import model_errors, one_line_errors
 
 
 def info(
@@ -17,7 +18,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ):
     """Shows parts, parameters, bytes, FLOPs per image and per prompt, vocabulary and licence of a model."""
-    with one_line_errors():
+    with one_line_errors(), model_errors(model):
         facts = model_info(model, revision=revision)
     typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else as_text(facts))
 
@@ -48,7 +49,7 @@ def _head(facts: dict) -> list[str]:
         f"ViT {sizes['vision_width']} x {sizes['vision_layers']} x {sizes['vision_heads']}, "
         f"DETR {sizes['detr_encoder_layers']} + {sizes['detr_decoder_layers']}, {sizes['queries']} queries, "
         f"images of {sizes['image_size']} px in patches of {sizes['patch_size']}",
-        "vocabulary: any text" if vocabulary is None else f"vocabulary: {', '.join(vocabulary)}",
+        "vocabulary: any text" if vocabulary is None else f"vocabulary: {', '.join(map(plain, vocabulary))}",
     ]
     if mapping is not None:
         totals = ", ".join(

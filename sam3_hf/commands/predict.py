@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..prediction.input_files import InputFile, find_pictures
-from ..prediction.output_folder import PredictionFolder
+from ..prediction.output_folder import PredictionFolder, UnwritableName
 from ..prediction.pipeline import PredictionSettings, PreparedImage, Sam3LitePipeline, prompts_of_images
-from ..reading import read_image
+from ..reading import MAX_PIXELS, read_image
 from ..visualization import LONGEST_SIDE
-from .errors import one_line_errors
+from .errors import model_errors, on_one_line, one_line_errors
 
 
 def predict(
@@ -38,6 +38,9 @@ def predict(
         int | None, typer.Option(help="Look at large pictures in tiles of this side in pixels.")
     ] = None,
     tile_overlap: Annotated[int | None, typer.Option(help="Pixels that tiles share. Default: a quarter.")] = None,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Most pixels (width x height) of a picture; larger ones are not read.")
+    ] = MAX_PIXELS,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 4,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures ahead.")] = 2,
     device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
@@ -52,8 +55,9 @@ def predict(
         prompts = list(dict.fromkeys(prompt))
         prompts_of_images(prompts, 1)  # an empty prompt is an error before anything is written
         pictures = find_pictures(inputs, exclude=output)
-        pipe = Sam3LitePipeline.from_pretrained(model, device=device, revision=revision)
-        text = pipe.text_features(prompts)  # so is a word that a fixed vocabulary lacks
+        with model_errors(model):
+            pipe = Sam3LitePipeline.from_pretrained(model, device=device, revision=revision)
+            text = pipe.text_features(prompts)  # so is a word that a fixed vocabulary lacks
         record = {
             "model": model,
             "weights": fingerprint(pipe.model),
@@ -63,19 +67,30 @@ def predict(
         }
         folder = PredictionFolder(output, record, overlays, masks)
         left = [picture for picture in pictures if not folder.is_complete(picture)]
-        unreadable = predict_files(
-            pipe, left, folder, text=text, settings=settings, batch_size=batch_size, workers=workers
+        failures = predict_files(
+            pipe,
+            left,
+            folder,
+            text=text,
+            settings=settings,
+            max_pixels=max_pixels,
+            batch_size=batch_size,
+            workers=workers,
         )
-        images, detections = folder.write_coco()
+        images, detections, broken = folder.write_coco()
     typer.echo(
-        f"{output}: {detections} detections in {images} pictures; {len(left) - len(unreadable)} pictures were new, "
+        f"{output}: {detections} detections in {images} pictures; {len(left) - len(failures)} pictures were new, "
         f"{len(pictures) - len(left)} done before."
     )
-    if unreadable:
-        typer.echo(f"{len(unreadable)} could not be read:", err=True)
-        for message in unreadable:
-            typer.echo(f"  {message}", err=True)
+    _list_failures(f"{len(failures)} could not be read or written:", failures)
+    _list_failures(f"{len(broken)} earlier predictions are broken and left out:", broken)
+    if failures or broken:
         raise typer.Exit(1)
+
+
+def _list_failures(title: str, messages: list[str]) -> None:
+    for line in [title, *(f"  {on_one_line(message)}" for message in messages)] if messages else []:
+        typer.echo(line, err=True)
 
 
 def predict_files(
@@ -85,6 +100,7 @@ def predict_files(
     *,
     text: dict[str, tuple[torch.Tensor, torch.Tensor]],
     settings: PredictionSettings,
+    max_pixels: int,
     batch_size: int,
     workers: int,
 ) -> list[str]:
@@ -93,20 +109,24 @@ def predict_files(
 
     Args:
         text: from [`~Sam3LitePipeline.text_features`]; its phrases are the prompts.
+        max_pixels: most pixels of a picture.
     """
-    dataset = PictureDataset(pictures, settings, pipe.processor.image_processor, with_small=folder.overlays)
+    dataset = PictureDataset(pictures, settings, pipe.processor.image_processor, max_pixels, folder.overlays)
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=list, num_workers=workers)
-    unreadable = []
+    failures = []
     with tqdm(total=len(pictures), unit="picture") as bar:
         for batch in loader:
             readable = [sample for sample in batch if not isinstance(sample, str)]
-            unreadable += [sample for sample in batch if isinstance(sample, str)]
+            failures += [sample for sample in batch if isinstance(sample, str)]
             prepared = [image for _, image, _ in readable]
             results = pipe.detect(prepared, prompts_of_images(list(text), len(prepared)), text, settings, batch_size)
             for (index, _, small), found in zip(readable, results, strict=True):
-                folder.write(pictures[index], found, small)
+                try:
+                    folder.write(pictures[index], found, small)
+                except (UnwritableName, FileNotFoundError) as error:
+                    failures.append(str(error))
             bar.update(len(batch))
-    return unreadable
+    return failures
 
 
 class PictureDataset(Dataset):
@@ -114,19 +134,27 @@ class PictureDataset(Dataset):
     (index, `PreparedImage`, small picture for an overlay or None) of each picture, or what is wrong with it.
 
     Args:
+        max_pixels: most pixels of a picture.
         with_small: the picture as well, reduced to the size of drawings.
     """
 
-    def __init__(self, pictures: list[InputFile], settings: PredictionSettings, image_processor, with_small: bool):
+    def __init__(
+        self,
+        pictures: list[InputFile],
+        settings: PredictionSettings,
+        image_processor,
+        max_pixels: int,
+        with_small: bool,
+    ):
         self.pictures, self.settings, self.image_processor = pictures, settings, image_processor
-        self.with_small = with_small
+        self.max_pixels, self.with_small = max_pixels, with_small
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[int, PreparedImage, torch.Tensor | None] | str:
         try:
-            pixels = read_image(self.pictures[index].path)
+            pixels = read_image(self.pictures[index].path, max_pixels=self.max_pixels)
         except OSError as error:
             return str(error)
         small = _reduced(pixels) if self.with_small else None

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..sharing.hub import push_folder
-from .errors import one_line_errors
+from .errors import model_errors, one_line_errors
 
 
 class Approval(str, Enum):
@@ -29,6 +29,6 @@ def push(
 ):
     """Pushes weights, processor, configuration, reports, metrics and model card to the Hub in one commit."""
     approval = None if gated is None else gated.value
-    with one_line_errors():
+    with one_line_errors(), model_errors(str(folder)):
         commit = push_folder(folder, repo, private=private, gated=approval, revision=revision, commit_message=message)
     typer.echo(commit.commit_url)

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 from ..files import write_file  # noqa: E402
+from ..plain_text import plain  # noqa: E402
 
 MAX_NAMED = 30  # concepts that have room for names and numbers
 
@@ -24,7 +25,7 @@ def plot_precision_recall(curves: dict, title: str, path: Path) -> None:
     recall, precision = curves["recall"], curves["precision"]
     many = len(precision) > MAX_NAMED
     for index, (name, values) in enumerate(precision.items()):
-        label = None if many else f"{name}: {np.mean(values):.2f}"
+        label = None if many else f"{_shown(name)}: {np.mean(values):.2f}"
         axes.plot(recall, values, linewidth=1, alpha=0.3 if many else 0.9, color=f"C{index % 10}", label=label)
     if precision:
         mean = np.mean(list(precision.values()), axis=0)
@@ -50,14 +51,20 @@ def plot_confusion(confusion: dict, title: str, path: Path) -> None:
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="found as", ylabel="is", title=title)
     if size <= MAX_NAMED + 1:
-        axes.set_xticks(range(size), [*confusion["concepts"], "missed"], rotation=45, ha="right")
-        axes.set_yticks(range(size), [*confusion["concepts"], "nothing, double"])
+        concepts = [_shown(concept) for concept in confusion["concepts"]]
+        axes.set_xticks(range(size), [*concepts, "missed"], rotation=45, ha="right")
+        axes.set_yticks(range(size), [*concepts, "nothing, double"])
         for row, column in zip(*np.nonzero(counts), strict=True):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, counts[row, column], ha="center", va="center", color=color)
     axes.axhline(size - 1.5, color="grey", linewidth=0.8)
     axes.axvline(size - 1.5, color="grey", linewidth=0.8)
     _save(figure, path)
+
+
+def _shown(name: str) -> str:
+    """A name for matplotlib, which would set what is between dollar signs as a formula."""
+    return plain(name, 40).replace("$", r"\$")
 
 
 def _save(figure, path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +13,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..files import write_file
+from ..files import partial_of, write_file
 from ..rle import decode_mask
+from ..sources_sam3_lite import read_json
 from ..visualization import draw_instances
 from .detections import Detections
 from .input_files import InputFile
+
+logger = logging.getLogger(__name__)
+
+LONGEST_NAME = 255  # bytes, of a file on the usual file systems
+
+
+class UnwritableName(OSError):
+    """The predictions of a picture of this name cannot be written."""
 
 
 class PredictionFolder:
@@ -59,13 +70,19 @@ class PredictionFolder:
             ValueError: there is the prediction of another file of this name.
         """
         path = self._json(picture.name)
-        if not path.exists():
+        if not os.path.isfile(path):
             return False
-        record = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            record = self._read(path)
+        except ValueError as error:
+            logger.warning("%s The picture is predicted again.", error)
+            return False
         if record["file"] != str(picture.path):
             raise ValueError(
                 f"{path} is of {record['file']}, not of {picture.path}: choose another --output, or remove it."
             )
+        if not os.path.isfile(picture.path):
+            return False
         masks = len(list(self._masks(picture.name).glob("*.png")))
         return (
             _state(picture.path) == {key: record[key] for key in ("bytes", "modified")}
@@ -77,7 +94,13 @@ class PredictionFolder:
         """
         Args:
             small: the picture, `(3, h, w)` uint8, at the size to draw an overlay at.
+
+        Raises:
+            UnwritableName: the name is too long, or a folder has it.
+            FileNotFoundError: the picture is not there any more.
         """
+        self._check_name(picture)
+        state = _state(picture.path)
         self._json(picture.name).unlink(missing_ok=True)  # what is being replaced is not complete
         if self.overlays:
             drawing = draw_detections(small, found)
@@ -90,7 +113,7 @@ class PredictionFolder:
                 write_file(path, lambda partial, mask=mask: mask.save(partial, format="PNG"))
         record = {
             "file": str(picture.path),
-            **_state(picture.path),
+            **state,
             "width": found.size[1],
             "height": found.size[0],
             "detections": [
@@ -102,16 +125,21 @@ class PredictionFolder:
         }
         write_file(self._json(picture.name), json.dumps(record))
 
-    def write_coco(self) -> tuple[int, int]:
-        """Exports all predictions of the folder, of earlier runs as well. Returns how many images and detections."""
+    def write_coco(self) -> tuple[int, int, list[str]]:
+        """
+        Exports all predictions of the folder, of earlier runs as well.
+
+        Returns:
+            How many images and detections, and what is wrong with the files that were left out.
+        """
         category_ids = {prompt: index for index, prompt in enumerate(self.prompts, 1)}
-        images, count = [], 0
+        images, count, broken = [], 0, []
 
         def write_results(partial: Path) -> None:
             nonlocal count
             with partial.open("w", encoding="utf-8") as file:
                 file.write("[")
-                for image_id, (name, found) in enumerate(self._read_all(), 1):
+                for image_id, (name, found) in enumerate(self._read_all(broken), 1):
                     height, width = found.size
                     images.append({"id": image_id, "file_name": name, "width": width, "height": height})
                     for entry in found.to_coco(image_id, category_ids):
@@ -123,12 +151,17 @@ class PredictionFolder:
         categories = [{"id": index, "name": prompt} for prompt, index in category_ids.items()]
         dataset = json.dumps({"images": images, "categories": categories})
         write_file(self.folder / "coco_images.json", dataset)
-        return len(images), count
+        return len(images), count, broken
 
-    def _read_all(self) -> Iterator[tuple[str, Detections]]:
+    def _read_all(self, broken: list[str]) -> Iterator[tuple[str, Detections]]:
+        """Names and detections; adds what is wrong with files that are none to `broken`."""
         root = self.folder / "predictions"
-        for path in sorted(root.rglob("*.json")):
-            record = json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(path for path in root.rglob("*.json") if path.is_file()):
+            try:
+                record = self._read(path)
+            except ValueError as error:
+                broken.append(f"{error} Predict its picture again.")
+                continue
             rows = record["detections"]
             found = Detections(
                 boxes=torch.tensor([row["box"] for row in rows]).reshape(-1, 4),
@@ -139,6 +172,39 @@ class PredictionFolder:
                 prompts=self.prompts,
             )
             yield path.relative_to(root).as_posix().removesuffix(".json"), found
+
+    def _read(self, path: Path) -> dict:
+        """
+        Raises:
+            ValueError: the file is none that `write` wrote; the message names it.
+        """
+        record = read_json(path)
+        try:
+            whole = all(isinstance(record[key], int) for key in ("bytes", "modified", "width", "height"))
+            size = [record["height"], record["width"]]
+            valid = whole and all(_is_row(row, self.prompts, size) for row in record["detections"])
+        except (KeyError, TypeError):
+            valid = False
+        if not valid or not isinstance(record.get("file"), str):
+            raise ValueError(f"{path} is no prediction of a picture: it is damaged.")
+        return record
+
+    def _check_name(self, picture: InputFile) -> None:
+        paths = [self._json(picture.name)]
+        paths += [self._overlay(picture.name)] if self.overlays else []
+        for path in paths:
+            spare = LONGEST_NAME - len(os.fsencode(partial_of(path).name))
+            if spare < 0:
+                raise UnwritableName(
+                    f"{picture.path}: its name is too long to write {path.name}: shorten it by {-spare} bytes."
+                )
+            taken = next((above for above in path.parents if above.is_file()), path if path.is_dir() else None)
+            if taken is not None:
+                kind = "folder" if taken.is_dir() else "file"
+                raise UnwritableName(
+                    f"{picture.path}: {path} cannot be written, as there is a {kind} {taken}: rename the picture, or "
+                    "predict it into another --output."
+                )
 
     def _json(self, name: str) -> Path:
         return self.folder / "predictions" / f"{name}.json"
@@ -172,7 +238,7 @@ def draw_detections(picture: torch.Tensor, found: Detections) -> Image.Image:
 
 
 def _check_settings(path: Path, settings: dict) -> None:
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier = read_json(path)
     changed = [key for key in settings if key != "model" and settings[key] != earlier.get(key)]
     if changed:
         differences = ", ".join(f"{key} was {earlier.get(key)} and is {settings[key]}" for key in changed)
@@ -182,3 +248,16 @@ def _check_settings(path: Path, settings: dict) -> None:
 def _state(path: Path) -> dict[str, int]:
     status = path.stat()
     return {"bytes": status.st_size, "modified": status.st_mtime_ns}
+
+
+def _is_row(row: dict, prompts: list[str], size: list[int]) -> bool:
+    """Whether this is a detection as `PredictionFolder.write` writes it; KeyError or TypeError also mean that not."""
+    numbers = [row["score"], *row["box"]]
+    rle = row["segmentation"]
+    return (
+        row["label"] in prompts
+        and len(numbers) == 5
+        and all(isinstance(value, (int, float)) for value in numbers)
+        and rle["size"] == size
+        and isinstance(rle["counts"], str)
+    )

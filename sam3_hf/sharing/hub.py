@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..processing_sam3_lite import Sam3LiteProcessor
+from ..sources_sam3_lite import read_json
 from .model_card import (
     CARD_FILE,
     LICENSE_FILE,
@@ -122,7 +122,7 @@ def files_to_push(folder: Path) -> list[Path]:
         if (folder / "final" / "config.json").is_file():
             raise ValueError(f"{folder} is the folder of a run: push {folder / 'final'}.")
         raise ValueError(f"{folder} is no model: it has no config.json.")
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    model_type = read_json(folder / "config.json").get("model_type")
     if model_type != "sam3_lite":
         raise ValueError(f"{folder} holds a model of type {model_type!r}: `sam3-lite convert` makes a lite one of it.")
     weights = weight_files(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections import Counter
 
@@ -17,6 +16,7 @@ from ..checkpoints import Checkpoint, open_checkpoint
 from ..configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
 from ..mapping import REPORT_FILE
 from ..modeling_sam3_lite import Sam3LiteGeometryEncoder, Sam3LiteModel
+from ..sources_sam3_lite import read_json
 from .sizes import preset_of, sizes_of
 
 # The parts of a model, by the modules they consist of.
@@ -70,7 +70,7 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
     flops = count_flops(checkpoint.config)
     summary = flops.pop("summary token")
     parts = _measure(checkpoint, expected, flops)
-    report = _read(source, REPORT_FILE, hub_arguments)
+    report = _find(source, REPORT_FILE, hub_arguments)
     per_prompt = sum(part["flops"] for part in parts.values() if part.get("per") == "prompt")
     return {
         "source": source,
@@ -84,7 +84,7 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
         "bytes": sum(part["bytes"] for part in parts.values()),
         "flops_per_image": parts["vision encoder"]["flops"] + summary + per_prompt,
         "flops_per_prompt": per_prompt,
-        "mapping": report and {key: json.loads(report)[key] for key in ("source", "strategy", "totals")},
+        "mapping": report and _mapping(report),
     }
 
 
@@ -153,21 +153,28 @@ def _measure(checkpoint: Checkpoint, expected: dict[str, torch.Tensor], flops: d
     return parts
 
 
-def _read(source: str, name: str, hub_arguments: dict) -> str | None:
-    """Text of a file of a folder or Hub repository, None if it has none."""
+def _find(source: str, name: str, hub_arguments: dict) -> str | None:
+    """Path of a file of a folder or Hub repository, None if it has none."""
     if os.path.isfile(source):
         return None
-    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+
+
+def _mapping(path: str) -> dict:
+    report = read_json(path)
+    try:
+        kept = {key: report[key] for key in ("source", "strategy", "totals")}
+        return kept | {"totals": {action: dict(total) for action, total in kept["totals"].items()}}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no mapping report ({error!r}): remove it.") from error
 
 
 def _license(source: str, hub_arguments: dict) -> str:
-    text = _read(source, "README.md", hub_arguments)
-    if text is None:
+    path = _find(source, "README.md", hub_arguments)
+    if path is None:
         return "unknown"
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read()
     try:
         fields = ModelCard(text, ignore_metadata_errors=True).data
     except YAMLError as error:

@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 import transformers
@@ -18,6 +19,8 @@ from transformers.utils import cached_file
 from ..checkpoints import source_config, weight_files
 from ..configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
 from ..mapping import REPORT_FILE
+from ..plain_text import LONGEST, markdown, markdown_code, plain, python_literal
+from ..sources_sam3_lite import read_json
 from ..version import __version__
 from .sizes import preset_of, sizes_of
 
@@ -100,7 +103,7 @@ def origin_of(source: str | os.PathLike, **hub_arguments) -> Origin:
 
     def read(name: str) -> dict | None:
         path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        return None if path is None else read_json(path)
 
     provenance = read(PROVENANCE_FILE)
     if provenance is None and not isinstance(config, Sam3LiteConfig):
@@ -114,13 +117,23 @@ def folder_origin(folder: Path) -> Origin:
 
 
 def _recorded(provenance: dict | None, report: dict | None) -> Origin:
-    """The origin that a lite model's own files tell of."""
-    if provenance is not None:
-        return Origin(**provenance["origin"])
-    if report is None:
-        return UNKNOWN
-    on_hub = not os.path.exists(report["source"])
-    return Origin(report["source"], None if report.get("source_is_lite") else True, on_hub)
+    """
+    The origin that a lite model's own files tell of.
+
+    Raises:
+        ValueError: a file does not hold what it should.
+    """
+    try:
+        name = PROVENANCE_FILE
+        if provenance is not None:
+            return Origin(**provenance["origin"])
+        name = REPORT_FILE
+        if report is None:
+            return UNKNOWN
+        on_hub = not os.path.exists(report["source"])
+        return Origin(report["source"], None if report.get("source_is_lite") else True, on_hub)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{name} does not say where the weights come from ({error!r}): it is damaged.") from error
 
 
 def versions() -> dict[str, str]:
@@ -202,7 +215,7 @@ def _render(
     preset: str | None = None,
     text_replaced: bool = False,
 ) -> ModelCard:
-    origin, trained = Origin(**provenance["origin"]), "arguments" in provenance
+    origin, trained = _recorded(provenance, None), "arguments" in provenance
     best = provenance.get("best")
     name = f"Lite SAM 3, preset {preset}" if preset else "Lite SAM 3, fine-tuned" if trained else "Lite SAM 3"
     scores = {key: best["scores"][key] for key in SCORES if key in best["scores"]} if best else {}
@@ -216,7 +229,7 @@ def _render(
         example=example,
         sizes=sizes,
         placeholder=PLACEHOLDER,
-        phrases=json.dumps(phrases[:3], ensure_ascii=False),
+        phrases=_phrases(phrases),
         origin=_origin_text(origin, trained, preset, report),
         mapping=_mapping_rows(report),
         text_replaced=text_replaced,
@@ -240,7 +253,7 @@ def _metadata(name: str, origin: Origin, dataset: dict | None, scores: dict[str,
         EvalResult(
             task_type=SCORES[key],
             dataset_type=hub_id or "custom",
-            dataset_name=dataset["name"],
+            dataset_name=plain(dataset["name"]),
             dataset_split="validation",
             metric_type=key,
             metric_name=key.replace("_", " "),
@@ -300,12 +313,22 @@ def _weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], list[str], int]:
 
 
 def _read(path: Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
+
+
+def _phrases(phrases: list[str]) -> str:
+    """Up to three of them as Python code; long ones only where there are no others."""
+    short = [phrase for phrase in phrases if len(phrase) <= LONGEST]
+    return f"[{', '.join(map(python_literal, short[:3] or phrases[:1]))}]"
+
+
+def _link(name: str, kind: str = "") -> str:
+    return f"[{markdown(name)}](https://huggingface.co/{kind}{quote(name)})"
 
 
 def _shown(origin: Origin) -> str:
     """The base as a link; of a path only the last part, as the rest is the author's business."""
-    return f"[{origin.base}](https://huggingface.co/{origin.base})" if origin.on_hub else f"`{Path(origin.base).name}`"
+    return _link(origin.base) if origin.on_hub else markdown_code(Path(origin.base).name)
 
 
 def _origin_text(origin: Origin, trained: bool, preset: str | None, report: dict | None) -> str:
@@ -324,7 +347,7 @@ def _origin_text(origin: Origin, trained: bool, preset: str | None, report: dict
     text = f"They started from {_shown(origin)}."
     if report is not None:
         data = "on unlabelled images" if report["strategy"] == "calibrated" else "without data"
-        text += f" To fit these sizes they were mapped with the strategy `{report['strategy']}`, {data}:"
+        text += f" To fit these sizes they were mapped with the strategy {markdown_code(report['strategy'])}, {data}:"
     return text
 
 
@@ -348,8 +371,8 @@ def _has_text_encoder(report: dict) -> bool:
 
 def _dataset_text(dataset: dict) -> str:
     hub_id = dataset["hub_id"]
-    name = f"[{hub_id}](https://huggingface.co/datasets/{hub_id})" if hub_id else f"`{dataset['name']}`"
-    concepts = ", ".join(dataset["concepts"][:20])
+    name = _link(hub_id, "datasets/") if hub_id else markdown_code(dataset["name"])
+    concepts = ", ".join(map(markdown, dataset["concepts"][:20]))
     more = f" and {len(dataset['concepts']) - 20} more" if len(dataset["concepts"]) > 20 else ""
     objects = "with masks" if dataset["has masks"] else "with boxes"
     return f"On {name}: {dataset['training images']} training images, {objects}. Concepts: {concepts}{more}."
@@ -359,7 +382,7 @@ def _settings(provenance: dict) -> list[tuple[str, str]]:
     arguments = provenance["arguments"]
     rows = [("steps", provenance["steps"]), ("images per step", provenance["images_per_step"])]
     rows += [(name.replace("_", " "), arguments[name]) for name in SETTINGS if arguments.get(name) is not None]
-    return [(name, str(value)) for name, value in rows]
+    return [(name, markdown(value)) for name, value in rows]
 
 
 def _limits(sizes: dict, vocabulary: list[str] | None, origin: Origin, trained: bool, mapped: bool) -> list[str]:
