@@ -1,0 +1,139 @@
+"""Nothing is computed from noise: weights, words, numbers and scores that mean nothing are named, not used."""
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf.cli import app
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    Sam3LiteProcessor.from_config(model.config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def last_line(result) -> str:
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    return result.output.strip().splitlines()[-1]
+
+
+def change(folder, edit):
+    """Rewrites the weights of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(edit(tensors), folder / "model.safetensors", {"format": "pt"})
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+def without(names):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+def poisoned(names, value):
+    def edit(tensors):
+        for name in names:
+            tensors[name].flatten()[-1] = value
+        return tensors
+
+    return edit
+
+
+def test_missing_tensors_are_named_and_not_made_up(folder):
+    whole = load_file(folder / "model.safetensors")
+    lost = [name for name in sorted(whole) if name.startswith("detr_decoder.layers.0")]
+    change(folder, without(lost))
+    with pytest.raises(ValueError) as error:
+        Sam3LiteModel.from_pretrained(folder)
+    message = str(error.value)
+    assert f"it lacks {len(lost)} of {len(whole)} tensors: `{lost[0]}`" in message and "\n" not in message
+    assert all(f"`{name}`" in message for name in lost[:10]) and lost[10] not in message
+    assert "ignore_mismatched_sizes=True" in message
+    _, info = Sam3LiteModel.from_pretrained(folder, output_loading_info=True)
+    assert info["missing_keys"] == set(lost)
+    assert Sam3LiteModel.from_pretrained(folder, ignore_mismatched_sizes=True).config.model_type == "sam3_lite"
+
+
+def test_missing_tensors_of_shards_pickles_and_state_dicts(model, tmp_path):
+    name = "mask_decoder.mask_embedder.layers.0.weight"
+    state = without([name])(model.state_dict())
+    model.save_pretrained(tmp_path / "shards", state_dict=dict(state), max_shard_size="200KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    with pytest.raises(ValueError, match=rf"shards is no whole model: it lacks 1 of \d+ tensors: `{name}`"):
+        Sam3LiteModel.from_pretrained(tmp_path / "shards")
+    model.config.save_pretrained(tmp_path / "pickle")
+    torch.save(state, tmp_path / "pickle" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=name):
+        Sam3LiteModel.from_pretrained(tmp_path / "pickle", use_safetensors=False)
+    with pytest.raises(ValueError, match=f"`state_dict` is no whole model.*{name}"):
+        Sam3LiteModel.from_pretrained(None, config=model.config, state_dict=state)
+
+
+def test_a_standard_source_that_lacks_tensors(stock_model, tmp_path):
+    stock_model.save_pretrained(tmp_path)
+    change(tmp_path, without(["text_projection.bias"]))
+    with pytest.raises(ValueError, match=r"it lacks 1 of \d+ tensors: `text_projection.bias`.*ignore_mismatched"):
+        Sam3LiteModel.from_pretrained(tmp_path, preset="same")
+    model = Sam3LiteModel.from_pretrained(tmp_path, preset="same", ignore_mismatched_sizes=True)
+    assert model.mapping_report.totals["initialized"]["tensors"] == 1
+
+
+def test_weights_that_hold_nothing_of_the_model(folder, caplog):
+    change(folder, lambda tensors: {f"other.{name}": tensor for name, tensor in tensors.items()})
+    with pytest.raises(
+        ValueError, match=r"it lacks (\d+) of \1 tensors.*and \d+ more. \1 tensors have names that.*`oth"
+    ):
+        Sam3LiteModel.from_pretrained(folder)
+    assert "REPORT" not in caplog.text
+
+
+def test_tensors_too_many_are_one_line(folder, caplog):
+    change(folder, lambda tensors: tensors | {"nothing": torch.zeros(3)})
+    Sam3LiteModel.from_pretrained(folder)
+    assert "1 tensors have names that this model does not know: `nothing`" in caplog.text
+    assert "REPORT" not in caplog.text
+
+
+def test_tensors_of_another_size_are_one_line(folder):
+    change(folder, lambda tensors: tensors | {"text_projection.bias": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"`text_projection.bias` is \(3,\) there, \(64,\) in the model.*ignore_mism"):
+        Sam3LiteModel.from_pretrained(folder)
+    assert Sam3LiteModel.from_pretrained(folder, ignore_mismatched_sizes=True).text_projection.bias.shape == (64,)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite(folder, value):
+    names = sorted(load_file(folder / "model.safetensors"))[:12]
+    change(folder, poisoned(names, value))
+    with pytest.raises(ValueError, match="12 tensors hold values that are not finite in torch.float32") as error:
+        Sam3LiteModel.from_pretrained(folder)
+    assert "\n" not in str(error.value) and all(f"`{name}`" in str(error.value) for name in names[:10])
+    assert "and 2 more" in str(error.value)
+
+
+def test_values_beyond_half_precision(folder):
+    change(folder, poisoned(["text_projection.bias"], 1e6))
+    Sam3LiteModel.from_pretrained(folder)
+    with pytest.raises(ValueError, match="not finite in torch.float16: `text_projection.bias`.*another `dtype`"):
+        Sam3LiteModel.from_pretrained(folder, dtype="float16")
+
+
+@pytest.mark.parametrize("edit", [without(["text_projection.bias"]), poisoned(["text_projection.bias"], float("nan"))])
+def test_commands_refuse_such_weights(folder, tmp_path, edit):
+    change(folder, edit)
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    for arguments in (
+        ["predict", tmp_path, "--model", folder, "--prompt", "cat", "--output", tmp_path / "out"],
+        ["convert", folder, tmp_path / "converted"],
+    ):
+        assert "text_projection.bias" in last_line(command(*arguments))
+    assert not (tmp_path / "converted").exists()
