@@ -1,13 +1,20 @@
 """Nothing is computed from noise: weights, words, numbers and scores that mean nothing are named, not used."""
 
+import json
+
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf import Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.cli import app
+from sam3_hf.data.generated import write_dataset
+from sam3_hf.processing_sam3_lite import clip_tokenizer
+from sam3_hf.training.arguments import parse_arguments
+from sam3_hf.training.parts import build_parts
 
 
 @pytest.fixture
@@ -137,3 +144,62 @@ def test_commands_refuse_such_weights(folder, tmp_path, edit):
     ):
         assert "text_projection.bias" in last_line(command(*arguments))
     assert not (tmp_path / "converted").exists()
+
+
+# --- words ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"), num_train=2, num_valid=2, image_size=64, num_concepts=2)
+
+
+def with_letters_only(folder):
+    """A folder with another tokenizer of as many tokens: its merges are in another order, and so are the ids."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    merges = content["model"]["merges"]
+    vocab = {token: index for token, index in content["model"]["vocab"].items() if index < 512 or index >= 1022}
+    for index, merge in enumerate(reversed(merges)):
+        vocab["".join(merge if isinstance(merge, list) else merge.split(" "))] = 512 + index
+    content["model"]["vocab"] = vocab
+    path.write_text(json.dumps(content))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(folder, data, tmp_path):
+    clip_tokenizer(2000).save_pretrained(folder)
+    message = "tokenizer has 2000 tokens with ids up to 1999, the text embedding of the model has 1024 rows"
+    with pytest.raises(ValueError, match=message):
+        Sam3LitePipeline.from_pretrained(folder)
+    model, processor = Sam3LiteModel.from_pretrained(folder), Sam3LiteProcessor.from_pretrained(folder)
+    with pytest.raises(ValueError, match=message):
+        model.freeze_vocabulary(["cat"], processor)
+    for arguments in (
+        ["evaluate", "--model", folder, "--data", data, "--workers", 0],
+        ["predict", data, "--model", folder, "--prompt", "cat", "--output", tmp_path / "out"],
+        ["convert", folder, tmp_path / "converted"],
+    ):
+        assert message in last_line(command(*arguments))
+    arguments = parse_arguments(["--init", str(folder), "--data", str(data), "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match=message):
+        build_parts(arguments, Accelerator(cpu=True), None)
+
+
+def test_commands_use_the_tokenizer_of_the_folder(folder, tmp_path):
+    with_letters_only(folder)
+    expected = Sam3LiteProcessor.from_pretrained(folder)(text="cat")["input_ids"]
+    config = Sam3LiteModel.from_pretrained(folder).config
+    assert not torch.equal(expected, Sam3LiteProcessor.from_config(config)(text="cat")["input_ids"])
+    assert torch.equal(expected, Sam3LiteProcessor.of_source(folder, config)(text="cat")["input_ids"])
+    assert command("convert", folder, tmp_path / "converted", "--dtype", "float16").exit_code == 0
+    found = Sam3LiteProcessor.from_pretrained(tmp_path / "converted")(text="cat")["input_ids"]
+    assert torch.equal(found, expected)
+
+
+def test_the_scores_are_those_of_the_tokenizer_of_the_folder(folder, data, monkeypatch):
+    with_letters_only(folder)
+    asked = []
+    monkeypatch.setattr(Sam3LiteModel, "get_text_features", lambda self, ids, mask: asked.append(ids) or 1 / 0)
+    command("evaluate", "--model", folder, "--data", data, "--workers", 0)
+    expected = Sam3LiteProcessor.from_pretrained(folder)(text=["blue circle", "red circle"])["input_ids"]
+    assert torch.equal(asked[0], expected[:, : asked[0].shape[1]])

@@ -61,7 +61,7 @@ def _scores(source, data, split, image_folder, category_map, batch_size, workers
     accelerator = Accelerator(mixed_precision="fp16" if torch.cuda.is_available() else "no")
     model = Sam3LiteModel.from_pretrained(source, preset="same", dtype="float32", revision=revision)
     model.to(accelerator.device).eval()
-    processor = Sam3LiteProcessor.from_config(model.config)
+    processor = Sam3LiteProcessor.of_source(source, model.config, revision=revision)
     dataset = EvalDataset(splits[split], model.config.image_size)
     text = PhraseFeatures(model, processor, dataset.concepts, accelerator.device)
     set_seed(0)  # the mask losses sample points; training evaluates with its --seed, 0 if not given

@@ -18,7 +18,7 @@ from ..processing_sam3_lite import Sam3LiteProcessor, enlarge_masks
 from ..reading import ImageInput, read_image
 from ..rle import encode_part
 from ..sources_sam3_lite import HUB_ARGUMENTS
-from ..vocabulary_sam3_lite import phrase_features
+from ..vocabulary_sam3_lite import check_tokenizer, phrase_features
 from .detections import Detections, suppress
 from .tiling import Part, Tile, cut_tiles, join_parts
 
@@ -165,7 +165,12 @@ class Sam3LitePipeline:
         """
         Args:
             model: on the device and in the precision to compute in; set to evaluation mode.
+            processor: the one that was saved with it.
+
+        Raises:
+            ValueError: the tokenizer is not that of the model.
         """
+        check_tokenizer(processor.tokenizer, model.config)
         self.model, self.processor = model.eval(), processor
 
     @classmethod

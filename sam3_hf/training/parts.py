@@ -47,7 +47,7 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
     model = build_model(arguments, checkpoint)
     if accelerator.is_main_process and checkpoint is None:
         write_mapping_report(model, arguments)
-    processor = Sam3LiteProcessor.from_config(model.config)
+    processor = Sam3LiteProcessor.of_source(arguments.model.init, model.config)
     train_data, valid_data = load_data(accelerator, arguments, model.config.image_size)
     text = build_text(accelerator, arguments, model, processor, train_data)
     model, optimizer = prepare(accelerator, model, arguments.optimization)
