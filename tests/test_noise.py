@@ -1,6 +1,7 @@
 """Nothing is computed from noise: weights, words, numbers and scores that mean nothing are named, not used."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from typer.testing import CliRunner
 from sam3_hf import Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.cli import app
 from sam3_hf.data.generated import write_dataset
+from sam3_hf.evaluation import CGF1, prediction_row, reference_row
 from sam3_hf.processing_sam3_lite import clip_tokenizer
 from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.parts import build_parts
+from sam3_hf.training.reporting import main_scores
+from sam3_hf.training.run import Run
 
 
 @pytest.fixture
@@ -203,3 +207,64 @@ def test_the_scores_are_those_of_the_tokenizer_of_the_folder(folder, data, monke
     command("evaluate", "--model", folder, "--data", data, "--workers", 0)
     expected = Sam3LiteProcessor.from_pretrained(folder)(text=["blue circle", "red circle"])["input_ids"]
     assert torch.equal(asked[0], expected[:, : asked[0].shape[1]])
+
+
+# --- scores --------------------------------------------------------------------------------------------------------
+
+
+def one_concept(data, folder):
+    """A dataset whose pictures all have its one concept, in the Roboflow layout."""
+    for split in ("train", "valid"):
+        shutil.copytree(data / split, folder / split)
+        path = folder / split / "_annotations.coco.json"
+        coco = json.loads(path.read_text())
+        coco["categories"] = [{"id": 1, "name": "shape"}]
+        for annotation in coco["annotations"]:
+            annotation["category_id"] = 1
+        path.write_text(json.dumps(coco))
+    return folder
+
+
+def test_presence_scores_are_not_defined_where_no_prompt_is_absent():
+    box = [2, 2, 8, 8]
+    references = [
+        reference_row(1, 0, [box]),
+        reference_row(2, 0, [box]),
+        reference_row(1, 1, []),
+        reference_row(2, 1, []),
+    ]
+    predictions = [prediction_row(row["image_id"], row["category"], [box], [0.9]) for row in references]
+    for rows, names in ((slice(0, 2), {"0"}), (slice(2, 4), {"1"})):
+        metric = CGF1(("bbox",), keep_in_memory=True)
+        result = metric.compute(predictions=predictions[rows], references=references[rows])
+        assert (
+            result["IL_MCC"] is result["bbox_cgF1"] is result["bbox_cgF1@0.5"] is result["bbox_by_iou"]["cgF1"] is None
+        )
+        assert result["bbox_per_class"].keys() == names
+        assert all(row["cgF1"] is row["IL_MCC"] is None for row in result["bbox_per_class"].values())
+        json.dumps(result, allow_nan=False)
+    whole = CGF1(("bbox",), keep_in_memory=True).compute(predictions=predictions, references=references)
+    assert whole["IL_MCC"] == 0 and whole["bbox_per_class"]["0"]["cgF1"] is None
+
+
+def test_the_table_says_why_a_score_is_missing(folder, data, tmp_path):
+    data = one_concept(data, tmp_path / "data")
+    result = command("evaluate", "--model", folder, "--data", data, "--workers", 0, "--output", tmp_path / "scores")
+    assert result.exit_code == 0, result.output
+    assert "cgF1 and MCC are not defined where every picture has the concept (shape)." in result.output
+    rows = [line.split() for line in result.output.splitlines() if line.startswith("all")]
+    assert len(rows) == 2 and all(row[5] == row[7] == "-" for row in rows)
+    assert json.loads((tmp_path / "scores" / "metrics.json").read_text())["segm_cgF1"] is None
+
+
+def test_a_score_that_is_not_defined_chooses_nothing(folder, data, tmp_path):
+    data = one_concept(data, tmp_path / "data")
+    given = ["--init", folder, "--data", data, "--output_dir", tmp_path / "run", "--metric_for_best", "segm_cgF1"]
+    parts = build_parts(parse_arguments([*map(str, given)]), Accelerator(cpu=True), None)
+    with pytest.raises(ValueError, match="metric_for_best segm_cgF1 is not defined: every picture.*use segm_AP"):
+        Run(parts)
+    assert main_scores({"bbox_AP": 0.5, "bbox_AP50": 0.6, "bbox_cgF1": None, "IL_MCC": None, "loss": 1.0}) == {
+        "bbox_AP": 0.5,
+        "bbox_AP50": 0.6,
+        "loss": 1.0,
+    }
