@@ -257,9 +257,14 @@ class Sam3LiteProcessor(Sam3Processor):
         scores = outputs.pred_logits.sigmoid()
         if outputs.presence_logits is not None:
             scores = scores * outputs.presence_logits.sigmoid()
+        if not scores.isfinite().all():
+            logger.warning(
+                f"Scores are not finite in {outputs.pred_logits.dtype}, and such detections are left out. Numbers were "
+                "too large for the precision: load the model with dtype='bfloat16' or 'float32'."
+            )
         results = []
         for index in range(num_prompts):
-            keep = scores[index] > threshold
+            keep = (scores[index] > threshold).nonzero().flatten()
             boxes = outputs.pred_boxes[index][keep].clamp(0, 1)
             masks = outputs.pred_masks[index][keep]
             if target_sizes is None:

@@ -242,6 +242,7 @@ def bright_pipe(pipe, monkeypatch) -> Sam3LitePipeline:
             boxes=torch.tensor(boxes).reshape(-1, 4),
             prompt_index=torch.tensor(prompts, dtype=torch.long),
             mask_logits=torch.stack(masks) if masks else none,
+            finite=torch.tensor(True),
         )
 
     monkeypatch.setattr(pipe.model, "get_vision_features", lambda pixel_values: pixel_values)

@@ -10,11 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from sam3_hf import Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.cli import app
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.evaluation import CGF1, prediction_row, reference_row
 from sam3_hf.processing_sam3_lite import clip_tokenizer
+from sam3_hf.sharing.model_card import model_card
 from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.parts import build_parts
 from sam3_hf.training.reporting import main_scores
@@ -268,3 +269,100 @@ def test_a_score_that_is_not_defined_chooses_nothing(folder, data, tmp_path):
         "bbox_AP50": 0.6,
         "loss": 1.0,
     }
+
+
+# --- masks that nothing taught -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def boxes_only(model, tmp_path):
+    """A folder of a model that was trained on boxes alone."""
+    model.config.mask_supervision = False
+    model.save_pretrained(tmp_path / "boxes")
+    Sam3LiteProcessor.from_config(model.config).save_pretrained(tmp_path / "boxes")
+    return tmp_path / "boxes"
+
+
+def test_a_model_trained_on_boxes_gives_none_of_its_masks(boxes_only, folder, monkeypatch):
+    picture = Image.new("RGB", (50, 40))
+    with_masks = Sam3LitePipeline.from_pretrained(folder)
+    with_masks.model.config.mask_supervision = True
+    expected = with_masks(picture, ["cat", "dog"], threshold=0.0)
+    pipe = Sam3LitePipeline.from_pretrained(boxes_only)
+    monkeypatch.setattr(type(pipe.model.mask_decoder), "forward", lambda *_, **__: pytest.fail("the mask head ran"))
+    found = pipe(picture, ["cat", "dog"], threshold=0.0)
+    assert found.masks is found.rle is None and len(found) == len(expected) == 24
+    assert torch.equal(found.boxes, expected.boxes) and found.labels == expected.labels
+    assert found.select([1]).masks is None and found.to_supervision().mask is None
+    assert "segmentation" not in found.to_coco(1, {"cat": 1, "dog": 2})[0]
+    few = pipe(picture, ["cat"], threshold=0.0, nms_iou=0.1)  # then by boxes
+    assert 0 < len(few) < 12
+    assert pipe(picture, ["cat"], threshold=0.0, tile_size=30).masks is None
+
+
+def test_predict_and_evaluate_say_that_there_are_no_masks(boxes_only, data, tmp_path):
+    pictures, out = data / "valid", tmp_path / "out"
+    given = ["predict", pictures, "--model", boxes_only, "--prompt", "cat", "--output", out, "--workers", 0]
+    result = command(*given, "--overlays", "--threshold", 0)
+    assert result.exit_code == 0 and "was trained on boxes alone: it gives boxes" in result.output, result.output
+    again = command(*given, "--overlays", "--threshold", 0)
+    assert again.exit_code == 0 and "0 pictures were new" in again.output
+    assert "segmentation" not in json.loads((out / "coco_results.json").read_text())[0]
+    assert len(list((out / "overlays").rglob("*.png"))) == 2
+    assert "has no masks to write" in last_line(command(*given, "--masks"))
+    result = command("evaluate", "--model", boxes_only, "--data", data, "--workers", 0)
+    assert result.exit_code == 0 and "its boxes are scored, and no masks" in result.output
+    assert "\nmasks" not in result.output and "\nboxes" in result.output
+
+
+@pytest.mark.parametrize(("with_masks", "expected"), [("none", False), ("some", True)])
+def test_training_notes_whether_there_were_masks(folder, data, tmp_path, with_masks, expected):
+    shutil.copytree(data, tmp_path / "data")
+    path = tmp_path / "data" / "train" / "_annotations.coco.json"
+    coco = json.loads(path.read_text())
+    for annotation in coco["annotations"][0 if with_masks == "none" else 1 :]:
+        annotation["segmentation"] = []
+    path.write_text(json.dumps(coco))
+    given = ["--init", folder, "--data", tmp_path / "data", "--output_dir", tmp_path / "run"]
+    parts = build_parts(parse_arguments([*map(str, given)]), Accelerator(cpu=True), None)
+    assert parts.model.config.mask_supervision is parts.valid_data.has_masks is expected
+    config = parts.model.config
+    assert config.changed(image_size=128).mask_supervision is config.at_preset("tiny").mask_supervision is expected
+    parts.model.config.save_pretrained(tmp_path)
+    assert Sam3LiteConfig.from_pretrained(tmp_path).mask_supervision is expected
+
+
+def test_the_card_says_that_the_masks_mean_nothing(boxes_only, folder):
+    assert "trained on boxes alone" in str(model_card(boxes_only))
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["mask_supervision"]  # as in folders of earlier versions
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert "trained on boxes alone" not in str(model_card(folder))
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_an_overflow_is_a_warning_once_that_names_precision_and_remedy(folder, caplog):
+    pipe = Sam3LitePipeline.from_pretrained(folder, dtype="float16")
+    picture = Image.new("RGB", (50, 40))
+    pipe(picture, ["cat", "dog"])
+    assert "not finite" not in caplog.text
+    with torch.no_grad():
+        pipe.model.vision_encoder.neck.fpn_layers[2].proj1.weight.fill_(6e4)
+    for _ in range(2):
+        assert len(pipe([picture, picture], ["cat", "dog"])[0]) == 0
+    assert caplog.text.count("not finite in torch.float16") == 1
+    assert "dtype='bfloat16' or 'float32'" in caplog.text
+
+
+def test_scores_that_are_not_finite_are_no_empty_result(folder, model, caplog):
+    processor = Sam3LiteProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        outputs = model(**processor(images=Image.new("RGB", (50, 40)), text="cat"))
+    expected = processor.post_process_instance_segmentation(outputs, threshold=0.0)[0]
+    assert len(expected["scores"]) == 12 and "not finite" not in caplog.text
+    outputs.pred_logits[0, 3] = float("nan")
+    (found,) = processor.post_process_instance_segmentation(outputs, threshold=0.0)
+    assert len(found["scores"]) == len(found["masks"]) == 11
+    assert "Scores are not finite in torch.float32" in caplog.text

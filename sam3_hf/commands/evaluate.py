@@ -63,6 +63,9 @@ def _scores(source, data, split, image_folder, category_map, batch_size, workers
     model.to(accelerator.device).eval()
     processor = Sam3LiteProcessor.of_source(source, model.config, revision=revision)
     dataset = EvalDataset(splits[split], model.config.image_size)
+    if dataset.has_masks and not model.config.mask_supervision:
+        typer.echo(f"{source} was trained on boxes alone: its boxes are scored, and no masks.", err=True)
+        dataset.has_masks = False
     text = PhraseFeatures(model, processor, dataset.concepts, accelerator.device)
     set_seed(0)  # the mask losses sample points; training evaluates with its --seed, 0 if not given
     figures = score(

@@ -41,6 +41,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 4,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures ahead.")] = 2,
     device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32. Default: by the device.")] = None,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = "main",
 ):
     """
@@ -52,7 +53,11 @@ def predict(
         prompts = list(dict.fromkeys(prompt))
         prompts_of_images(prompts, 1)  # an empty prompt is an error before anything is written
         pictures = find_pictures(inputs, exclude=output)
-        pipe = Sam3LitePipeline.from_pretrained(model, device=device, revision=revision)
+        pipe = Sam3LitePipeline.from_pretrained(model, device=device, dtype=dtype, revision=revision)
+        if not pipe.model.config.mask_supervision:
+            if masks:
+                raise ValueError(f"{model} was trained on boxes alone and has no masks to write: leave --masks out.")
+            typer.echo(f"{model} was trained on boxes alone: it gives boxes, and no masks.", err=True)
         text = pipe.text_features(prompts)  # so is a word that a fixed vocabulary lacks
         record = {
             "model": model,

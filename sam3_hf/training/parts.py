@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..data import EvalDataset, TrainDataset
+from ..data.rows import has_some_masks
 from ..processing_sam3_lite import Sam3LiteProcessor
 from .accelerator import prepare
 from .arguments import Arguments
@@ -49,6 +50,8 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
         write_mapping_report(model, arguments)
     processor = Sam3LiteProcessor.of_source(arguments.model.init, model.config)
     train_data, valid_data = load_data(accelerator, arguments, model.config.image_size)
+    model.config.mask_supervision = has_some_masks(train_data.rows)
+    valid_data.has_masks &= model.config.mask_supervision  # masks that nothing taught are not scored
     text = build_text(accelerator, arguments, model, processor, train_data)
     model, optimizer = prepare(accelerator, model, arguments.optimization)
     return Parts(
