@@ -59,6 +59,9 @@ _SHORT_NAMES = {
     "num_queries": ("detr_decoder_config", "num_queries"),
 }
 
+# Those of them that change which parameters a model has, or their shapes.
+SIZE_KEYWORDS = frozenset(_SHORT_NAMES) - {"image_size"}
+
 # The smallest value of each size that the model cannot do without. Widths and resolutions must be multiples besides.
 _TRANSFORMER_MINIMUMS = {"intermediate_size": 1, "num_attention_heads": 1}
 _MINIMUMS = {
@@ -587,4 +590,4 @@ def _valid_head_counts(hidden_size: int) -> list[int]:
     return [n for n in range(1, hidden_size + 1) if hidden_size % n == 0 and (hidden_size // n) % 4 == 0][:12]
 
 
-__all__ = ["PRESETS", "Sam3LiteConfig", "Sam3LiteLossConfig", "parameter_sizes"]
+__all__ = ["PRESETS", "SIZE_KEYWORDS", "Sam3LiteConfig", "Sam3LiteLossConfig", "parameter_sizes"]

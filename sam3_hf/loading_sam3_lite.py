@@ -14,7 +14,7 @@ import torch
 from transformers.models.sam3.modeling_sam3 import Sam3PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
+from .configuration_sam3_lite import SIZE_KEYWORDS, Sam3LiteConfig, parameter_sizes
 from .sources_sam3_lite import HUB_ARGUMENTS, config_fields, is_training_checkpoint, listed, safe_weights
 
 logger = logging.get_logger(__name__)
@@ -73,7 +73,8 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
                 `"select"` or `"skip"`, see [`map_checkpoint`]; `"auto"` is the best of them. Equal sizes are copied.
             config (`Sam3LiteConfig` or path, *optional*): sizes of the model, instead of `preset`.
             kwargs: those of [`~PreTrainedModel.from_pretrained`] (`dtype`, `device_map`, `revision`, `token`, ...),
-                and fields of the config such as `image_size`. With `ignore_mismatched_sizes=True`, tensors that the
+                and fields of the config such as `image_size`, or `num_queries`: queries beyond those of the source
+                start untrained. With `ignore_mismatched_sizes=True`, tensors that the
                 source lacks, or of sizes that no mapping changes, are initialised at random instead of raising an
                 error; with `output_loading_info=True`, which returns their names, those that it lacks. Weights are
                 read from safetensors files; pickled ones, but for Meta's `.pt`, only with `use_safetensors=False`.
@@ -108,7 +109,7 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
         source = pretrained_model_name_or_path
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         fields = None if source is None or os.path.isfile(source) else config_fields(source, **hub_arguments)
-        if _is_saved_model(source, fields) and preset in (None, "same"):
+        if _is_saved_model(source, fields) and preset in (None, "same") and not SIZE_KEYWORDS & set(kwargs):
             saved = cls.config_class.from_dict(fields)
             if config is None or parameter_sizes(config) == parameter_sizes(saved):
                 if kwargs["use_safetensors"]:

@@ -259,8 +259,8 @@ class Sam3LiteProcessor(Sam3Processor):
             scores = scores * outputs.presence_logits.sigmoid()
         if not scores.isfinite().all():
             logger.warning(
-                f"Scores are not finite in {outputs.pred_logits.dtype}, and such detections are left out. Numbers were "
-                "too large for the precision: load the model with dtype='bfloat16' or 'float32'."
+                f"Scores are not finite in {outputs.pred_logits.dtype}, and such detections are left out. Numbers "
+                "were too large for the precision: load the model with dtype='bfloat16' or 'float32'."
             )
         results = []
         for index in range(num_prompts):

@@ -17,6 +17,7 @@ from sam3_hf.evaluation import CGF1, prediction_row, reference_row
 from sam3_hf.processing_sam3_lite import clip_tokenizer
 from sam3_hf.sharing.model_card import model_card
 from sam3_hf.training.arguments import parse_arguments
+from sam3_hf.training.model import build_model
 from sam3_hf.training.parts import build_parts
 from sam3_hf.training.reporting import main_scores
 from sam3_hf.training.run import Run
@@ -366,3 +367,35 @@ def test_scores_that_are_not_finite_are_no_empty_result(folder, model, caplog):
     (found,) = processor.post_process_instance_segmentation(outputs, threshold=0.0)
     assert len(found["scores"]) == len(found["masks"]) == 11
     assert "Scores are not finite in torch.float32" in caplog.text
+
+
+# --- more objects than queries -------------------------------------------------------------------------------------
+
+
+def test_more_queries_keep_the_old_ones(folder, model):
+    torch.manual_seed(0)
+    more = Sam3LiteModel.from_pretrained(folder, num_queries=20)
+    assert more.config.detr_decoder_config.num_queries == 20
+    rows = {row.group: row for row in more.mapping_report.rows if row.action == "extended"}
+    assert set(rows) == {"detr_decoder.query_embed", "detr_decoder.reference_points"}
+    assert {(row.source_shape[0], row.target_shape[0], row.reason) for row in rows.values()} == {
+        (12, 20, "8 of 20 as before training")
+    }
+    state, old = more.state_dict(), model.state_dict()
+    for name in old:
+        assert torch.equal(state[name][:12] if f"{name.removesuffix('.weight')}" in rows else state[name], old[name])
+    new = [state[f"{group}.weight"][12:] for group in rows]
+    assert all(len(values.unique(dim=0)) == 8 for values in new)
+    sides = state["detr_decoder.reference_points.weight"][12:, 2:].sigmoid()
+    assert sides.mean() < 0.4  # boxes as the decoder starts with, a part of the image
+    fewer = Sam3LiteModel.from_pretrained(folder, num_queries=5)
+    assert torch.equal(fewer.detr_decoder.query_embed.weight, model.detr_decoder.query_embed.weight[:5])
+
+
+def test_num_queries_of_a_run(folder, data, tmp_path):
+    for init in (["--init", folder], ["--preset", "tiny"]):
+        given = [*init, "--num_queries", 30, "--data", data, "--output_dir", tmp_path / "run"]
+        model = build_model(parse_arguments([*map(str, given)]), None)
+        assert len(model.detr_decoder.query_embed.weight) == model.config.detr_decoder_config.num_queries == 30
+    with pytest.raises(SystemExit):
+        parse_arguments(["--num_queries", "0", "--data", str(data)])
