@@ -69,7 +69,7 @@ class Mapper:
         return transfer.state, transfer.report
 
     def _copy(self, name: str, source: str):
-        """Copies a tensor; of queries the first ones where the target has fewer, and new ones behind where it has more."""
+        """Copies a tensor. Of queries those that the target has room for; where it has more, new ones follow them."""
         if source not in self.checkpoint:
             self.transfer.initialize(name, source)
             return
