@@ -32,8 +32,8 @@ def predict(
     mask_threshold: Annotated[float, typer.Option(help="Lowest probability of a pixel of a mask.")] = 0.5,
     max_detections: Annotated[int | None, typer.Option(help="The best so many per picture. Default: all.")] = None,
     nms_iou: Annotated[
-        float | None, typer.Option(help="Masks of one prompt that overlap by more are one. Default: all stay.")
-    ] = None,
+        float, typer.Option(help="Masks of one prompt that overlap by more are one; at 1 all stay.")
+    ] = PredictionSettings.nms_iou,
     tile_size: Annotated[
         int | None, typer.Option(help="Look at large pictures in tiles of this side in pixels.")
     ] = None,

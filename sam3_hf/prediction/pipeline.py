@@ -93,7 +93,8 @@ class PredictionSettings:
         mask_threshold: pixels of a mask have a higher probability than this, in [0, 1].
         max_detections: of each image, the best so many; default: all.
         nms_iou: of two detections of one label whose masks overlap by more than this, in [0, 1], only the better one
-            stays; default: all stay, as SAM 3 does it.
+            stays; None: all stay, as SAM 3 does it, which finds more objects twice than such that lie in each other
+            (`docs/inference.md` has the scores).
         tile_size: side in pixels of the tiles in which larger images are looked at; default: an image at once.
         tile_overlap: pixels that neighbouring tiles share; default: a quarter of their side.
 
@@ -104,7 +105,7 @@ class PredictionSettings:
     threshold: float = 0.3
     mask_threshold: float = 0.5
     max_detections: int | None = None
-    nms_iou: float | None = None
+    nms_iou: float | None = 0.7
     tile_size: int | None = None
     tile_overlap: int | None = None
 
