@@ -222,7 +222,7 @@ def test_suppression_in_the_pipeline(pipe, images, monkeypatch):
 
 
 def test_what_is_found_twice_is_given_once_unless_told(pipe, images, monkeypatch):
-    steer(monkeypatch, pipe.model, [[1, 5], [2]])
+    steer(monkeypatch, pipe.model, [[1, 5], [2]] * 2)
     twice = torch.full((3, 64, 64), 5.0)
     monkeypatch.setattr(pipe.model, "_masks_of", lambda *_: twice)
     found = pipe(images[0], ["cat", "dog"])
