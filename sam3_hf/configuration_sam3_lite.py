@@ -61,6 +61,9 @@ _SHORT_NAMES = {
     "num_queries": ("detr_decoder_config", "num_queries"),
 }
 
+# Those of them that change which parameters a model has, or their shapes.
+SIZE_KEYWORDS = frozenset(_SHORT_NAMES) - {"image_size"}
+
 # The smallest value of each size that the model cannot do without. Widths and resolutions must be multiples besides.
 _TRANSFORMER_MINIMUMS = {"intermediate_size": 1, "num_attention_heads": 1}
 _MINIMUMS = {
@@ -190,6 +193,8 @@ class Sam3LiteConfig(Sam3Config):
         summary_token (`bool`, *optional*, defaults to `True`): whether every prompt gets the token by which the box
             encoder sums up the image, as in Meta's SAM 3, or only prompts with boxes, as in [`Sam3Model`]. `False`
             where a saved configuration does not say it.
+        mask_supervision (`bool`, *optional*, defaults to `True`): whether the weights were trained with masks. `False`
+            after training on boxes alone: what the mask head then says means nothing and is not shown.
         vocabulary (`list[str]`, *optional*): the only phrases that the model knows; it then stores their text features
             and has no text encoder. Set by [`~Sam3LiteModel.freeze_vocabulary`].
 
@@ -211,6 +216,7 @@ class Sam3LiteConfig(Sam3Config):
 
     loss_config: dict | PreTrainedConfig | None = None
     summary_token: bool = True
+    mask_supervision: bool = True
     vocabulary: list[str] | None = None
 
     def __post_init__(self, **kwargs):
@@ -268,7 +274,7 @@ class Sam3LiteConfig(Sam3Config):
     def at_preset(self, name: str, **overrides) -> Sam3LiteConfig:
         """
         The sizes of a preset for what this configuration is used for: its input resolution (if patches are equal),
-        number of queries, summary token, epsilon of the ViT and vocabulary stay. `overrides` as in
+        number of queries, summary token, mask supervision, epsilon of the ViT and vocabulary stay. `overrides` as in
         [`~Sam3LiteConfig.from_preset`].
 
         Raises:
@@ -277,6 +283,7 @@ class Sam3LiteConfig(Sam3Config):
         kept = {
             "num_queries": self.detr_decoder_config.num_queries,
             "summary_token": self.summary_token,
+            "mask_supervision": self.mask_supervision,
             "vocabulary": self.vocabulary,
             "vision_config": {
                 "backbone_config": {"layer_norm_eps": self.vision_config.backbone_config.layer_norm_eps}
@@ -295,7 +302,7 @@ class Sam3LiteConfig(Sam3Config):
             ValueError: no such field, or the sizes do not fit together.
         """
         fields = self.to_dict()
-        kept = (*preset_fields("lite"), "initializer_range", "summary_token", "vocabulary")
+        kept = (*preset_fields("lite"), "initializer_range", "summary_token", "mask_supervision", "vocabulary")
         return self._changed({name: fields[name] for name in kept}, overrides)
 
     @classmethod
@@ -589,4 +596,4 @@ def _valid_head_counts(hidden_size: int) -> list[int]:
     return [n for n in range(1, hidden_size + 1) if hidden_size % n == 0 and (hidden_size // n) % 4 == 0][:12]
 
 
-__all__ = ["PRESETS", "Sam3LiteConfig", "Sam3LiteLossConfig", "parameter_sizes"]
+__all__ = ["PRESETS", "SIZE_KEYWORDS", "Sam3LiteConfig", "Sam3LiteLossConfig", "parameter_sizes"]

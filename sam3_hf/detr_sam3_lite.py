@@ -251,6 +251,18 @@ class Sam3LiteDetrDecoderLayer(GradientCheckpointingLayer, Sam3DetrDecoderLayer)
         return self.mlp_layer_norm(hidden_states + self.mlp_dropout(self.mlp(hidden_states)))
 
 
+def untrained_queries(name: str, like: Tensor) -> Tensor:
+    """
+    Queries as a decoder has them before training, for a trained one that gets more.
+
+    Args:
+        name: `query_embed` or `reference_points`.
+        like: `(queries, channels)`.
+    """
+    values = torch.randn_like(like)
+    return values + values.new_tensor(ANCHOR_LOGIT_SHIFT) if name == "reference_points" else values
+
+
 class Sam3LiteDetrDecoder(Sam3DetrDecoder):
     """
     The stock decoder returning the boxes of every layer, without host synchronisation. Boxes are refined in float32

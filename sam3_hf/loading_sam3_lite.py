@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from transformers.models.sam3.modeling_sam3 import Sam3PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
-from .sources_sam3_lite import HUB_ARGUMENTS, config_fields, is_training_checkpoint, safe_weights
+from .configuration_sam3_lite import SIZE_KEYWORDS, Sam3LiteConfig, parameter_sizes
+from .sources_sam3_lite import HUB_ARGUMENTS, config_fields, is_training_checkpoint, listed, safe_weights
 
 logger = logging.get_logger(__name__)
 
 
 def needs_package(what: str) -> ImportError:
     return ImportError(f"{what} needs the package sam3-hf, which is not installed here: `pip install sam3-hf`.")
+
+
+# Dtypes of weights that can hold NaN and infinity, and that `aminmax` knows.
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_saved_model(source: str | os.PathLike | None, fields: dict | None) -> bool:
@@ -67,17 +73,20 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
                 `"select"` or `"skip"`, see [`map_checkpoint`]; `"auto"` is the best of them. Equal sizes are copied.
             config (`Sam3LiteConfig` or path, *optional*): sizes of the model, instead of `preset`.
             kwargs: those of [`~PreTrainedModel.from_pretrained`] (`dtype`, `device_map`, `revision`, `token`, ...),
-                and fields of the config such as `image_size`. With `ignore_mismatched_sizes=True`, tensors of sizes
-                that no mapping changes are initialised at random instead of raising an error. Weights are read from
-                safetensors files; pickled ones, but for Meta's `.pt`, only with `use_safetensors=False`. Nothing in
-                them is executed.
+                and fields of the config such as `image_size`, or `num_queries`: queries beyond those of the source
+                start untrained. With `ignore_mismatched_sizes=True`, tensors that the
+                source lacks, or of sizes that no mapping changes, are initialised at random instead of raising an
+                error; with `output_loading_info=True`, which returns their names, those that it lacks. Weights are
+                read from safetensors files; pickled ones, but for Meta's `.pt`, only with `use_safetensors=False`.
+                Nothing in them is executed.
 
         Returns:
             The model in evaluation mode. Unless it was loaded as it was saved, `mapping_report` accounts for every
             tensor; [`~Sam3LiteModel.save_pretrained`] writes it beside the weights.
 
         Raises:
-            ValueError: the source is no SAM 3 checkpoint, or incomplete, or cannot be mapped to these sizes.
+            ValueError: the source is no SAM 3 checkpoint, or lacks tensors, or cannot be mapped to these sizes, or
+                holds values that are not finite.
             OSError: a file is missing or truncated.
 
         Example:
@@ -100,12 +109,12 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
         source = pretrained_model_name_or_path
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         fields = None if source is None or os.path.isfile(source) else config_fields(source, **hub_arguments)
-        if _is_saved_model(source, fields) and preset in (None, "same"):
+        if _is_saved_model(source, fields) and preset in (None, "same") and not SIZE_KEYWORDS & set(kwargs):
             saved = cls.config_class.from_dict(fields)
             if config is None or parameter_sizes(config) == parameter_sizes(saved):
                 if kwargs["use_safetensors"]:
                     safe_weights(source, kwargs.get("variant"), **hub_arguments)
-                return super().from_pretrained(source, *model_args, config=config, **kwargs)
+                return cls._load(source, *model_args, config=config, **kwargs)
         plan = None
         if source is not None:
             try:
@@ -114,7 +123,7 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
                 raise needs_package("A model of other sizes, or of another kind,") from error
             plan = plan_mapping(source, fields, preset, config, kwargs)
         if plan is None:
-            return super().from_pretrained(source, *model_args, config=config, **kwargs)
+            return cls._load(source, *model_args, config=config, **kwargs)
         state_dict, report = plan.map(cls.parameter_shapes, mapping)
         log = logger.info if report.strategy == "copy" else logger.warning
         log(report.summary())
@@ -125,6 +134,23 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
         model.mapping_report = report
         model.config.name_or_path = model.name_or_path = os.fspath(source)
         return loaded
+
+    @classmethod
+    def _load(cls, source: str | os.PathLike | None, *model_args, **kwargs):
+        """As Transformers loads it, who would initialise at random what is missing, and take NaN for a weight."""
+        with_info = kwargs.pop("output_loading_info", False)
+        lenient = kwargs.pop("ignore_mismatched_sizes", False)
+        with nullcontext() if lenient or with_info else _without_load_report():
+            model, info = super().from_pretrained(
+                source, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+            )
+        label = "`state_dict`" if source is None else os.fspath(source)
+        if not lenient:
+            _check_sizes(label, info["mismatched_keys"])
+        if not (lenient or with_info):
+            _check_complete(label, info, len(model.state_dict()))
+        _check_finite(label, model)
+        return (model, info) if with_info else model
 
     @classmethod
     def parameter_shapes(cls, config: Sam3LiteConfig) -> dict[str, tuple[int, ...]]:
@@ -169,6 +195,74 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
         except ImportError as error:
             raise needs_package("The card that `push_to_hub` writes") from error
         return push_model(self, repo_id, **kwargs)
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keeps back Transformers' table of what was missing or not used: it is an error of ours, or one line."""
+    loader = logging.get_logger("transformers.modeling_utils")
+
+    def is_none(record) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    loader.addFilter(is_none)
+    try:
+        yield
+    finally:
+        loader.removeFilter(is_none)
+
+
+def _check_sizes(label: str, mismatched: Iterable[tuple]):
+    """Raises a ValueError if tensors (name, shape in the file, shape in the model) do not agree."""
+    different = [f"`{name}` is {tuple(have)} there, {tuple(want)} in the model" for name, have, want in mismatched]
+    if different:
+        raise ValueError(
+            f"{label}: {len(different)} tensors have other sizes than the configuration says: "
+            f"{'; '.join(sorted(different)[:4])}. Take the configuration that belongs to the weights, or pass "
+            "`ignore_mismatched_sizes=True` to initialise them at random."
+        )
+
+
+def _check_complete(label: str, info: dict, count: int):
+    """
+    Warns of tensors that the model does not have.
+
+    Args:
+        info: what Transformers says of the loading.
+        count: tensors of the model.
+
+    Raises:
+        ValueError: some were not in the files.
+    """
+    missing, others = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    unused = f"{len(others)} tensors have names that this model does not know: {listed(others, 4)}" if others else ""
+    if missing:
+        raise ValueError(
+            f"{label} is no whole model: it lacks {len(missing)} of {count} tensors: {listed(missing)}."
+            f"{unused and f' {unused}.'} Get it again, or pass `ignore_mismatched_sizes=True` to initialise them at "
+            "random."
+        )
+    if unused:
+        logger.warning(f"{label}: {unused}.")
+
+
+def _check_finite(label: str, model: torch.nn.Module):
+    """Raises a ValueError naming the tensors that hold NaN or infinity."""
+    bad = [
+        name
+        for name, tensor in model.state_dict().items()
+        # The extremes tell, and need no memory. A tensor on "meta" is loaded by another process, or later.
+        if tensor.dtype in _FLOATS and tensor.numel() and not tensor.is_meta and not _is_finite(tensor)
+    ]
+    if bad:
+        raise ValueError(
+            f"{label}: {len(bad)} tensors hold values that are not finite in {model.dtype}: {listed(bad)}. If they "
+            "are finite in the file, load it with another `dtype`; otherwise take another checkpoint."
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 __all__ = ["Sam3LitePreTrainedModel"]

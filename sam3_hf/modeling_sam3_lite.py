@@ -376,6 +376,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         found = self._run_detector(levels, self.image_summary(vision_embeds), prompts)
         output = self._predictions(found)
         scores = output.pred_logits.sigmoid() * output.presence_logits.sigmoid()  # (prompts, queries)
+        said = (output.pred_logits, output.presence_logits, output.pred_boxes)
         prompt, query = (scores > threshold).nonzero(as_tuple=True)
         if max_detections is not None:
             best_first = scores[prompt, query].argsort(descending=True, stable=True)
@@ -383,11 +384,15 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             kept = torch.cat([best_first[owners == image][:max_detections] for image in owners.unique()] or [owners])
             kept = kept.sort().values
             prompt, query = prompt[kept], query[kept]
+        masks = None
+        if self.config.mask_supervision:
+            masks = self._masks_of(levels, prompts.image_index, found, prompt, query)
         return Sam3LiteFindings(
             scores=scores[prompt, query],
             boxes=output.pred_boxes[prompt, query],
             prompt_index=prompt,
-            mask_logits=self._masks_of(levels, prompts.image_index, found, prompt, query),
+            mask_logits=masks,
+            finite=torch.stack([values.isfinite().all() for values in said]).all(),
         )
 
     def _masks_of(

@@ -50,13 +50,16 @@ class Sam3LiteFindings(ModelOutput):
         boxes (`torch.FloatTensor` of shape `(num_found, 4)`): xyxy, relative to the image, not clamped.
         prompt_index (`torch.LongTensor` of shape `(num_found,)`): the prompt that each belongs to.
         mask_logits (`torch.FloatTensor` of shape `(num_found, height, width)`): at 4 / patch size of the input
-            resolution.
+            resolution. `None` where the model was trained on boxes alone.
+        finite (`torch.BoolTensor` of shape `()`): whether all that the detector said is finite; what is not is no
+            detection.
     """
 
     scores: torch.FloatTensor | None = None
     boxes: torch.FloatTensor | None = None
     prompt_index: torch.LongTensor | None = None
     mask_logits: torch.FloatTensor | None = None
+    finite: torch.BoolTensor | None = None
 
 
 @dataclass

@@ -11,12 +11,13 @@ from pathlib import Path
 import ftfy
 import torch
 from torch import Tensor
-from transformers import BatchFeature, CLIPTokenizer, Sam3ImageProcessor, Sam3Processor
+from transformers import AutoTokenizer, BatchFeature, CLIPTokenizer, Sam3ImageProcessor, Sam3Processor
 from transformers.utils import cached_file, logging
 
 from .boxes_sam3_lite import pack_boxes, relative_boxes
 from .configuration_sam3_lite import BOX_PADDING_LABEL, MAX_TOKENS, VISUAL_PHRASE
 from .sources_sam3_lite import HUB_ARGUMENTS
+from .vocabulary_sam3_lite import check_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -110,12 +111,7 @@ class Sam3LiteProcessor(Sam3Processor):
             OSError: there is no such folder or repository, or it has no tokenizer.
         """
         source = pretrained_model_name_or_path
-        where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-
-        def has(name: str) -> bool:
-            return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where) is not None
-
-        if not any(all(map(has, names)) for names in _TOKENIZER_FILES):
+        if not _has_tokenizer(source, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}):
             raise OSError(
                 f"{source} has no tokenizer: tokenizer.json is missing. Copy it from the model that this one was made "
                 "of; CLIP's is written by `Sam3LiteProcessor.from_config(model.config).save_pretrained(folder)`."
@@ -128,10 +124,26 @@ class Sam3LiteProcessor(Sam3Processor):
         The processor of a model with this configuration, made without the Hub: images at `config.image_size`, CLIP's
         tokenizer cut to `config.text_config.vocab_size`.
         """
-        size = {"height": config.image_size, "width": config.image_size}
-        mask_side = config.vision_config.backbone_feature_sizes[0][0]
-        mask_size = {"height": mask_side, "width": mask_side}
-        return cls(Sam3ImageProcessor(size=size, mask_size=mask_size), clip_tokenizer(config.text_config.vocab_size))
+        return cls(_image_processor(config), clip_tokenizer(config.text_config.vocab_size))
+
+    @classmethod
+    def of_source(cls, source: str | os.PathLike | None, config, **hub_arguments) -> Sam3LiteProcessor:
+        """
+        The processor of a model with this configuration, whose weights come from `source`: as [`from_config`], but
+        with the tokenizer of the source, which the words were learnt with, if it has one of its own.
+
+        Args:
+            source: what [`~Sam3LiteModel.from_pretrained`] takes, or `None`.
+            hub_arguments: `revision`, `token`, ... as there.
+
+        Raises:
+            ValueError: the tokenizer is not that of the model.
+        """
+        if source is None or os.path.isfile(source) or not _has_tokenizer(source, **hub_arguments):
+            return cls.from_config(config)
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub_arguments)
+        check_tokenizer(tokenizer, config)
+        return cls(_image_processor(config), tokenizer)
 
     def __call__(
         self,
@@ -245,9 +257,14 @@ class Sam3LiteProcessor(Sam3Processor):
         scores = outputs.pred_logits.sigmoid()
         if outputs.presence_logits is not None:
             scores = scores * outputs.presence_logits.sigmoid()
+        if not scores.isfinite().all():
+            logger.warning(
+                f"Scores are not finite in {outputs.pred_logits.dtype}, and such detections are left out. Numbers "
+                "were too large for the precision: load the model with dtype='bfloat16' or 'float32'."
+            )
         results = []
         for index in range(num_prompts):
-            keep = scores[index] > threshold
+            keep = (scores[index] > threshold).nonzero().flatten()
             boxes = outputs.pred_boxes[index][keep].clamp(0, 1)
             masks = outputs.pred_masks[index][keep]
             if target_sizes is None:
@@ -258,6 +275,19 @@ class Sam3LiteProcessor(Sam3Processor):
                 masks = _full_masks(masks, (height, width), mask_threshold)
             results.append({"scores": scores[index][keep], "boxes": boxes, "masks": masks})
         return results
+
+
+def _has_tokenizer(source: str | os.PathLike, **hub_arguments) -> bool:
+    def has(name: str) -> bool:
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments) is not None
+
+    return any(all(map(has, names)) for names in _TOKENIZER_FILES)
+
+
+def _image_processor(config) -> Sam3ImageProcessor:
+    size = {"height": config.image_size, "width": config.image_size}
+    mask_side = config.vision_config.backbone_feature_sizes[0][0]
+    return Sam3ImageProcessor(size=size, mask_size={"height": mask_side, "width": mask_side})
 
 
 def _flatten_prompts(text, num_images: int) -> tuple[list[str | None] | None, list[int] | None]:

@@ -62,6 +62,12 @@ def is_training_checkpoint(source: str | os.PathLike) -> bool:
     return os.path.isfile(os.path.join(source, TRAINER_STATE))
 
 
+def listed(names: list[str], limit: int = 10) -> str:
+    """Names of tensors as text; the end of a long list is left out."""
+    rest = len(names) - limit
+    return ", ".join(f"`{name}`" for name in names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def safe_weights(source: str | os.PathLike, variant: str | None = None, **hub_arguments) -> str:
     """
     The safetensors file of a folder or Hub repository, or the index of its shards.
@@ -121,6 +127,7 @@ __all__ = [
     "TRAINER_STATE",
     "config_fields",
     "is_training_checkpoint",
+    "listed",
     "read_json",
     "safe_weights",
     "shard_names",

@@ -20,6 +20,20 @@ def vocabulary_phrases(classes: list[str]) -> list[str]:
     return list(dict.fromkeys([*classes, VISUAL_PHRASE]))
 
 
+def check_tokenizer(tokenizer, config):
+    """
+    Raises:
+        ValueError: the tokenizer is not that of a model with this configuration: it gives ids that mean other words
+            there, or nothing.
+    """
+    rows, largest = config.text_config.vocab_size, max(tokenizer.get_vocab().values(), default=-1)
+    if len(tokenizer) != rows or largest >= rows:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens with ids up to {largest}, the text embedding of the model has "
+            f"{rows} rows: take the tokenizer that was saved with the model."
+        )
+
+
 @torch.no_grad()
 def encode_phrases(model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """
@@ -97,7 +111,11 @@ class Sam3LiteVocabulary(nn.Module):
 
         Returns:
             A vocabulary in the dtype and on the device of the features.
+
+        Raises:
+            ValueError: the tokenizer is not that of the model.
         """
+        check_tokenizer(processor.tokenizer, model.config)
         tokens = processor(text=vocabulary_phrases(classes)).to(model.device)
         input_ids, mask = tokens["input_ids"], tokens["attention_mask"]
         features = encode_phrases(model, input_ids, mask)
@@ -193,4 +211,4 @@ def _listed(phrases: list[str]) -> str:
     return ", ".join(map(repr, phrases[:_LISTED])) + (f" and {rest} more" if rest > 0 else "")
 
 
-__all__ = ["Sam3LiteVocabulary", "encode_phrases", "phrase_features", "vocabulary_phrases"]
+__all__ = ["Sam3LiteVocabulary", "check_tokenizer", "encode_phrases", "phrase_features", "vocabulary_phrases"]

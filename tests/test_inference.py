@@ -72,7 +72,7 @@ def test_equals_post_processing_of_the_plain_forward(pipe, images):
     text = [["a red circle", "dog"], ["cat"]]
     threshold = middle_score(pipe, images, text)
     expected = plain(pipe, images, text, threshold)
-    results = pipe(images, text, threshold=threshold)
+    results = pipe(images, text, threshold=threshold, nms_iou=None)
     assert_equal_to_plain(results, expected, ["a red circle", "dog", "cat"])
     assert results[0].prompts == ["a red circle", "dog"] and results[1].size == (90, 40)
 
@@ -84,7 +84,7 @@ def test_chunks_of_prompts_and_images_change_nothing(pipe, images, monkeypatch):
     monkeypatch.setattr("sam3_hf.prediction.pipeline.PROMPTS_AT_ONCE", 2)
     monkeypatch.setattr("sam3_hf.modeling_sam3_lite.PROMPTS_SEGMENTED_AT_ONCE", 1)
     for batch_size in (1, 2):
-        results = pipe(images, text[0], threshold=threshold, batch_size=batch_size)
+        results = pipe(images, text[0], threshold=threshold, batch_size=batch_size, nms_iou=None)
         assert_equal_to_plain(results, expected, text[0] * 2)
 
 
@@ -97,10 +97,10 @@ def test_boxes_equal_the_plain_forward(pipe, images):
         [Prompt("dog", boxes=boxes[0][:1], negative_boxes=boxes[0][1:], label="that dog"), "cat"],
         [Prompt(boxes=boxes[2])],
     ]
-    results = pipe(images, prompts, threshold=threshold)
+    results = pipe(images, prompts, threshold=threshold, nms_iou=None)
     assert_equal_to_plain(results, plain(pipe, images, text, threshold, **inputs), ["that dog", "cat", "visual"])
-    positive = pipe(images[0], Prompt("dog", boxes=boxes[0]), threshold=0)
-    negative = pipe(images[0], prompts[0][0], threshold=0)
+    positive = pipe(images[0], Prompt("dog", boxes=boxes[0]), threshold=0, nms_iou=None)
+    negative = pipe(images[0], prompts[0][0], threshold=0, nms_iou=None)
     assert not torch.allclose(positive.scores, negative.scores)
 
 
@@ -117,10 +117,10 @@ def test_every_form_of_an_image_gives_the_same(pipe, images, tmp_path):
     forms = [path, str(path), images[0], array, opaque, tensor, array / 255.0, tensor.float() / 255]
     try:
         forms.append(read_image(url, private_addresses=True))
-        results = pipe(forms, "cat", threshold=0)
+        results = pipe(forms, "cat", threshold=0, nms_iou=None)
     finally:
         server.shutdown()
-    first = pipe(tensor[None], "cat", threshold=0)[0]
+    first = pipe(tensor[None], "cat", threshold=0, nms_iou=None)[0]
     assert len(first) == pipe.model.config.detr_decoder_config.num_queries
     for result in results:
         assert torch.allclose(result.scores, first.scores) and torch.allclose(result.boxes, first.boxes, atol=1e-4)
@@ -169,13 +169,13 @@ def test_masks_are_computed_for_kept_detections_of_prompts_that_have_any(pipe, i
     decoded = count_calls(monkeypatch, pipe.model.mask_decoder, "forward")
     masks = count_calls(monkeypatch, pipe.model.mask_decoder, "matched_masks")
     everything = count_calls(monkeypatch, pipe.model.mask_decoder, "masks")
-    results = pipe(images, list("abcdef"))
+    results = pipe(images, list("abcdef"), nms_iou=None)
     assert [len(result) for result in results] == [2, 6]
     assert [len(args[2]) for args in decoded] == [PROMPTS_SEGMENTED_AT_ONCE, 3]  # seven prompts have detections
     assert sum(len(args[3]) for args in masks) == 8 and not everything
 
     decoded.clear()
-    assert [len(result) for result in pipe(images, list("abcdef"))] == [0, 0] and not decoded
+    assert [len(result) for result in pipe(images, list("abcdef"), nms_iou=None)] == [0, 0] and not decoded
 
 
 def test_images_and_phrases_are_encoded_once(pipe, images, monkeypatch):
@@ -187,9 +187,9 @@ def test_images_and_phrases_are_encoded_once(pipe, images, monkeypatch):
 
 
 def test_max_detections_keeps_the_best_of_an_image(pipe, images, monkeypatch):
-    everything = pipe(images, ["cat", "dog"], threshold=0)
+    everything = pipe(images, ["cat", "dog"], threshold=0, nms_iou=None)
     masks = count_calls(monkeypatch, pipe.model.mask_decoder, "matched_masks")
-    few = pipe(images, ["cat", "dog"], threshold=0, max_detections=5)
+    few = pipe(images, ["cat", "dog"], threshold=0, max_detections=5, nms_iou=None)
     for result, whole in zip(few, everything, strict=True):
         assert len(result) == 5 and torch.allclose(result.scores, whole.scores[:5])
         assert torch.allclose(result.boxes, whole.boxes[:5])
@@ -214,11 +214,20 @@ def test_suppression_is_by_masks_within_a_label():
 
 
 def test_suppression_in_the_pipeline(pipe, images, monkeypatch):
-    whole = pipe(images[0], ["cat", "dog"], threshold=0)
-    kept = pipe(images[0], ["cat", "dog"], threshold=0, nms_iou=0.3, max_detections=4)
-    stay = suppress(whole.labels, whole.rle, 0.3)[:4]
+    whole = pipe(images[0], ["cat", "dog"], threshold=0, nms_iou=None)
+    kept = pipe(images[0], ["cat", "dog"], threshold=0, nms_iou=0.1, max_detections=4)
+    stay = suppress(whole.labels, whole.rle, 0.1)[:4]
     assert stay != [0, 1, 2, 3]
     assert kept.rle == [whole.rle[place] for place in stay]
+
+
+def test_what_is_found_twice_is_given_once_unless_told(pipe, images, monkeypatch):
+    steer(monkeypatch, pipe.model, [[1, 5], [2]] * 2)
+    twice = torch.full((3, 64, 64), 5.0)
+    monkeypatch.setattr(pipe.model, "_masks_of", lambda *_: twice)
+    found = pipe(images[0], ["cat", "dog"])
+    assert sorted(found.labels) == ["cat", "dog"]
+    assert sorted(pipe(images[0], ["cat", "dog"], nms_iou=None).labels) == ["cat", "cat", "dog"]
 
 
 @pytest.fixture
@@ -242,6 +251,7 @@ def bright_pipe(pipe, monkeypatch) -> Sam3LitePipeline:
             boxes=torch.tensor(boxes).reshape(-1, 4),
             prompt_index=torch.tensor(prompts, dtype=torch.long),
             mask_logits=torch.stack(masks) if masks else none,
+            finite=torch.tensor(True),
         )
 
     monkeypatch.setattr(pipe.model, "get_vision_features", lambda pixel_values: pixel_values)

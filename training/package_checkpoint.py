@@ -82,7 +82,7 @@ def card(model: Sam3LiteModel, run: Path, evaluation: Path) -> str:
         size=model.config.image_size,
         concepts=", ".join(f'"{category["name"]}"' for category in coco["categories"]),
         images=evaluated["images"],
-        scores="".join(f"| {name} | {evaluated[name]:.3f} |\n" for name in names),
+        scores="".join(f"| {name} | {evaluated[name]:.3f} |\n" for name in names if evaluated[name] is not None),
         confident=CONFIDENT,
     )
 

@@ -99,7 +99,7 @@ class Checkpoint:
             raise ValueError(
                 f"{self.label} is no complete SAM 3 checkpoint: {len(expected) - len(missing)} of {len(expected)} "
                 f"tensors were recognised; missing are {len(missing)}, such as {_examples(missing)}. "
-                f"{self._unknown_names()}."
+                f"{self.unknown_names()}."
             )
         for name, shape in expected.items():
             if name in self and self.shape(name) != tuple(shape):
@@ -109,7 +109,8 @@ class Checkpoint:
                 )
         return missing
 
-    def _unknown_names(self) -> str:
+    def unknown_names(self) -> str:
+        """How many tensors of the file have names that mean nothing here, for a message."""
         examples = f", such as {_examples(self.unknown)}" if self.unknown else ""
         return f"{len(self.unknown)} tensors have unknown names{examples}{_guess(self.unknown)}"
 
@@ -121,7 +122,7 @@ class Checkpoint:
         except KeyError as error:
             raise ValueError(
                 f"{self.label} is no complete SAM 3 checkpoint: {len(self._stored)} tensors were recognised, but "
-                f"{error} is missing. {self._unknown_names()}."
+                f"{error} is missing. {self.unknown_names()}."
             ) from error
 
 

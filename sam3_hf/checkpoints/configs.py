@@ -90,19 +90,29 @@ def lite_config(config: Sam3Config) -> Sam3LiteConfig:
     if summary_token is None:
         parts["vision_config"].backbone_config.layer_norm_eps = VIT_LAYER_NORM_EPS
         summary_token = True
-    return Sam3LiteConfig(**parts, initializer_range=config.initializer_range, summary_token=summary_token)
+    return Sam3LiteConfig(
+        **parts,
+        initializer_range=config.initializer_range,
+        summary_token=summary_token,
+        mask_supervision=getattr(config, "mask_supervision", True),
+    )
 
 
 def stock_config(config: Sam3LiteConfig) -> Sam3Config:
     """
     The configuration of the standard model class at the sizes of `config`: the inverse of [`lite_config`]. It keeps
-    `summary_token`, which the standard class does not read.
+    `summary_token` and `mask_supervision`, which the standard class does not read.
     """
     names = ("vision", "text", "geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
     parts = {f"{name}_config": copy.deepcopy(getattr(config, f"{name}_config")) for name in names}
     parts["vision_config"].scale_factors = [4.0, 2.0, 1.0, 0.5]
     parts["mask_decoder_config"].num_upsampling_stages = 3
-    return Sam3Config(**parts, initializer_range=config.initializer_range, summary_token=config.summary_token)
+    return Sam3Config(
+        **parts,
+        initializer_range=config.initializer_range,
+        summary_token=config.summary_token,
+        mask_supervision=config.mask_supervision,
+    )
 
 
 __all__ = ["config_from_shapes", "lite_config", "stock_config"]

@@ -74,7 +74,8 @@ def convert(
                 **where,
             ).cpu()
         before = _before(source, where)
-        _write(model, target, source, revision)
+        processor = Sam3LiteProcessor.of_source(source, model.config, revision=revision)
+        _write(model, processor, target, source, revision)
     if report and model.mapping_report is not None:
         typer.echo(str(model.mapping_report))
     typer.echo(
@@ -94,13 +95,13 @@ def _check(source: str, target: Path, ema: bool, overwrite: bool):
         )
 
 
-def _write(model: Sam3LiteModel, target: Path, source: str, revision: str):
+def _write(model: Sam3LiteModel, processor: Sam3LiteProcessor, target: Path, source: str, revision: str):
     """Writes the folder of a model from `source`, read back before it takes the place of `target`."""
     origin = asdict(origin_of(source, revision=revision))
 
     def write(folder: Path):
         model.save_pretrained(folder)
-        Sam3LiteProcessor.from_config(model.config).save_pretrained(folder)
+        processor.save_pretrained(folder)
         write_card(folder, {"origin": origin, "versions": versions()})
         _verify(model, folder)
 

@@ -61,8 +61,11 @@ def _scores(source, data, split, image_folder, category_map, batch_size, workers
     accelerator = Accelerator(mixed_precision="fp16" if torch.cuda.is_available() else "no")
     model = Sam3LiteModel.from_pretrained(source, preset="same", dtype="float32", revision=revision)
     model.to(accelerator.device).eval()
-    processor = Sam3LiteProcessor.from_config(model.config)
+    processor = Sam3LiteProcessor.of_source(source, model.config, revision=revision)
     dataset = EvalDataset(splits[split], model.config.image_size)
+    if dataset.has_masks and not model.config.mask_supervision:
+        typer.echo(f"{source} was trained on boxes alone: its boxes are scored, and no masks.", err=True)
+        dataset.has_masks = False
     text = PhraseFeatures(model, processor, dataset.concepts, accelerator.device)
     set_seed(0)  # the mask losses sample points; training evaluates with its --seed, 0 if not given
     figures = score(
@@ -94,14 +97,28 @@ def table(scores: dict) -> str:
         parts.append(heading + "".join(f"  {_title(key):>7}" for key in COLUMNS))
         for name, row in [*classes.items(), ("all", together)]:
             parts.append(name.ljust(width) + "".join(f"  {_cell(row[key]):>7}" for key in COLUMNS))
-    return "\n".join(parts)
+    return "\n".join(parts + _undefined(classes))
+
+
+def _undefined(classes: dict[str, dict]) -> list[str]:
+    """A line on the concepts that have neither MCC nor cgF1, if there are any."""
+    from ..evaluation.cgf1 import why_undefined
+
+    reasons = {name: why_undefined(row["pairs"], row["positive_pairs"]) for name, row in classes.items()}
+    texts = [
+        f"{reason} ({', '.join(name for name in reasons if reasons[name] == reason)})"
+        for reason in sorted(set(reasons.values()) - {""})
+    ]
+    return [f"\ncgF1 and MCC are not defined where {' or '.join(texts)}."] if texts else []
 
 
 def _title(key: str) -> str:
     return {"positive_micro_F1": "pos. F1", "IL_MCC": "MCC"}.get(key, key)
 
 
-def _cell(value: float | int) -> str:
+def _cell(value: float | int | None) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, int):
         return str(value)
     return "-" if value == -1 else f"{value:.3f}"  # COCO writes -1 where there is nothing to find

@@ -32,8 +32,8 @@ def predict(
     mask_threshold: Annotated[float, typer.Option(help="Lowest probability of a pixel of a mask.")] = 0.5,
     max_detections: Annotated[int | None, typer.Option(help="The best so many per picture. Default: all.")] = None,
     nms_iou: Annotated[
-        float | None, typer.Option(help="Masks of one prompt that overlap by more are one. Default: all stay.")
-    ] = None,
+        float, typer.Option(help="Masks of one prompt that overlap by more are one; at 1 all stay.")
+    ] = PredictionSettings.nms_iou,
     tile_size: Annotated[
         int | None, typer.Option(help="Look at large pictures in tiles of this side in pixels.")
     ] = None,
@@ -44,6 +44,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 4,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures ahead.")] = 2,
     device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32. Default: by the device.")] = None,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = "main",
 ):
     """
@@ -56,7 +57,13 @@ def predict(
         prompts_of_images(prompts, 1)  # an empty prompt is an error before anything is written
         pictures = find_pictures(inputs, exclude=output)
         with model_errors(model):
-            pipe = Sam3LitePipeline.from_pretrained(model, device=device, revision=revision)
+            pipe = Sam3LitePipeline.from_pretrained(model, device=device, dtype=dtype, revision=revision)
+            if not pipe.model.config.mask_supervision:
+                if masks:
+                    raise ValueError(
+                        f"{model} was trained on boxes alone and has no masks to write: leave --masks out."
+                    )
+                typer.echo(f"{model} was trained on boxes alone: it gives boxes, and no masks.", err=True)
             text = pipe.text_features(prompts)  # so is a word that a fixed vocabulary lacks
         record = {
             "model": model,

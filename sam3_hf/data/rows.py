@@ -105,6 +105,13 @@ def has_masks(dataset: datasets.Dataset) -> bool:
     return len(segmentations) > 0 and compute.all(compute.not_equal(segmentations, "")).as_py()
 
 
+def has_some_masks(dataset: datasets.Dataset) -> bool:
+    """Whether any object has a segmentation, so that there are masks to learn from."""
+    column = dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"]
+    segmentations = compute.struct_field(compute.list_flatten(column), "segmentation")
+    return compute.any(compute.not_equal(segmentations, "")).as_py() or False
+
+
 def objects_per_category(dataset: datasets.Dataset) -> np.ndarray:
     """(images, concepts) int64: objects of each concept in each image; -1 where there are only crowd regions."""
     column = dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"].combine_chunks()

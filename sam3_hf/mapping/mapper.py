@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checkpoints import Checkpoint
 from ..configuration_sam3_lite import Sam3LiteConfig
+from ..detr_sam3_lite import untrained_queries
 from .basis import Basis, rotation, selection
 from .depth import layer_maps, source_name
 from .ends import map_text_ends, map_vision_ends, text_entry, vision_entry
@@ -68,7 +69,7 @@ class Mapper:
         return transfer.state, transfer.report
 
     def _copy(self, name: str, source: str):
-        """Copies a tensor as it is, or its first rows where the target has fewer queries."""
+        """Copies a tensor. Of queries those that the target has room for; where it has more, new ones follow them."""
         if source not in self.checkpoint:
             self.transfer.initialize(name, source)
             return
@@ -77,6 +78,11 @@ class Mapper:
             self.transfer.put(name, self.checkpoint.read(source), source, "copied")
         elif name in _PER_QUERY and self.strategy != "skip" and have[1:] == want[1:] and have[0] > want[0]:
             self.transfer.put(name, self.checkpoint.read(source)[: want[0]], source, "selected")
+        elif name in _PER_QUERY and self.strategy != "skip" and have[1:] == want[1:]:
+            old = self.checkpoint.read(source).float()
+            new = untrained_queries(name.split(".")[1], old.new_empty(want[0] - have[0], *have[1:]))
+            reason = f"{len(new)} of {want[0]} as before training"
+            self.transfer.put(name, torch.cat([old, new]), source, "extended", reason=reason)
         else:
             self.mismatched.append(f"{name}: {have} in the source, {want} in the model")
             self.transfer.initialize(name, source)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..configuration_sam3_lite import Sam3LiteConfig
-from ..sources_sam3_lite import HUB_ARGUMENTS
+from ..sources_sam3_lite import HUB_ARGUMENTS, listed
 from .mapper import map_checkpoint
 from .report import MappingReport
 
@@ -49,7 +49,14 @@ class MappingPlan:
         Raises:
             ValueError: the source is incomplete, or cannot be mapped to these sizes.
         """
-        self.checkpoint.check(shapes_of(self.checkpoint.config))
+        expected = shapes_of(self.checkpoint.config)
+        missing = self.checkpoint.check(expected)
+        if missing and not (self.ignore_mismatched_sizes or self.rest.get("output_loading_info")):
+            raise ValueError(
+                f"{self.checkpoint.label} is no whole model: it lacks {len(missing)} of {len(expected)} tensors: "
+                f"{listed(missing)}. {self.checkpoint.unknown_names()}. Get it again, or pass "
+                "`ignore_mismatched_sizes=True` to initialise them at random."
+            )
         return map_checkpoint(
             self.checkpoint,
             self.config,

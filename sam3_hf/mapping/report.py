@@ -22,12 +22,12 @@ class MappingRow:
 
     Args:
         group: name without `weight` and `bias`, layer indices as `*`.
-        action: `copied`, `rotated`, `selected`, `refit` (fitted to images), `initialized` (at random, as an untrained
-            model) or `dropped`.
+        action: `copied`, `rotated`, `selected`, `refit` (fitted to images), `extended` (copied, and new queries as in
+            an untrained model), `initialized` (at random, as an untrained model) or `dropped`.
         tensors, parameters: how many, in the target; in the source if dropped.
         source_shape, target_shape: of a weight, if there is one; `None` where it is not on that side.
         energy: share of the estimated signal that is kept, mean over the group; `None` where nothing is lost.
-        reason: why a group was initialised or dropped.
+        reason: why a group was initialised or dropped; how much of it is new.
     """
 
     group: str

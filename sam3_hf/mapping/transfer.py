@@ -48,7 +48,7 @@ class Transfer:
         """Weight and bias of a module of the source."""
         return self.read(f"{module}.weight"), self.read(f"{module}.bias")
 
-    def put(self, name: str, tensor: Tensor, source: str, action: str, energy: float | None = None):
+    def put(self, name: str, tensor: Tensor, source: str, action: str, energy: float | None = None, reason: str = ""):
         """
         Stores a target tensor that comes from the source tensor `source`; see [`MappingRow`].
 
@@ -62,7 +62,7 @@ class Transfer:
             raise ValueError(f"`{source}` does not fit into {self.dtype} or is not finite: use another `dtype`.")
         self.state[name] = result
         self._used.add(source)
-        self.report.add(name, action, self.checkpoint.shape(source), tuple(tensor.shape), energy)
+        self.report.add(name, action, self.checkpoint.shape(source), tuple(tensor.shape), energy, reason)
 
     def put_pair(
         self, module: str, pair: tuple[Tensor, Tensor], source: str, action: str, energy: float | None = None

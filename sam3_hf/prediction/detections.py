@@ -21,7 +21,8 @@ class Detections:
         boxes: `(n, 4)` float32 xyxy, in pixels of the image and clamped to it.
         scores: `(n,)` float32 in [0, 1].
         labels: n prompts.
-        rle: n masks in COCO's compressed encoding, `{"size": [height, width], "counts": str}`.
+        rle: n masks in COCO's compressed encoding, `{"size": [height, width], "counts": str}`; None from a model that
+            was trained on boxes alone.
         size: height and width of the image.
         prompts: all labels that were asked for, in their order.
     """
@@ -29,7 +30,7 @@ class Detections:
     boxes: Tensor
     scores: Tensor
     labels: list[str]
-    rle: list[dict]
+    rle: list[dict] | None
     size: tuple[int, int]
     prompts: list[str]
 
@@ -37,8 +38,10 @@ class Detections:
         return len(self.labels)
 
     @property
-    def masks(self) -> Tensor:
-        """`(n, height, width)` bool, decoded at each access: n bytes per pixel of the image."""
+    def masks(self) -> Tensor | None:
+        """`(n, height, width)` bool, decoded at each access: n bytes per pixel of the image. None without masks."""
+        if self.rle is None:
+            return None
         masks = torch.zeros((len(self), *self.size), dtype=torch.bool)
         for mask, rle in zip(masks, self.rle, strict=True):
             mask.copy_(torch.from_numpy(decode_mask(rle)))
@@ -51,7 +54,7 @@ class Detections:
             boxes=self.boxes[rows],
             scores=self.scores[rows],
             labels=[self.labels[row] for row in index],
-            rle=[self.rle[row] for row in index],
+            rle=None if self.rle is None else [self.rle[row] for row in index],
             size=self.size,
             prompts=self.prompts,
         )
@@ -65,7 +68,8 @@ class Detections:
             category_ids: {label: category id}.
 
         Returns:
-            n dicts: `image_id`, `category_id`, `bbox` (x, y, width, height in pixels), `score`, `segmentation`.
+            n dicts: `image_id`, `category_id`, `bbox` (x, y, width, height in pixels), `score`, and
+            `segmentation` if there are masks.
 
         Raises:
             ValueError: a label has no id.
@@ -73,18 +77,19 @@ class Detections:
         unknown = sorted(set(self.labels) - set(category_ids))
         if unknown:
             raise ValueError(f"`category_ids` has no id for {unknown}.")
-        return [
+        entries = [
             {
                 "image_id": image_id,
                 "category_id": category_ids[label],
                 "bbox": [left, top, right - left, bottom - top],
                 "score": score,
-                "segmentation": rle,
             }
-            for (left, top, right, bottom), score, label, rle in zip(
-                self.boxes.tolist(), self.scores.tolist(), self.labels, self.rle, strict=True
+            for (left, top, right, bottom), score, label in zip(
+                self.boxes.tolist(), self.scores.tolist(), self.labels, strict=True
             )
         ]
+        masks = [{}] * len(self) if self.rle is None else [{"segmentation": rle} for rle in self.rle]
+        return [entry | mask for entry, mask in zip(entries, masks, strict=True)]
 
     def to_supervision(self):
         """
@@ -100,7 +105,7 @@ class Detections:
             raise ImportError("`to_supervision` needs the library: pip install supervision") from error
         return supervision.Detections(
             xyxy=self.boxes.numpy(),
-            mask=self.masks.numpy(),
+            mask=None if self.rle is None else self.masks.numpy(),
             confidence=self.scores.numpy(),
             class_id=np.array([self.prompts.index(label) for label in self.labels], dtype=int),
             data={"class_name": np.array(self.labels, dtype=str)},

@@ -34,7 +34,7 @@ class PredictionFolder:
     Written are, for a picture `a/b.jpg`:
 
         predictions/a/b.jpg.json   file, its bytes and modification time, width, height; detections: label, score,
-                                   box (xyxy in pixels), segmentation (COCO's compressed encoding)
+                                   box (xyxy in pixels), segmentation (COCO's compressed encoding; null without masks)
         overlays/a/b.jpg.png       the detections drawn over it, if asked
         masks/a/b.jpg/000.png ...  a black and white mask per detection, in the order of the JSON file, if asked
         settings.json              what the predictions were made with
@@ -107,7 +107,7 @@ class PredictionFolder:
             write_file(self._overlay(picture.name), lambda partial: drawing.save(partial, format="PNG"))
         if self.masks:
             shutil.rmtree(self._masks(picture.name), ignore_errors=True)
-            for index, rle in enumerate(found.rle):
+            for index, rle in enumerate(found.rle or []):
                 mask = Image.fromarray(decode_mask(rle))
                 path = self._masks(picture.name) / f"{index:03d}.png"
                 write_file(path, lambda partial, mask=mask: mask.save(partial, format="PNG"))
@@ -119,7 +119,11 @@ class PredictionFolder:
             "detections": [
                 {"label": label, "score": score, "box": box, "segmentation": rle}
                 for label, score, box, rle in zip(
-                    found.labels, found.scores.tolist(), found.boxes.tolist(), found.rle, strict=True
+                    found.labels,
+                    found.scores.tolist(),
+                    found.boxes.tolist(),
+                    [None] * len(found) if found.rle is None else found.rle,
+                    strict=True,
                 )
             ],
         }
@@ -167,7 +171,7 @@ class PredictionFolder:
                 boxes=torch.tensor([row["box"] for row in rows]).reshape(-1, 4),
                 scores=torch.tensor([row["score"] for row in rows]),
                 labels=[row["label"] for row in rows],
-                rle=[row["segmentation"] for row in rows],
+                rle=None if None in [row["segmentation"] for row in rows] else [row["segmentation"] for row in rows],
                 size=(record["height"], record["width"]),
                 prompts=self.prompts,
             )
@@ -224,8 +228,8 @@ def draw_detections(picture: torch.Tensor, found: Detections) -> Image.Image:
         picture: `(3, h, w)` uint8.
     """
     height, width = picture.shape[1:]
-    masks = np.zeros((len(found), height, width), dtype=bool)
-    for mask, rle in zip(masks, found.rle, strict=True):
+    masks = None if found.rle is None else np.zeros((len(found), height, width), dtype=bool)
+    for mask, rle in zip(masks, found.rle, strict=True) if found.rle else ():
         mask[:] = Image.fromarray(decode_mask(rle)).convert("L").resize((width, height), Image.Resampling.BOX)
     scale = torch.tensor([width, height, width, height]) / torch.tensor([*found.size[::-1], *found.size[::-1]])
     return draw_instances(

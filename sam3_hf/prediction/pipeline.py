@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ..boxes_sam3_lite import pack_boxes, relative_boxes
 from ..configuration_sam3_lite import VISUAL_PHRASE
@@ -18,9 +19,11 @@ from ..processing_sam3_lite import Sam3LiteProcessor, enlarge_masks
 from ..reading import ImageInput, read_image
 from ..rle import encode_part
 from ..sources_sam3_lite import HUB_ARGUMENTS
-from ..vocabulary_sam3_lite import phrase_features
+from ..vocabulary_sam3_lite import check_tokenizer, phrase_features
 from .detections import Detections, suppress
 from .tiling import Part, Tile, cut_tiles, join_parts
+
+logger = logging.get_logger(__name__)
 
 PROMPTS_AT_ONCE = 16  # that the detector handles: bounds the memory of many prompts
 
@@ -90,7 +93,8 @@ class PredictionSettings:
         mask_threshold: pixels of a mask have a higher probability than this, in [0, 1].
         max_detections: of each image, the best so many; default: all.
         nms_iou: of two detections of one label whose masks overlap by more than this, in [0, 1], only the better one
-            stays; default: all stay, as SAM 3 does it.
+            stays; None: all stay, as SAM 3 does it, which finds more objects twice than such that lie in each other
+            (`docs/inference.md` has the scores).
         tile_size: side in pixels of the tiles in which larger images are looked at; default: an image at once.
         tile_overlap: pixels that neighbouring tiles share; default: a quarter of their side.
 
@@ -101,7 +105,7 @@ class PredictionSettings:
     threshold: float = 0.3
     mask_threshold: float = 0.5
     max_detections: int | None = None
-    nms_iou: float | None = None
+    nms_iou: float | None = 0.7
     tile_size: int | None = None
     tile_overlap: int | None = None
 
@@ -165,8 +169,14 @@ class Sam3LitePipeline:
         """
         Args:
             model: on the device and in the precision to compute in; set to evaluation mode.
+            processor: the one that was saved with it.
+
+        Raises:
+            ValueError: the tokenizer is not that of the model.
         """
+        check_tokenizer(processor.tokenizer, model.config)
         self.model, self.processor = model.eval(), processor
+        self._warned = False  # of what is not finite
 
     @classmethod
     def from_pretrained(
@@ -281,7 +291,7 @@ class Sam3LitePipeline:
                 for index, part in self._parts(vision, asked[first : first + PROMPTS_AT_ONCE], text, settings):
                     parts[index].append(part)
         return [
-            _finish(own, image, [prompt.label for prompt in asked], settings)
+            _finish(own, image, [prompt.label for prompt in asked], settings, self.model.config.mask_supervision)
             for own, image, asked in zip(parts, prepared, prompts, strict=True)
         ]
 
@@ -291,18 +301,33 @@ class Sam3LitePipeline:
         # What suppression and joining leave is not known before there are masks.
         limit = settings.max_detections if settings.nms_iou is None and settings.tile_size is None else None
         found = self.model.find(vision, **inputs, threshold=settings.threshold, max_detections=limit)
-        owners, scores, boxes = found.prompt_index.tolist(), found.scores.tolist(), found.boxes.float().cpu()
+        owners, boxes = found.prompt_index.tolist(), found.boxes.float().cpu()
+        *scores, finite = torch.cat([found.scores.float(), found.finite.float()[None]]).tolist()
+        if not finite:
+            self._warn_of_overflow()
         for _, rows in groupby(range(len(owners)), key=lambda row: asked[owners[row]].row):
             rows = list(rows)
             image, size, tile, _, _ = asked[owners[rows[0]]]
             height, width = tile.bottom - tile.top, tile.right - tile.left
-            logits = found.mask_logits[rows[0] : rows[-1] + 1]
-            masks = enlarge_masks(logits, (height, width), settings.mask_threshold)
-            for row, (mask, top, left) in zip(rows, masks, strict=True):
-                box = boxes[row].clamp(0, 1) * boxes.new_tensor([width, height, width, height])
+            inside = boxes[rows].clamp(0, 1) * boxes.new_tensor([width, height, width, height])
+            if found.mask_logits is None:
+                masks = map(_filled, inside)
+            else:
+                logits = found.mask_logits[rows[0] : rows[-1] + 1]
+                masks = enlarge_masks(logits, (height, width), settings.mask_threshold)
+            for row, box, (mask, top, left) in zip(rows, inside, masks, strict=True):
                 box = box + boxes.new_tensor([tile.left, tile.top, tile.left, tile.top])
                 rle = encode_part(mask, tile.top + top, tile.left + left, size)
                 yield image, Part(asked[owners[row]].prompt.label, scores[row], box, rle, tile)
+
+    def _warn_of_overflow(self):
+        if not self._warned:
+            logger.warning(
+                f"What the model says is not finite in {self.model.dtype}, so that things in the pictures are missed. "
+                "Numbers were too large for that precision: load the model with dtype='bfloat16' or 'float32' "
+                "(`--dtype` of `sam3-lite predict`)."
+            )
+        self._warned = True
 
     def _inputs(self, asked: list[Question], text) -> dict[str, Tensor]:
         """What the model takes for these prompts beside the vision features."""
@@ -345,7 +370,16 @@ def _relative(boxes: list[Sequence[float]], size: tuple[int, int]) -> Tensor:
     return relative_boxes(torch.tensor(corners, dtype=torch.float64).reshape(-1, 4), size)
 
 
-def _finish(parts: list[Part], image: PreparedImage, labels: list[str], settings: PredictionSettings) -> Detections:
+def _filled(box: Tensor) -> tuple[Tensor, int, int]:
+    """The pixels of a box as `enlarge_masks` gives those of a mask, to compare detections of a model without masks."""
+    left, top = box[:2].floor().int().tolist()
+    right, bottom = box[2:].ceil().int().tolist()
+    return torch.ones((max(bottom - top, 0), max(right - left, 0)), dtype=torch.bool), top, left
+
+
+def _finish(
+    parts: list[Part], image: PreparedImage, labels: list[str], settings: PredictionSettings, with_masks: bool
+) -> Detections:
     if len(image.tiles) > 1:
         parts = join_parts(parts)
     parts = sorted(parts, key=lambda part: -part.score)
@@ -357,7 +391,7 @@ def _finish(parts: list[Part], image: PreparedImage, labels: list[str], settings
         boxes=torch.stack([part.box for part in parts]) if parts else torch.zeros(0, 4),
         scores=torch.tensor([part.score for part in parts]),
         labels=[part.label for part in parts],
-        rle=[part.rle for part in parts],
+        rle=[part.rle for part in parts] if with_masks else None,
         size=image.size,
         prompts=list(dict.fromkeys(labels)),
     )

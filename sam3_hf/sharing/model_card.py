@@ -181,6 +181,7 @@ def model_card(folder: str | os.PathLike) -> ModelCard:
         report=report,
         example=(folder / EXAMPLE_FILE).is_file(),
         text_replaced=config.vocabulary is not None and report is not None and _has_text_encoder(report),
+        mask_supervision=config.mask_supervision,
     )
 
 
@@ -214,6 +215,7 @@ def _render(
     example: bool,
     preset: str | None = None,
     text_replaced: bool = False,
+    mask_supervision: bool = True,
 ) -> ModelCard:
     origin, trained = _recorded(provenance, None), "arguments" in provenance
     best = provenance.get("best")
@@ -240,7 +242,7 @@ def _render(
         "were chosen by them. AP is COCO's, cgF1 and IL_MCC are SAM 3's; all in parts of 1."
         if best
         else "",
-        limits=_limits(sizes, vocabulary, origin, trained, _mapped(preset, report)),
+        limits=_limits(sizes, vocabulary, origin, trained, _mapped(preset, report), mask_supervision),
         license_text=_license_text(origin),
         versions=", ".join(f"{key} {value}" for key, value in provenance["versions"].items()),
     )
@@ -385,8 +387,12 @@ def _settings(provenance: dict) -> list[tuple[str, str]]:
     return [(name, markdown(value)) for name, value in rows]
 
 
-def _limits(sizes: dict, vocabulary: list[str] | None, origin: Origin, trained: bool, mapped: bool) -> list[str]:
+def _limits(
+    sizes: dict, vocabulary: list[str] | None, origin: Origin, trained: bool, mapped: bool, mask_supervision: bool
+) -> list[str]:
     limits = []
+    if not mask_supervision:
+        limits.append("It was trained on boxes alone: it gives boxes. Its masks mean nothing and are not shown.")
     if vocabulary is not None:
         limits.append("Its vocabulary is fixed: it refuses phrases that `model.config.vocabulary` does not list.")
     if trained:

@@ -37,6 +37,11 @@ class ModelArguments:
     image_size: int | None = option(
         None, "side in pixels to which images are resized; the preset's or checkpoint's own if not given"
     )
+    num_queries: int | None = option(
+        None,
+        "most objects that are found per picture and phrase; the preset's or checkpoint's own if not given. A "
+        "checkpoint keeps its queries, and new ones start untrained",
+    )
     model_overrides: str = option(
         "{}",
         "further fields of the preset's config as a JSON object, e.g. '{\"num_queries\": 100}'; in YAML, a mapping",
@@ -50,6 +55,8 @@ class ModelArguments:
     compile: bool = option(False, "compile the model with torch.compile: slow first steps, faster afterwards")
 
     def __post_init__(self):
+        if self.num_queries is not None:
+            check_range(self, "num_queries", 1)
         try:
             self.model_overrides = json.loads(self.model_overrides)
         except json.JSONDecodeError as error:

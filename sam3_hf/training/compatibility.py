@@ -8,6 +8,7 @@ logger = logging.getLogger(__name__)
 FIXED = (
     "preset",
     "image_size",
+    "num_queries",
     "model_overrides",
     "train_text_encoder",
     "seed",

@@ -124,4 +124,6 @@ def initial_config(arguments: ModelArguments) -> Sam3LiteConfig:
             config = config.at_preset(arguments.preset, **arguments.model_overrides)
         elif arguments.model_overrides:
             raise ValueError("model_overrides changes a preset; with --init the sizes are those of the checkpoint")
-    return config if arguments.image_size is None else config.changed(image_size=arguments.image_size)
+    given = {name: getattr(arguments, name) for name in ("image_size", "num_queries")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return config.changed(**given) if given else config

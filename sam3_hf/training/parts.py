@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..data import EvalDataset, TrainDataset
+from ..data.rows import has_some_masks
 from ..processing_sam3_lite import Sam3LiteProcessor
 from .accelerator import prepare
 from .arguments import Arguments
@@ -47,9 +48,11 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
     model = build_model(arguments, checkpoint)
     if accelerator.is_main_process and checkpoint is None:
         write_mapping_report(model, arguments)
-    processor = Sam3LiteProcessor.from_config(model.config)
+    processor = Sam3LiteProcessor.of_source(arguments.model.init, model.config)
     train_data, valid_data = load_data(accelerator, arguments, model.config.image_size)
     warn_of_crowds(train_data, valid_data, model.config.detr_decoder_config.num_queries)
+    model.config.mask_supervision = has_some_masks(train_data.rows)
+    valid_data.has_masks &= model.config.mask_supervision  # masks that nothing taught are not scored
     text = build_text(accelerator, arguments, model, processor, train_data)
     model, optimizer = prepare(accelerator, model, arguments.optimization)
     return Parts(

@@ -147,20 +147,23 @@ def log_step(step: int, total_steps: int, values: dict, bar: tqdm) -> None:
 
 
 def main_scores(scores: dict) -> dict[str, float]:
-    """The scores that a reader wants first."""
+    """The scores that a reader wants first, as far as they are defined."""
     kinds = [kind for kind in ("segm", "bbox") if f"{kind}_AP" in scores]
     names = [f"{kind}_{name}" for kind in kinds for name in ("AP", "AP50", "cgF1")]
-    return {name: scores[name] for name in [*names, "IL_MCC", "loss"]}
+    return {name: scores[name] for name in [*names, "IL_MCC", "loss"] if scores.get(name) is not None}
 
 
 def log_scores(epoch: float, scores: dict) -> None:
     """The main scores of an evaluation, and a table of those per class."""
     figures = ", ".join(f"{name} {value:.4f}" for name, value in main_scores(scores).items())
     logger.info("epoch %.2f, validation: %s", epoch, figures)
+    if scores["IL_MCC"] is None:
+        logger.info("cgF1 and IL_MCC are not defined: every picture has every concept, or none has any")
     kind = "segm" if "segm_AP" in scores else "bbox"
     for name, values in scores[f"{kind}_per_class"].items():
-        # COCO writes -1 where a class has no objects to find
-        figures = ", ".join(f"{key} {values[key]:.4f}" for key in ("AP", "AP50", "cgF1") if values[key] != -1)
+        # COCO writes -1 where a class has no objects to find; cgF1 is None unless it is here and absent there.
+        defined = [key for key in ("AP", "AP50", "cgF1") if values[key] not in (-1, None)]
+        figures = ", ".join(f"{key} {values[key]:.4f}" for key in defined)
         logger.info("  %-24s %s %s, %d objects", name, kind, figures, values["objects"])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, set_seed
 
 from ..data import BatchKeys, make_loader, steps_per_epoch
+from ..evaluation.cgf1 import presence_is_defined
 from ..evaluation.loop import Pictures, evaluate
 from ..files import copy_folder
 from ..sharing.model_card import versions
@@ -57,6 +58,11 @@ class Run:
             raise ValueError(
                 f"metric_for_best {self.metric_for_best()} needs masks, and the validation split has none for some "
                 "objects: use bbox_AP"
+            )
+        if self.metric_for_best().endswith("cgF1") and not presence_is_defined(self.valid_data):
+            raise ValueError(
+                f"metric_for_best {self.metric_for_best()} is not defined: every picture of the validation split has "
+                "every concept, or none has any; use segm_AP, bbox_AP or loss, or add pictures without a concept"
             )
         self.loop = TrainingLoop(parts)
 
