@@ -28,6 +28,8 @@ from .outputs_sam3_lite import (
     Sam3LiteFindings,
     Sam3LiteOutput,
     Sam3LiteVisionOutput,
+    assign_images,
+    check_boxes,
     refuse_arguments,
 )
 from .text_sam3_lite import Sam3LiteTextEncoder
@@ -321,8 +323,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             tokens = input_ids != 0
             text_mask = tokens if text_mask is None else text_mask & tokens
         if input_boxes is not None:
-            input_boxes_labels = self._check_boxes(input_boxes, input_boxes_labels)
-        prompts = self._assign_images(len(levels[0]), image_index, text, text_mask, input_boxes, input_boxes_labels)
+            input_boxes_labels = check_boxes(input_boxes, input_boxes_labels)
+        prompts = assign_images(len(levels[0]), image_index, text, text_mask, input_boxes, input_boxes_labels)
         if labels is not None:
             if len(labels) != len(prompts.image_index):
                 raise ValueError(f"`labels` has {len(labels)} entries for {len(prompts.image_index)} prompts.")
@@ -364,8 +366,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         """
         levels = tuple(vision_embeds.fpn_hidden_states[:3])
         if input_boxes is not None:
-            input_boxes_labels = self._check_boxes(input_boxes, input_boxes_labels)
-        prompts = self._assign_images(
+            input_boxes_labels = check_boxes(input_boxes, input_boxes_labels)
+        prompts = assign_images(
             len(levels[0]),
             image_index,
             text_embeds.to(levels[-1].dtype),
@@ -470,42 +472,6 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         """`(1, height * width, hidden)` sine encoding of the coarsest level, computed in float32."""
         shape = torch.Size((1, *coarse.shape[1:]))
         return self.vision_position(shape, coarse.device, torch.float32).flatten(2).transpose(1, 2).to(coarse.dtype)
-
-    def _check_boxes(self, boxes: Tensor, labels: Tensor | None) -> Tensor:
-        if boxes.ndim != 3 or boxes.shape[-1] != 4:
-            raise ValueError(f"`input_boxes` must be (num_prompts, num_boxes, 4), got {tuple(boxes.shape)}.")
-        if labels is None:
-            return torch.ones(boxes.shape[:2], dtype=torch.long, device=boxes.device)
-        if labels.shape != boxes.shape[:2]:
-            raise ValueError(
-                f"`input_boxes_labels` has shape {tuple(labels.shape)}, `input_boxes` has {tuple(boxes.shape)}."
-            )
-        return labels
-
-    def _assign_images(self, num_images: int, image_index: Tensor | None, *per_prompt: Tensor | None) -> Prompts:
-        """Completes `image_index`, broadcasts a single prompt, and checks that all prompt inputs agree in number."""
-        counts = {len(tensor) for tensor in per_prompt if tensor is not None}
-        num_prompts = max(counts) if image_index is None else len(image_index)
-        if image_index is None:
-            if num_prompts == 1 < num_images:
-                num_prompts = num_images
-            device = per_prompt[0].device
-            if num_images == 1:
-                image_index = torch.zeros(num_prompts, dtype=torch.long, device=device)
-            elif num_images == num_prompts:
-                image_index = torch.arange(num_prompts, device=device)
-            else:
-                raise ValueError(
-                    f"{num_prompts} prompts for {num_images} images: say with `image_index` which image each prompt "
-                    "belongs to."
-                )
-        if counts - {1, num_prompts}:
-            raise ValueError(f"The prompt inputs differ in number: {sorted(counts)} for {num_prompts} prompts.")
-        expanded = (
-            tensor if tensor is None or len(tensor) == num_prompts else tensor.expand(num_prompts, *tensor.shape[1:])
-            for tensor in per_prompt
-        )
-        return Prompts(image_index, *expanded)
 
     def _run_detector(
         self, levels: tuple[Tensor, ...], summary: Tensor | None, prompts: Prompts, one_to_many: bool = False

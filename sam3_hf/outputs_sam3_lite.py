@@ -108,6 +108,45 @@ class Prompts(NamedTuple):
     input_boxes_labels: Tensor | None
 
 
+def check_boxes(boxes: Tensor, labels: Tensor | None) -> Tensor:
+    """The labels of box prompts, all positive by default; a ValueError names shapes that are wrong."""
+    if boxes.ndim != 3 or boxes.shape[-1] != 4:
+        raise ValueError(f"`input_boxes` must be (num_prompts, num_boxes, 4), got {tuple(boxes.shape)}.")
+    if labels is None:
+        return torch.ones(boxes.shape[:2], dtype=torch.long, device=boxes.device)
+    if labels.shape != boxes.shape[:2]:
+        raise ValueError(
+            f"`input_boxes_labels` has shape {tuple(labels.shape)}, `input_boxes` has {tuple(boxes.shape)}."
+        )
+    return labels
+
+
+def assign_images(num_images: int, image_index: Tensor | None, *per_prompt: Tensor | None) -> Prompts:
+    """Completes `image_index`, broadcasts a single prompt, and checks that all prompt inputs agree in number."""
+    counts = {len(tensor) for tensor in per_prompt if tensor is not None}
+    num_prompts = max(counts) if image_index is None else len(image_index)
+    if image_index is None:
+        if num_prompts == 1 < num_images:
+            num_prompts = num_images
+        device = per_prompt[0].device
+        if num_images == 1:
+            image_index = torch.zeros(num_prompts, dtype=torch.long, device=device)
+        elif num_images == num_prompts:
+            image_index = torch.arange(num_prompts, device=device)
+        else:
+            raise ValueError(
+                f"{num_prompts} prompts for {num_images} images: say with `image_index` which image each prompt "
+                "belongs to."
+            )
+    if counts - {1, num_prompts}:
+        raise ValueError(f"The prompt inputs differ in number: {sorted(counts)} for {num_prompts} prompts.")
+    expanded = (
+        tensor if tensor is None or len(tensor) == num_prompts else tensor.expand(num_prompts, *tensor.shape[1:])
+        for tensor in per_prompt
+    )
+    return Prompts(image_index, *expanded)
+
+
 def refuse_arguments(arguments: dict, config):
     """
     Raises:
@@ -127,5 +166,7 @@ __all__ = [
     "Sam3LiteFindings",
     "Sam3LiteOutput",
     "Sam3LiteVisionOutput",
+    "assign_images",
+    "check_boxes",
     "refuse_arguments",
 ]

@@ -74,9 +74,10 @@ def test_flops_are_those_of_the_running_model():
         counted.append(counter.get_total_flops())
     flops = count_flops(micro_config())
     per_prompt = sum(flops[part] for part in ("DETR encoder", "DETR decoder", "mask decoder", "scoring"))
-    assert counted[0] == flops["vision encoder"] + per_prompt
+    per_image = flops["vision encoder"] + flops["summary token"]
+    assert flops["summary token"] > 0 and counted[0] == per_image + per_prompt
     # Further prompts share what depends on the image alone.
-    assert all(count < flops["vision encoder"] + (i + 1) * per_prompt for i, count in enumerate(counted) if i)
+    assert all(count < per_image + (i + 1) * per_prompt for i, count in enumerate(counted) if i)
 
 
 def test_flops_by_hand():
