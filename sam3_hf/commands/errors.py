@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 import typer
 
+from ..errors import one_line
+
 
 @contextmanager
 def one_line_errors(memory_option: str = "--batch-size") -> Iterator[None]:
@@ -17,9 +19,6 @@ def one_line_errors(memory_option: str = "--batch-size") -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        typer.echo(f"Error: the memory of the GPU does not suffice: pass a smaller {memory_option}.", err=True)
-        raise typer.Exit(1) from error
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        typer.echo(f"Error: {one_line(error, memory_option)}", err=True)
         raise typer.Exit(1) from error

@@ -11,6 +11,7 @@ from ..data import EvalDataset, TrainDataset
 from ..processing_sam3_lite import Sam3LiteProcessor
 from .accelerator import prepare
 from .arguments import Arguments
+from .checkpoints import write_frozen
 from .data import load_data
 from .model import build_model, write_mapping_report
 from .objectives import Labels, Objective
@@ -24,6 +25,7 @@ class Parts:
         model, optimizer: as returned by `accelerator.prepare`.
         text: turns phrases into the model's text inputs.
         objective: what the steps minimise.
+        frozen: weights that neither train nor are part of the model while others do, or None.
     """
 
     arguments: Arguments
@@ -35,6 +37,7 @@ class Parts:
     text: TokenizedText | FrozenText
     train_data: TrainDataset
     valid_data: EvalDataset
+    frozen: dict[str, torch.Tensor] | None
 
 
 def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path | None) -> Parts:
@@ -45,11 +48,9 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
         checkpoint: the run goes on from there; only the sizes and frozen weights of its model are read here.
     """
     model = build_model(arguments, checkpoint)
-    if accelerator.is_main_process and checkpoint is None:
-        write_mapping_report(model, arguments)
     processor = Sam3LiteProcessor.from_config(model.config)
     train_data, valid_data = load_data(accelerator, arguments, model.config.image_size)
-    text = build_text(accelerator, arguments, model, processor, train_data)
+    text, frozen = build_text(accelerator, arguments, model, processor, train_data)
     model, optimizer = prepare(accelerator, model, arguments.optimization)
     return Parts(
         arguments=arguments,
@@ -61,4 +62,13 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
         text=text,
         train_data=train_data,
         valid_data=valid_data,
+        frozen=frozen,
     )
+
+
+def write_parts(parts: Parts, checkpoint: Path | None) -> None:
+    """Writes into the output folder what its checkpoints and final model will refer to; for the main process."""
+    if checkpoint is None:
+        write_mapping_report(parts.accelerator.unwrap_model(parts.model), parts.arguments)
+    if parts.frozen is not None:
+        write_frozen(Path(parts.arguments.output.output_dir) / "checkpoints", parts.frozen)
