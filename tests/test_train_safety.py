@@ -2,18 +2,23 @@
 
 import fcntl
 import json
+import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors.torch import load_file
 from train_cases import TORCHRUN, error_of, launcher, state_of, train
 
+from sam3_hf import errors
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.data.workers import batches_of
 from sam3_hf.errors import one_line
@@ -42,6 +47,29 @@ def run(finished_run, tmp_path) -> Path:
     return shutil.copytree(finished_run / "run", tmp_path / "run")
 
 
+@pytest.fixture
+def fails(tmp_path, monkeypatch, capsys):
+    """Runs the trainer in this process, in `tmp_path`; the line that it fails with."""
+    root = logging.getLogger()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.setattr(logging, "raiseExceptions", logging.raiseExceptions)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags: str) -> str:
+        assert main(["--output_dir", "run", "--preset", "tiny", "--num_workers", "0", *flags]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert not any("Traceback" in line for line in lines)
+        return lines[-1].removesuffix(" (traceback: run/logs/train.log)")
+
+    yield run
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 # 1. Hangs
 
 RAISES = """
@@ -54,8 +82,16 @@ def fail(*arguments, **options):
     ("where", "left"),
     [
         ("import sam3_hf.training.run as module; module.plot_curves = fail", "final/config.json"),
-        ("import sam3_hf.evaluation.loop as module; module.prediction_rows = fail", "checkpoints/last/optimizer.pt"),
-        ("from sam3_hf.training.loop import TrainingLoop; TrainingLoop.take_step = fail", "logs/train.log"),
+        pytest.param(
+            "import sam3_hf.evaluation.loop as module; module.prediction_rows = fail",
+            "checkpoints/last/optimizer.pt",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "from sam3_hf.training.loop import TrainingLoop; TrainingLoop.take_step = fail",
+            "logs/train.log",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["curves", "evaluation", "step"],
 )
@@ -66,6 +102,7 @@ def test_an_error_after_the_workers_started_ends_the_run(data, tmp_path, where, 
     assert (tmp_path / "run" / left).is_file()
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_ends_the_run_at_once(data, tmp_path):
     patch = """
 import signal, time
@@ -144,7 +181,7 @@ with sole_run(Path(sys.argv[1])):
 """
 
 
-def test_a_second_run_stops_at_once_and_names_the_first(data, tmp_path):
+def test_a_second_run_stops_at_once_and_names_the_first(fails, data, tmp_path):
     first = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "run"), "fork"],
         stdin=subprocess.PIPE,
@@ -152,10 +189,10 @@ def test_a_second_run_stops_at_once_and_names_the_first(data, tmp_path):
         text=True,
     )
     pid = int(first.stdout.readline())
-    second = train(tmp_path, data)
-    line = error_of(second)
+    (tmp_path / "run" / "logs").mkdir()
+    line = fails("--data", str(data))
     assert line.startswith(f"Error: run is in use by another run (process {pid} on {os.uname().nodename} since 20")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == [".lock", "logs"]
     first.kill()
     first.wait()
     with lock.sole_run(tmp_path / "run"):  # though the process that it forked still lives
@@ -242,40 +279,36 @@ def test_checkpoints_without_checksums_are_taken_unless_they_are_cut_off(run):
 
 @pytest.mark.slow
 def test_without_its_last_checkpoint_a_run_goes_on_from_the_newest(finished_run, run, data, tmp_path):
-    shutil.rmtree(run / "checkpoints" / "last")
-    shutil.rmtree(run / "checkpoints" / "epoch_2")
-    flip(run / "checkpoints" / "best" / "ema.safetensors") if (
-        run / "checkpoints/best/ema.safetensors"
-    ).exists() else None
-    step = state_of(run / "checkpoints" / "best")["step"]
+    for name in ("last", "best", "epoch_2"):
+        shutil.rmtree(run / "checkpoints" / name)
     finished = train(tmp_path, data, "--resume", "auto", save_every_epochs=1)
     assert finished.returncode == 0, finished.stderr
-    assert f"going on from run/checkpoints/{'best' if step == 6 else 'epoch_1'}, " in finished.stderr or step == 3
+    assert "going on from run/checkpoints/epoch_1, the newest whole checkpoint: step 3; 3 steps" in finished.stderr
     expected = load_file(finished_run / "run" / "checkpoints" / "last" / "model.safetensors")
     found = load_file(run / "checkpoints" / "last" / "model.safetensors")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_final_model_alone_is_not_overwritten_by_resume_auto(run, data, tmp_path):
+def test_a_final_model_alone_is_not_overwritten_by_resume_auto(fails, run, data):
     shutil.rmtree(run / "checkpoints")
-    assert "holds the final model of a run and no checkpoint to go on from" in error_of(
-        train(tmp_path, data, "--resume", "auto")
-    )
+    line = fails("--data", str(data), "--resume", "auto")
+    assert "holds the final model of a run and no checkpoint to go on from" in line
 
 
 @pytest.mark.parametrize(
     "flags", [["--data", "nowhere"], ["--init", "nowhere/at/all"], ["--metric_for_best", "segm_AP", "--data", "boxes"]]
 )
-def test_overwriting_deletes_nothing_before_data_and_model_were_looked_at(run, data, tmp_path, flags):
+def test_overwriting_deletes_nothing_before_data_and_model_were_looked_at(fails, run, data, tmp_path, flags):
     shutil.copytree(data, tmp_path / "boxes")
     for path in (tmp_path / "boxes").rglob("*.json"):
         coco = json.loads(path.read_text())
         for annotation in coco["annotations"]:
             annotation["segmentation"] = []
         path.write_text(json.dumps(coco))
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and "logs" not in path.parts}
-    error_of(train(tmp_path, data, "--overwrite_output_dir", *flags, model_overrides={}))
-    assert before == {path: path.read_bytes() for path in before}
+    kept = [path for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "train.log")]
+    before = {path: path.read_bytes() for path in kept}
+    fails("--data", str(data), "--overwrite_output_dir", *flags)
+    assert before == {path: path.read_bytes() for path in kept}
 
 
 def test_a_damaged_best_checkpoint_is_not_exported(run, data, tmp_path):
@@ -345,19 +378,18 @@ def test_a_checkpoint_that_is_not_finite_is_not_written_over_one_that_is(model, 
 
 
 @pytest.mark.parametrize("library", ["matplotlib", "tensorboard", "xxhash"])
-def test_a_library_that_is_missing_is_found_at_the_start(data, tmp_path, library):
-    finished = train(tmp_path, data, program=launcher(tmp_path, f"sys.modules[{library!r}] = None"))
-    assert error_of(finished) == f'Error: {library} is not installed; training needs pip install "sam3-hf[train]".'
+def test_a_library_that_is_missing_is_found_at_the_start(fails, data, tmp_path, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"{library}.pyplot", raising=False)
+    line = fails("--data", str(data))
+    assert line == f'Error: {library} is not installed; training needs pip install "sam3-hf[train]".'
     assert not (tmp_path / "run").exists()
 
 
-def test_space_for_a_checkpoint_is_asked_for_at_the_start(data, tmp_path):
-    patch = """
-import shutil
-shutil.disk_usage = lambda path: type("usage", (), {"free": 1000})
-"""
-    line = error_of(train(tmp_path, data, program=launcher(tmp_path, patch)))
-    assert "a checkpoint takes 0.0" in line and "0.00 GB are free" in line
+def test_space_for_a_checkpoint_is_asked_for_at_the_start(fails, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    line = fails("--data", str(data))
+    assert "a checkpoint takes 0." in line and "and 0.00 GB are free on this disk: make space" in line
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -389,21 +421,7 @@ def test_a_folder_that_cannot_be_written_is_found_at_the_start(data, tmp_path):
 # 18. One line
 
 
-@pytest.fixture
-def fails(tmp_path, monkeypatch, capsys):
-    """Runs the trainer here; its line."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def run(*flags: str) -> str:
-        assert main([*flags, "--output_dir", str(tmp_path / "run"), "--preset", "tiny"]) == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert not any("Traceback" in line for line in lines)
-        return lines[-1]
-
-    return run
-
-
-def test_what_init_names_is_not_there(fails, data, tmp_path, monkeypatch):
+def test_what_init_names_is_not_there(fails, data, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("no/such/folder", "./nothing", "/no/model.pt"):
         assert f"there is no folder or file {name}, and repositories of the Hub are named owner/name" in fails(
@@ -413,8 +431,35 @@ def test_what_init_names_is_not_there(fails, data, tmp_path, monkeypatch):
     assert f"--init {empty} has neither a config.json nor a .pt file" in fails("--data", str(data), "--init", empty)
 
 
-def test_the_folder_of_a_run_is_given_where_its_model_is_meant(fails, run, data):
-    assert f"give {run}/final" in fails("--data", str(data), "--init", str(run), "--overwrite_output_dir")
+def test_the_folder_of_a_run_is_no_model(fails, run, data):
+    line = fails("--data", str(data), "--init", str(run), "--overwrite_output_dir")
+    assert f"{run} is the folder of a training run, not of a model" in line and f"{run}/final" in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "message"),
+    [
+        (GatedRepoError, 403, "no access to facebook/sam3: ask for it at https://huggingface.co/facebook/sam3, then"),
+        (RepositoryNotFoundError, 401, "no repository facebook/sam3 on the Hub that you may see"),
+        (HfHubHTTPError, 403, "no access to facebook/sam3 (status 403)"),
+        (HfHubHTTPError, 500, "the Hub answers with status 500 for facebook/sam3"),
+    ],
+)
+def test_a_hub_that_refuses_is_told_from_one_that_is_not_there(monkeypatch, kind, status, message):
+    def answer(*_, **__):
+        raise kind("refused", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+    monkeypatch.setattr(errors.HfApi, "auth_check", answer)
+    assert message in str(errors.missing_source("facebook/sam3"))
+
+
+def test_no_network_is_said(fails, data, monkeypatch):
+    def unreachable(*_, **__):
+        raise LookupError("Connection refused")  # HTTP libraries have errors of their own
+
+    monkeypatch.setattr(errors.HfApi, "auth_check", unreachable)
+    line = fails("--data", str(data), "--init", "facebook/sam3-not-here")
+    assert "no network: facebook/sam3-not-here is not on this machine, and the Hub cannot be reached" in line
 
 
 def test_several_lines_become_one():

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import one_line
+from .lock import FolderInUse
 from .stopping import under_launcher
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # what torchrun, and with it accelerate launch, shows as the cause of a failure
@@ -22,7 +23,8 @@ def report(error: Exception, folder: Path | None) -> None:
     Args:
         folder: of the run, if that is known already.
     """
-    log = None if folder is None else _keep_traceback(error, folder / "logs" / "train.log")
+    ours = folder is not None and not isinstance(error, FolderInUse)
+    log = _keep_traceback(error, folder / "logs" / "train.log") if ours else None
     if _follows_another(error):
         line = f"another process of this run has ended, its own line says why ({one_line(error)})"
     else:

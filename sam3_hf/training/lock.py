@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 
 
+class FolderInUse(RuntimeError):
+    """Another run writes to the output folder."""
+
+
 @contextmanager
 def sole_run(folder: Path) -> Iterator[None]:
     """
@@ -27,7 +31,7 @@ def sole_run(folder: Path) -> Iterator[None]:
     hold it. Where there are no locks, that is logged.
 
     Raises:
-        RuntimeError: another run holds it; says which.
+        FolderInUse: another run holds it; says which.
         OSError: the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +53,7 @@ def _acquire(file, folder: Path) -> None:
         # Unlike that of flock, this lock is not handed down to forked processes, which may outlive the run a little.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise RuntimeError(
+        raise FolderInUse(
             f"{folder} is in use by another run ({_holder(file)}): wait for its end, stop it, or choose another "
             "--output_dir"
         ) from None

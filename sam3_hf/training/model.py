@@ -145,6 +145,4 @@ def open_initial(init: str) -> Checkpoint:
         return checkpoint
     if not here:
         raise missing_source(init)
-    inside = [folder for folder in ("final", "checkpoints/best") if os.path.isfile(f"{init}/{folder}/config.json")]
-    advice = f": give {init}/{inside[0]}" if inside else ""
-    raise FileNotFoundError(f"--init {init} has neither a config.json nor a .pt file of Meta's{advice}")
+    raise FileNotFoundError(f"--init {init} has neither a config.json nor a .pt file of Meta's")

@@ -27,7 +27,7 @@ def run_session(arguments: Arguments) -> int:
         The exit status: 0, or 128 + the number of the signal that ended the run early.
 
     Raises:
-        RuntimeError: another run has the output folder.
+        FolderInUse: another run has the output folder.
     """
     stop = StopSignal()
     end_with_launcher()
@@ -36,8 +36,9 @@ def run_session(arguments: Arguments) -> int:
         run = _start(arguments)
         accelerator = run.accelerator
         metrics = Metrics(run.folder, run.step, run.evaluated) if accelerator.is_main_process else None
-        with nullcontext() if metrics is None else closing(metrics):
-            train(run, metrics, stop)
+        train(run, metrics, stop)
+        if metrics:
+            metrics.close()
         finished = run.step == run.total_steps and not run.evaluation_due()
         if finished:
             run.finish()
