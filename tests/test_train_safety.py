@@ -421,6 +421,17 @@ def test_a_folder_that_cannot_be_written_is_found_at_the_start(data, tmp_path):
 # 18. One line
 
 
+@pytest.mark.slow
+def test_below_accelerate_launch_the_line_stands_alone(tmp_path):
+    program = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "sam3_hf.training"]
+    finished = train(tmp_path, "nowhere", program=program)
+    lines = finished.stderr.splitlines()
+    (index,) = [index for index, line in enumerate(lines) if line.startswith("Error: ")]
+    assert lines[index - 1] == lines[index + 1] == ""
+    assert lines[index + 2].startswith("Traceback")  # of the launcher, which says that the trainer failed
+    assert finished.stderr.count("Traceback") == 1
+
+
 def test_what_init_names_is_not_there(fails, data, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("no/such/folder", "./nothing", "/no/model.pt"):

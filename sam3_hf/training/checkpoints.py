@@ -108,9 +108,8 @@ def _all_finite(tensors: Iterable) -> bool:
     tensors = (tensor.detach() for tensor in tensors if isinstance(tensor, torch.Tensor))
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     local = [tensor for tensor in local if tensor.is_floating_point() and tensor.numel()]
-    return bool(
-        torch.nn.utils.get_total_norm(local, norm_type=torch.inf).isfinite()
-    )  # fused; the largest cannot overflow
+    # One fused pass over the memory, where a norm is finite. That of large finite numbers may overflow.
+    return bool(torch.nn.utils.get_total_norm(local).isfinite()) or all(bool(t.isfinite().all()) for t in local)
 
 
 def _listed(names: list[str]) -> str:

@@ -37,7 +37,7 @@ class Parts:
     text: TokenizedText | FrozenText
     train_data: TrainDataset
     valid_data: EvalDataset
-    frozen: dict[str, torch.Tensor] | None
+    frozen: dict[str, torch.Tensor] | None = None
 
 
 def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path | None) -> Parts:

@@ -23,7 +23,7 @@ def leave_signals_to_the_parent(worker_id: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    signal_at_end_of_parent(signal.SIGKILL)
+    signal_at_end_of_parent("SIGKILL")
 
 
 def end_with_launcher() -> None:
@@ -33,7 +33,7 @@ def end_with_launcher() -> None:
     Only Linux has this; elsewhere, signal the whole process group.
     """
     if under_launcher():
-        signal_at_end_of_parent(signal.SIGTERM)
+        signal_at_end_of_parent("SIGTERM")
 
 
 def under_launcher() -> bool:
@@ -41,13 +41,13 @@ def under_launcher() -> bool:
     return any(name in os.environ for name in LAUNCHER_VARIABLES)
 
 
-def signal_at_end_of_parent(number: signal.Signals) -> None:
+def signal_at_end_of_parent(name: str) -> None:
     """Asks the kernel, where it is Linux, to send this process a signal when the one that started it ends."""
     if sys.platform != "linux":
         return
     zero = ctypes.c_ulong(0)
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(number), zero, zero, zero) != 0:
+    if libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.Signals[name]), zero, zero, zero) != 0:
         reason = os.strerror(ctypes.get_errno())
         logger.warning("this process will not end by itself when the one that started it does: %s", reason)
 
