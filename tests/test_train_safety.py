@@ -386,6 +386,12 @@ def test_a_library_that_is_missing_is_found_at_the_start(fails, data, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_without_accelerate_there_is_a_line_as_well(data, tmp_path):
+    finished = train(tmp_path, data, program=launcher(tmp_path, "sys.modules['accelerate'] = None"))
+    assert error_of(finished) == 'Error: accelerate is not installed; training needs pip install "sam3-hf[train]".'
+
+
 def test_space_for_a_checkpoint_is_asked_for_at_the_start(fails, data, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     line = fails("--data", str(data))

@@ -52,8 +52,7 @@ def _follows_another(error: Exception) -> bool:
     """Whether it says only that a process at the other end of an exchange is gone."""
     if isinstance(error, torch.distributed.DistError):
         return True
-    text = str(error)
-    return "gloo" in text or "Connection closed by peer" in text or "Connection reset by peer" in text
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
 
 def _tell_launcher(line: str) -> None:

@@ -1,14 +1,19 @@
 """Ctrl-C and SIGTERM end the run after the current step."""
 
+from __future__ import annotations
+
 import ctypes
 import logging
 import os
 import signal
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # which may be missing when that is to be said
 
 logger = logging.getLogger(__name__)
 
