@@ -31,9 +31,7 @@ def report(error: Exception, folder: Path | None) -> None:
         line = one_line(error)
         _tell_launcher(f"Error: {line}")
     where = "" if log is None else f" (traceback: {log})"
-    around = (
-        "\n" if under_launcher() else ""
-    )  # stands out from what launchers write about the processes that they start
+    around = "\n" if under_launcher() else ""  # stands out from what the launcher writes
     sys.stderr.write(f"{around}Error: {line}{where}\n{around}")
     sys.stderr.flush()
 
@@ -50,7 +48,7 @@ def _keep_traceback(error: Exception, log: Path) -> Path | None:
 
 def _follows_another(error: Exception) -> bool:
     """Whether it says only that a process at the other end of an exchange is gone."""
-    if isinstance(error, torch.distributed.DistError):
+    if isinstance(error, torch.distributed.DistBackendError):
         return True
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
