@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from sam3_hf.training import main as trainer
+from sam3_hf.training import session
 from sam3_hf.training.arguments import Arguments
 
 ATEN = torch.ops.aten
@@ -75,7 +76,7 @@ def emulated_fp16(init_scale: float | None = None) -> Iterator[None]:
     Args:
         init_scale: the loss scale to start from instead of the trainer's own.
     """
-    start_accelerator = trainer.start_accelerator
+    start_accelerator = session.start_accelerator
 
     def start(arguments: Arguments) -> Accelerator:
         arguments.optimization.mixed_precision = "no"  # Accelerate knows no FP16 on a CPU
@@ -89,7 +90,7 @@ def emulated_fp16(init_scale: float | None = None) -> Iterator[None]:
 
     with (
         mock.patch.dict(AcceleratorState._shared_state),  # which the next accelerator takes its precision from
-        mock.patch.object(trainer, "start_accelerator", start),
+        mock.patch.object(session, "start_accelerator", start),
         RoundedProducts(),
     ):
         yield

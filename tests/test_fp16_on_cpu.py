@@ -14,7 +14,7 @@ from fp16_emulation import RoundedProducts, emulated_fp16
 
 import sam3_hf
 from sam3_hf import Sam3LiteModel
-from sam3_hf.training import main as trainer
+from sam3_hf.training import session as trainer
 from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.checkpoints import load_checkpoint, save_checkpoint
 

@@ -89,8 +89,8 @@ def test_no_neighbours_through_the_processor(asked):
 )
 def test_no_neighbours_through_the_pipeline(asked, beside):
     pipe = Sam3LitePipeline(asked, Sam3LiteProcessor.from_config(asked.config))
-    alone = pipe(picture(1), ["cat"], threshold=0.0)
-    together = pipe(picture(1), ["cat", *beside], threshold=0.0)
+    alone = pipe(picture(1), ["cat"], threshold=0.0, nms_iou=None)
+    together = pipe(picture(1), ["cat", *beside], threshold=0.0, nms_iou=None)
     own = [row for row, label in enumerate(together.labels) if label == "cat"]
     assert len(alone) == len(own) == asked.config.detr_decoder_config.num_queries
     assert torch.allclose(together.scores[own], alone.scores, atol=1e-5)

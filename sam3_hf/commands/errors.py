@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 import typer
 
+from ..errors import one_line
+
 
 @contextmanager
 def one_line_errors(memory_option: str = "--batch-size") -> Iterator[None]:
@@ -17,11 +19,8 @@ def one_line_errors(memory_option: str = "--batch-size") -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        typer.echo(f"Error: the memory of the GPU does not suffice: pass a smaller {memory_option}.", err=True)
-        raise typer.Exit(1) from error
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {on_one_line(str(error)) or type(error).__name__}", err=True)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        typer.echo(f"Error: {one_line(error, memory_option)}", err=True)
         raise typer.Exit(1) from error
 
 
@@ -35,9 +34,3 @@ def model_errors(source: str) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{source} cannot be loaded, a file of it is damaged or no model's: {reason}") from error
-
-
-def on_one_line(text: str) -> str:
-    """A message without line breaks, and with the control characters that file names may hold written as escapes."""
-    words = " ".join(text.split())
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)

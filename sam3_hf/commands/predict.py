@@ -13,12 +13,13 @@ import typer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..errors import joined
 from ..prediction.input_files import InputFile, find_pictures
 from ..prediction.output_folder import PredictionFolder, UnwritableName
 from ..prediction.pipeline import PredictionSettings, PreparedImage, Sam3LitePipeline, prompts_of_images
 from ..reading import MAX_PIXELS, read_image
 from ..visualization import LONGEST_SIDE
-from .errors import model_errors, on_one_line, one_line_errors
+from .errors import model_errors, one_line_errors
 
 
 def predict(
@@ -96,7 +97,7 @@ def predict(
 
 
 def _list_failures(title: str, messages: list[str]) -> None:
-    for line in [title, *(f"  {on_one_line(message)}" for message in messages)] if messages else []:
+    for line in [title, *(f"  {joined(message)}" for message in messages)] if messages else []:
         typer.echo(line, err=True)
 
 

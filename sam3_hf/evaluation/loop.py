@@ -14,6 +14,7 @@ from accelerate.utils import convert_to_fp32, send_to_device
 
 from ..data import EvalDataset, eval_batches, make_loader
 from ..data.images import load_image
+from ..data.workers import batches_of
 from ..files import write_file
 from ..modeling_sam3_lite import Sam3LiteOutput
 from ..rle import decode_mask, encode_masks
@@ -69,10 +70,10 @@ def evaluate(
     model.eval()
     batches = eval_batches(len(dataset), batch_size, accelerator.process_index, accelerator.num_processes)
     loader = make_loader(dataset, batches, num_workers=num_workers, worker_init_fn=worker_init_fn)
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, batches_of(loader) as loaded:
         metrics = [metric(**metric_options(accelerator, dataset, cache)) for metric in (CocoAP, CGF1, *more)]
         total, prompts = torch.zeros((), device=accelerator.device), 0
-        for indices, batch in zip(batches, loader, strict=True):
+        for indices, batch in zip(batches, loaded, strict=True):
             if stop is not None and stop():
                 return None
             rows = []

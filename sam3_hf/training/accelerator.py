@@ -1,11 +1,12 @@
 """The accelerator of a run, and what it makes of a model and its optimizer."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import GradScalerKwargs, parse_flag_from_env
+from accelerate.utils import GradScalerKwargs, broadcast_object_list, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
 from ..modeling_sam3_lite import Sam3LiteModel
@@ -21,18 +22,26 @@ logger = logging.getLogger(__name__)
 FIRST_LOSS_SCALE = 2.0**6
 
 
+def process_state() -> PartialState:
+    """This process among those of the run, and its device."""
+    return PartialState(cpu=_on_cpu())
+
+
+def _on_cpu() -> bool:
+    # Without being told so, several processes on a machine without GPU would not find each other.
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
 def start_accelerator(arguments: Arguments) -> Accelerator:
     """An accelerator in the wanted precision; float32 where FP16 cannot run, which is said once."""
-    # Without being told so, several processes on a machine without GPU would not find each other.
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu)
+    state = process_state()
     set_up_logging(Path(arguments.output.output_dir), state.is_main_process)
     precision = arguments.optimization.mixed_precision
     if precision == "fp16" and state.device.type == "cpu":
         logger.warning("FP16 training needs a GPU; going on in float32 on the CPU")
         precision = "no"
     accelerator = Accelerator(
-        cpu=on_cpu,
+        cpu=_on_cpu(),
         mixed_precision=precision,
         gradient_accumulation_steps=arguments.optimization.gradient_accumulation_steps,
         kwargs_handlers=[GradScalerKwargs(init_scale=FIRST_LOSS_SCALE)],
@@ -47,6 +56,20 @@ def start_accelerator(arguments: Arguments) -> Accelerator:
         # weights and add up all gradients in half precision.
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
     return accelerator
+
+
+def decide(accelerator: Accelerator, decision: Callable):
+    """What the main process decides, in all processes; they raise its error as well."""
+    outcome = (None, None)
+    if accelerator.is_main_process:
+        try:
+            outcome = (decision(), None)
+        except (OSError, ValueError) as error:
+            outcome = (None, error)
+    ((result, error),) = broadcast_object_list([outcome])
+    if error is not None:
+        raise error
+    return result
 
 
 def prepare(accelerator: Accelerator, model: Sam3LiteModel, settings: OptimizationArguments) -> tuple:

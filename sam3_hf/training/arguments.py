@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,17 @@ from typing import Literal
 import yaml
 from transformers import HfArgumentParser
 
-DEFAULT_COMMAND = "accelerate launch -m sam3_hf.training"
+from . import DEFAULT_COMMAND
+
 METRICS = ("auto", "segm_AP", "segm_AP50", "segm_cgF1", "bbox_AP", "bbox_AP50", "bbox_cgF1", "loss")
+
+
+def check_finite(group) -> None:
+    """Raises ValueError naming the first field that is infinite or not a number."""
+    for item in dataclasses.fields(group):
+        value = getattr(group, item.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{item.name} must be a finite number, got {value}")
 
 
 def option(default, text: str):
@@ -58,7 +68,7 @@ class ModelArguments:
         if self.num_queries is not None:
             check_range(self, "num_queries", 1)
         try:
-            self.model_overrides = json.loads(self.model_overrides)
+            self.model_overrides = json.loads(self.model_overrides, parse_constant=_refuse_constant)
         except json.JSONDecodeError as error:
             raise ValueError(f"model_overrides must be a JSON object, got {self.model_overrides!r}: {error}") from None
         if not isinstance(self.model_overrides, dict):
@@ -115,6 +125,7 @@ class DataArguments:
     generated_concepts: int = option(8, "concepts to draw when --data is 'generated', 2 to 12")
 
     def __post_init__(self):
+        check_finite(self)
         if self.data is None:
             raise ValueError("data is not set: name the dataset with --data PATH, or in the YAML file")
         check_range(self, "prompts_per_image", 1)
@@ -127,6 +138,8 @@ class DataArguments:
         if self.color_jitter == 1:
             raise ValueError("color_jitter must be below 1: at 1 an image may turn black")
         check_range(self, "num_workers", 0)
+        for name in ("generated_train", "generated_valid"):
+            check_range(self, name, 1)
         check_range(self, "generated_concepts", 2, 12)
 
 
@@ -164,6 +177,7 @@ class OptimizationArguments:
     seed: int = option(0, "seed of weights, data order, augmentation and prompts")
 
     def __post_init__(self):
+        check_finite(self)
         if self.batch_size != "auto":
             try:
                 self.batch_size = int(self.batch_size)
@@ -174,8 +188,9 @@ class OptimizationArguments:
         if self.max_steps is not None:
             check_range(self, "max_steps", 1)
         check_range(self, "gradient_accumulation_steps", 1)
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed"):
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             check_range(self, name, 0)
+        check_range(self, "seed", 0, 2**32 - 1)
         for name in ("vision_learning_rate", "text_learning_rate"):
             if getattr(self, name) is not None:
                 check_range(self, name, 0)
@@ -201,6 +216,11 @@ class LossArguments:
     semantic_focal_loss_weight: float | None = option(None, "weight of the focal loss of the semantic map")
     semantic_dice_loss_weight: float | None = option(None, "weight of the dice loss of the semantic map")
     one_to_many_weight: float | None = option(None, "weight of the one-to-many auxiliary branch; 0 switches it off")
+
+    def __post_init__(self):
+        check_finite(self)
+        for name in self.given():
+            check_range(self, name, 1 if name == "mask_num_points" else 0)
 
     def given(self) -> dict:
         """The fields that were set: {name: value}."""
@@ -279,6 +299,10 @@ class Arguments:
     def flat(self) -> dict:
         """All fields in one dict, as a YAML file would hold them."""
         return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"model_overrides must hold finite numbers, got {name}")
 
 
 def check_range(group, name: str, low: float, high: float | None = None) -> None:

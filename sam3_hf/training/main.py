@@ -8,82 +8,83 @@ same. All that a run writes is in its output folder: checkpoints/{last,best,epoc
 metrics.jsonl, predictions/epoch_N/*.png and final/, which `Sam3LiteModel.from_pretrained` takes.
 """
 
+import importlib
 import logging
+import os
+import sys
+from multiprocessing import active_children
+from pathlib import Path
 
-from .accelerator import start_accelerator
-from .arguments import DEFAULT_COMMAND, parse_arguments
-from .output_dir import open_output_dir
-from .parts import build_parts
-from .reporting import Metrics, Speed, log_step, memory_gb, progress_bar
-from .run import Run
-from .stopping import StopSignal, end_with_launcher
+from . import DEFAULT_COMMAND
 
-logger = logging.getLogger(__name__)
+# All of sam3-hf[train]: a run must not find out at its end that it cannot draw its curves.
+LIBRARIES = {
+    "accelerate": "accelerate",
+    "datasets": "datasets",
+    "evaluate": "evaluate",
+    "matplotlib": "matplotlib.pyplot",
+    "psutil": "psutil",
+    "pyyaml": "yaml",
+    "tensorboard": "tensorboard",
+    "xxhash": "xxhash",
+}
+FAILED = 2
+INTERRUPTED = 130  # as shells say it for SIGINT
 
 
 def main(argv: list[str] | None = None, command: str = DEFAULT_COMMAND) -> int:
     """
-    Trains.
+    Trains. Errors end it with a line on stderr; their traceback goes to OUTPUT_DIR/logs/train.log.
 
     Args:
         argv: the command line without the program; `sys.argv[1:]` if None.
         command: what the user called, for the help.
 
     Returns:
-        The exit status: 0, or 128 + the number of the signal that ended the run early.
+        The exit status: 0, 2 after an error, or 128 + the number of the signal that ended the run early.
+
+    Raises:
+        SystemExit: help was asked for, or an argument is wrong.
     """
-    arguments = parse_arguments(argv, command)
-    stop = StopSignal()
-    end_with_launcher()
-    accelerator = start_accelerator(arguments)
-    checkpoint = open_output_dir(accelerator, arguments)
-    run = Run(build_parts(arguments, accelerator, checkpoint), checkpoint)
-    metrics = Metrics(run.folder, run.step, run.evaluated) if accelerator.is_main_process else None
-    train(run, metrics, stop)
-    if metrics:
-        metrics.close()
-    finished = run.step == run.total_steps and not run.evaluation_due()
-    if finished:
-        run.finish()
-    else:
-        logger.warning(
-            "stopped after step %d of %d; to go on, run the same command with --resume auto", run.step, run.total_steps
-        )
-    accelerator.wait_for_everyone()  # who leaves while another still talks can take it down
-    accelerator.end_training()
-    return 0 if finished else 128 + (stop.received or 0)
+    others = active_children()
+    folder = None
+    try:
+        import_libraries()
+        from .arguments import parse_arguments
+        from .session import run_session
+
+        arguments = parse_arguments(argv, command)
+        folder = Path(arguments.output.output_dir)
+        return run_session(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted: the last checkpoint is as it was; to go on, add --resume auto\n")
+        status = INTERRUPTED
+    except Exception as error:
+        from .failure import report
+
+        report(error, folder)
+        status = FAILED
+    finally:
+        for child in active_children():
+            if child not in others:  # Python would wait for it at its exit
+                child.kill()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(status)  # at an ordinary exit, what connects the processes may wait for the others for ever
+    return status
 
 
-def train(run: Run, metrics: Metrics | None, stop: StopSignal) -> None:
-    """Takes the steps that are left, or those until a signal; reports, saves and evaluates on the way."""
-    if run.evaluation_due():  # the run was stopped before it
-        run.save()
-        if not run.evaluate(metrics, stop):
-            return
-    accelerator, every = run.accelerator, run.arguments.output
-    bar = progress_bar(run.step, run.total_steps, accelerator.is_main_process)
-    batches, speed = run.batches(), Speed()
-    for done in run.loop.steps(speed.waiting_for(batches), run.total_steps, lambda: stop.received is not None):
-        stopped = done.stopped
-        bar.update()
-        speed.count(run.images_per_step)
-        memory = memory_gb(accelerator.device)
-        bar.set_postfix_str(
-            f"loss {done.terms['loss']:.3f}, lr {done.rate:.1e}, {speed.images_per_second():.1f} img/s, "
-            f"{memory:.1f} GB"
-        )
-        if metrics and run.step % every.log_every_steps == 0:
-            values = {"epoch": run.epoch, **done.terms, "lr": done.rate, **speed.read()}
-            values |= {"memory_gb": memory, "overflows": run.loop.overflows}
-            metrics.write("train", run.step, values)
-            log_step(run.step, run.total_steps, values, bar)
-        if run.at_epoch_end():
-            run.save()  # before the evaluation, which may take long: the epoch is safe
-            if run.evaluation_due() and not stopped:
-                stopped = not run.evaluate(metrics, stop)
-            speed.read()  # what evaluating and saving took is not training time
-        elif stopped or (every.save_every_steps and run.step % every.save_every_steps == 0):
-            run.save()
-        if stopped:
-            break
-    bar.close()
+def import_libraries() -> None:
+    """
+    Raises:
+        ImportError: a library of the trainer is not installed, or cannot be imported.
+    """
+    for package, module in LIBRARIES.items():
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            missing = package if (error.name or module) in (module, package) else error.name
+            raise ImportError(f'{missing} is not installed; training needs pip install "sam3-hf[train]".') from error
+        except ImportError as error:
+            raise ImportError(f"{package} cannot be imported ({error}): install it anew") from error

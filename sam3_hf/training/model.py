@@ -10,8 +10,9 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
-from ..checkpoints import open_checkpoint
+from ..checkpoints import Checkpoint, open_checkpoint
 from ..configuration_sam3_lite import Sam3LiteConfig
+from ..errors import missing_source
 from ..mapping import REPORT_FILE
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..sharing.model_card import RANDOM_WEIGHTS, Origin, origin_of
@@ -116,9 +117,7 @@ def initial_config(arguments: ModelArguments) -> Sam3LiteConfig:
     if arguments.init is None:
         config = Sam3LiteConfig.from_preset(arguments.preset, **arguments.model_overrides)
     else:
-        checkpoint = open_checkpoint(arguments.init)
-        if checkpoint is None:
-            raise FileNotFoundError(f"--init {arguments.init} has neither a config.json nor a .pt file of Meta's")
+        checkpoint = open_initial(arguments.init)
         config = checkpoint.config
         if not checkpoint.is_lite:
             config = config.at_preset(arguments.preset, **arguments.model_overrides)
@@ -127,3 +126,25 @@ def initial_config(arguments: ModelArguments) -> Sam3LiteConfig:
     given = {name: getattr(arguments, name) for name in ("image_size", "num_queries")}
     given = {name: value for name, value in given.items() if value is not None}
     return config.changed(**given) if given else config
+
+
+def open_initial(init: str) -> Checkpoint:
+    """
+    The checkpoint that --init names.
+
+    Raises:
+        OSError: there is none; says whether the name, the access or the network is the reason.
+        ValueError: it is no model of a kind that is known here.
+    """
+    here = os.path.exists(init)
+    try:
+        checkpoint = open_checkpoint(init)
+    except OSError as error:
+        if here:
+            raise
+        raise missing_source(init) from error
+    if checkpoint is not None:
+        return checkpoint
+    if not here:
+        raise missing_source(init)
+    raise FileNotFoundError(f"--init {init} has neither a config.json nor a .pt file of Meta's")

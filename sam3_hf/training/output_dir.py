@@ -1,5 +1,6 @@
 """The output folder before the first step: what it holds already, and where the run goes on from."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,11 @@ from accelerate import Accelerator
 
 from ..files import recover
 from ..mapping import REPORT_FILE
+from .accelerator import decide
 from .arguments import Arguments
-from .checkpoints import STATE, read_state
+from .checkpoints import FROZEN
+from .parts import Parts
+from .recovery import checkpoint_to_resume, checkpoints_in
 
 # What a run leaves in its folder, but for the log; --overwrite_output_dir deletes these and nothing else.
 WRITTEN = ("checkpoints", "final", "metrics.jsonl", "predictions", "tensorboard", "curves.png", REPORT_FILE)
@@ -16,35 +20,90 @@ WRITTEN = ("checkpoints", "final", "metrics.jsonl", "predictions", "tensorboard"
 
 def open_output_dir(accelerator: Accelerator, arguments: Arguments) -> Path | None:
     """
-    Prepares the output folder; returns the checkpoint to resume from, or None for a fresh start.
+    The checkpoint to resume from, or None for a fresh start; called by every process. Deletes nothing but what an
+    older run had not finished writing.
 
     Raises:
         FileExistsError: the folder holds a run, and it was not said what to do with it.
         FileNotFoundError: the checkpoint to resume from does not exist.
+        ValueError: it is damaged, or there are checkpoints and all of them are.
+        OSError: the folder cannot be written.
     """
+    return decide(accelerator, lambda: _open(arguments))
+
+
+def _open(arguments: Arguments) -> Path | None:
     output_dir, resume = Path(arguments.output.output_dir), arguments.output.resume
-    last = output_dir / "checkpoints" / "last"
-    if accelerator.is_main_process:
-        recover(output_dir, "final")
-        recover(last.parent)
-    accelerator.wait_for_everyone()
-    holds_run = (last / STATE).is_file() or (output_dir / "final" / "config.json").is_file()
-    if resume == "none" and holds_run and not arguments.output.overwrite_output_dir:
+    checkpoints = output_dir / "checkpoints"
+    for folder in (output_dir, checkpoints):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} cannot be written: change its rights, or choose another --output_dir")
+    recover(output_dir, "final")
+    recover(checkpoints)
+    if resume == "none" and holds_run(output_dir) and not arguments.output.overwrite_output_dir:
         raise FileExistsError(
             f"{output_dir} already holds a run: add --resume auto to go on with it, --overwrite_output_dir to delete "
             "it, or choose another --output_dir"
         )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and holds_run and resume == "none":
-        for name in WRITTEN:
-            _delete(output_dir / name)
-    accelerator.wait_for_everyone()
     if resume == "none":
         return None
-    if resume == "auto":
-        return last if last.is_dir() else None
-    read_state(Path(resume))
-    return Path(resume)
+    if resume == "auto" and _holds_final(output_dir) and not checkpoints_in(checkpoints):
+        raise FileExistsError(
+            f"{output_dir} holds the final model of a run and no checkpoint to go on from: choose another "
+            "--output_dir, or leave out --resume and add --overwrite_output_dir to delete it"
+        )
+    return checkpoint_to_resume(checkpoints, resume)
+
+
+def holds_run(output_dir: Path) -> bool:
+    """Whether a run has left a checkpoint or its final model there."""
+    return bool(checkpoints_in(output_dir / "checkpoints")) or _holds_final(output_dir)
+
+
+def _holds_final(output_dir: Path) -> bool:
+    return (output_dir / "final" / "config.json").is_file()
+
+
+def clear_output_dir(arguments: Arguments) -> None:
+    """Deletes the run that the folder holds, if it was said to."""
+    output_dir = Path(arguments.output.output_dir)
+    if arguments.output.resume == "none" and holds_run(output_dir):
+        for name in WRITTEN:
+            _delete(output_dir / name)
+
+
+def check_space(parts: Parts, checkpoint: Path | None) -> None:
+    """
+    Raises:
+        OSError: the disk has no space for a checkpoint, after what `clear_output_dir` will delete.
+    """
+    output_dir = Path(parts.arguments.output.output_dir)
+    needed = checkpoint_bytes(parts)
+    if parts.frozen is not None and not (output_dir / "checkpoints" / FROZEN).is_file():
+        needed += sum(tensor.nbytes for tensor in parts.frozen.values())
+    free = shutil.disk_usage(output_dir).free
+    if checkpoint is None and parts.arguments.output.resume == "none" and holds_run(output_dir):
+        free += sum(_bytes_of(output_dir / name) for name in WRITTEN)
+    if free < needed:
+        raise OSError(
+            f"{output_dir}: a checkpoint takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on this disk: "
+            "make space, or choose another --output_dir"
+        )
+
+
+def checkpoint_bytes(parts: Parts) -> int:
+    """Size of a checkpoint: weights, two moments of those that train, and their average if there is one."""
+    tensors = parts.accelerator.unwrap_model(parts.model)
+    copies = 2 + bool(parts.arguments.optimization.ema_decay)
+    return sum(
+        parameter.numel() * parameter.element_size() * (1 + copies * parameter.requires_grad)
+        for parameter in tensors.parameters()
+    )
+
+
+def _bytes_of(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in map(os.stat, files)}.values())
 
 
 def _delete(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +12,6 @@ from ..data.sampling import VISUAL_PHRASE
 from ..evaluation.text import PhraseFeatures
 from ..processing_sam3_lite import tokenize
 from .arguments import Arguments
-from .checkpoints import write_frozen
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +61,12 @@ class FrozenText(PhraseFeatures):
         return self._weights
 
 
-def build_text(accelerator: Accelerator, arguments: Arguments, model, processor, train_data: TrainDataset):
+def build_text(
+    accelerator: Accelerator, arguments: Arguments, model, processor, train_data: TrainDataset
+) -> tuple[TokenizedText | FrozenText, dict[str, Tensor] | None]:
     """
-    The text side: trained within the model, or frozen and taken out of it, or the fixed vocabulary of the model.
+    The text side: trained within the model, or frozen and taken out of it, or the fixed vocabulary of the model; and
+    the weights that do not train, which checkpoints need as well.
 
     Raises:
         ValueError: the model has a fixed vocabulary, and its text encoder should train, or a phrase is not in it.
@@ -75,15 +76,10 @@ def build_text(accelerator: Accelerator, arguments: Arguments, model, processor,
         if arguments.model.train_text_encoder:
             raise ValueError("train_text_encoder: the model has a fixed vocabulary and no text encoder to train")
         model.vocabulary.check(phrases, processor)
-        text, frozen = TokenizedText(processor), model.vocabulary.state_dict(prefix="vocabulary.")
         logger.info("the model has a fixed vocabulary: %s", model.vocabulary.listed())
-    elif arguments.model.train_text_encoder:
-        return TokenizedText(processor)
-    else:
-        text = FrozenText(model, processor, phrases, accelerator.device)
-        frozen = text.weights()
-        logger.info("the text encoder is frozen: %d phrases encoded, encoder put aside", len(text.row))
-    if accelerator.is_main_process:
-        write_frozen(Path(arguments.output.output_dir) / "checkpoints", frozen)
-    accelerator.wait_for_everyone()
-    return text
+        return TokenizedText(processor), model.vocabulary.state_dict(prefix="vocabulary.")
+    if arguments.model.train_text_encoder:
+        return TokenizedText(processor), None
+    text = FrozenText(model, processor, phrases, accelerator.device)
+    logger.info("the text encoder is frozen: %d phrases encoded, encoder put aside", len(text.row))
+    return text, text.weights()

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 def set_up_logging(output_dir: Path, is_main: bool) -> None:
     """INFO to the console and to OUTPUT_DIR/logs/train.log in the main process, errors alone in the others."""
+    logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, is not worth a traceback
     root = logging.getLogger()
     root.handlers.clear()
     root.setLevel(logging.INFO if is_main else logging.ERROR)

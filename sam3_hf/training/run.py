@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +10,15 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, set_seed
 
 from ..data import BatchKeys, make_loader, steps_per_epoch
+from ..data.workers import batches_of
 from ..evaluation.cgf1 import presence_is_defined
 from ..evaluation.loop import Pictures, evaluate
 from ..files import copy_folder
 from ..sharing.model_card import versions
 from ..visualization import plot_curves
+from .accelerator import decide
 from .batch_size import choose_batch_size
-from .checkpoints import read_state, replace_state
+from .checkpoints import damage, read_state, replace_state
 from .compatibility import check_compatible
 from .export import export_final, push_final
 from .loop import TrainingLoop
@@ -118,8 +120,8 @@ class Run:
         wanted = self.step == self.total_steps or self.step % (every * self.steps_per_epoch) == 0
         return wanted and self.step > self.evaluated
 
-    def batches(self) -> Iterator[tuple[dict, ...]]:
-        """The batches of this process for each step from the next to the last."""
+    def batches(self) -> Generator[tuple[dict, ...], None, None]:
+        """The batches of this process for each step from the next to the last; `close` ends what loads them."""
         settings, accelerator = self.arguments.optimization, self.accelerator
         keys = BatchKeys(
             len(self.train_data),
@@ -138,8 +140,8 @@ class Run:
             pin_memory=accelerator.device.type == "cuda",
             worker_init_fn=leave_signals_to_the_parent,
         )
-        batches = iter(loader)
-        return zip(*[batches] * settings.gradient_accumulation_steps, strict=True)  # each takes from the same iterator
+        with batches_of(loader) as batches:
+            yield from zip(*[batches] * settings.gradient_accumulation_steps, strict=True)  # all from one iterator
 
     def state(self) -> dict:
         """What a checkpoint says about the run."""
@@ -182,12 +184,16 @@ class Run:
         if checkpoint.resolve() == self.last.resolve():
             self._name_checkpoint(checkpoint)  # a kill may have come between the two
         if self.best is not None and not self._best_exists():
-            logger.warning("the best checkpoint so far, of step %d, is not here any more", self.best["step"])
+            logger.warning(
+                "the best checkpoint so far, of step %d, is damaged or not here any more", self.best["step"]
+            )
             self.best = None
 
     def _best_exists(self) -> bool:
-        best = self.folder / "checkpoints" / "best"
-        return best.is_dir() and read_state(best)["step"] == self.best["step"]
+        try:
+            return read_state(self.folder / "checkpoints" / "best")["step"] == self.best["step"]
+        except (FileNotFoundError, ValueError):
+            return False
 
     def evaluate(self, metrics: Metrics | None, stop: StopSignal) -> bool:
         """
@@ -247,9 +253,23 @@ class Run:
         return chosen
 
     def finish(self) -> None:
-        """Exports the best weights to final/ and says what was reached and where it is."""
+        """
+        Exports the best weights to final/, or those of the last step if their checkpoint is damaged; says what was
+        reached and where it is.
+        """
         if self.best is not None and self.best["step"] != self.step:
-            self.loop.load(self.folder / "checkpoints" / "best")
+            best = self.folder / "checkpoints" / "best"
+            fault = decide(self.accelerator, lambda: damage(best))
+            if fault is None:
+                self.loop.load(best)
+            else:
+                logger.warning(
+                    "%s is damaged (%s): the best weights, of step %d, are lost, and those of the last step exported",
+                    best,
+                    fault,
+                    self.best["step"],
+                )
+                self.best = None
         vocabulary = self.train_data.concepts if self.arguments.output.freeze_vocabulary else None
         parts = (self.accelerator, self.model, self.processor, self.text)
         with self.weights_to_judge():

@@ -1,14 +1,19 @@
 """Ctrl-C and SIGTERM end the run after the current step."""
 
+from __future__ import annotations
+
 import ctypes
 import logging
 import os
 import signal
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # which may be missing when that is to be said
 
 logger = logging.getLogger(__name__)
 
@@ -17,9 +22,13 @@ LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # ac
 
 
 def leave_signals_to_the_parent(worker_id: int) -> None:
-    """`worker_init_fn` of data loaders: what stops the run must not stop its workers before the step is finished."""
+    """
+    `worker_init_fn` of data loaders: what stops the run must not stop its workers before the step is finished. They
+    end when the run closes its loaders, or is no more.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    signal_at_end_of_parent("SIGKILL")
 
 
 def end_with_launcher() -> None:
@@ -28,13 +37,24 @@ def end_with_launcher() -> None:
     unnoticed. Without a launcher nothing is asked for, as the parent is then a shell, which may well end before.
     Only Linux has this; elsewhere, signal the whole process group.
     """
-    if sys.platform != "linux" or not any(name in os.environ for name in LAUNCHER_VARIABLES):
+    if under_launcher():
+        signal_at_end_of_parent("SIGTERM")
+
+
+def under_launcher() -> bool:
+    """Whether `accelerate launch` or `torchrun` started this process."""
+    return any(name in os.environ for name in LAUNCHER_VARIABLES)
+
+
+def signal_at_end_of_parent(name: str) -> None:
+    """Asks the kernel, where it is Linux, to send this process a signal when the one that started it ends."""
+    if sys.platform != "linux":
         return
     zero = ctypes.c_ulong(0)
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM), zero, zero, zero) != 0:
+    if libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.Signals[name]), zero, zero, zero) != 0:
         reason = os.strerror(ctypes.get_errno())
-        logger.warning("the run will not stop by itself when its launcher is killed: %s", reason)
+        logger.warning("this process will not end by itself when the one that started it does: %s", reason)
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:

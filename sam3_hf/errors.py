@@ -1,0 +1,91 @@
+"""What went wrong, in one line that names the remedy."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+EXPECTED = (ValueError, OSError, RuntimeError, ImportError)  # what a user can mend; the type of others is named
+
+
+def one_line(error: BaseException, memory_option: str = "--batch_size") -> str:
+    """
+    The message of an error without line breaks.
+
+    Args:
+        memory_option: what to pass a smaller number to when the memory of the GPU does not suffice.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the memory of the GPU does not suffice: pass a smaller {memory_option}."
+    if isinstance(error, OSError) and error.strerror is not None:
+        return _of_the_system(error)
+    text = joined(str(error)) or type(error).__name__
+    return text if isinstance(error, EXPECTED) else f"{type(error).__name__}: {text}"
+
+
+def joined(text: str) -> str:
+    """
+    Lines as one: a colon introduces what follows, other ends become semicolons. Control characters, which names of
+    files may hold, are written as escapes.
+    """
+    result = ""
+    for line in filter(None, map(str.strip, text.splitlines())):
+        result += ("" if not result else " " if result[-1] in ":;,." else "; ") + line
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in result)
+
+
+def missing_source(source: str | os.PathLike) -> OSError:
+    """
+    Why there is no model under this name, which is neither a folder nor a file here: no name of a repository, none
+    there, no access, or no network. Asks the Hub once.
+    """
+    try:
+        validate_repo_id(os.fspath(source))
+    except HFValidationError:
+        return FileNotFoundError(
+            f"there is no folder or file {source}, and repositories of the Hub are named owner/name: correct the path"
+        )
+    page = f"https://huggingface.co/{source}"
+    try:
+        HfApi().auth_check(os.fspath(source))
+    except GatedRepoError:
+        return PermissionError(f"no access to {source}: ask for it at {page}, then log in with 'hf auth login'")
+    except RepositoryNotFoundError:
+        return FileNotFoundError(
+            f"there is no folder {source} here, and no repository {source} on the Hub that you may see: correct the "
+            "name, or log in with 'hf auth login' if it is a private one"
+        )
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError):
+        return ConnectionError(f"no network: {source} is not on this machine, and HF_HUB_OFFLINE is set: unset it")
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            return PermissionError(f"no access to {source} (status {status}): see {page}, then run 'hf auth login'")
+        return ConnectionError(f"the Hub answers with status {status} for {source}: try again later")
+    except Exception as error:  # each HTTP library has its own errors for a host that cannot be reached
+        return ConnectionError(
+            f"no network: {source} is not on this machine, and the Hub cannot be reached ({joined(str(error))}): "
+            "connect, or give a folder"
+        )
+    return FileNotFoundError(f"the repository {source} has neither a config.json nor a .pt file of Meta's")
+
+
+def _of_the_system(error: OSError) -> str:
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}the disk is full: make space"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{where}no right to read or write here ({error.strerror}): change the rights or the folder"
+    return f"{where}{error.strerror}"

@@ -1,0 +1,58 @@
+"""Checksums of the files of a checkpoint. XXH3 reads 4 GB/s on one core, SHA-256 an eighth of that."""
+
+import os
+from pathlib import Path
+
+import xxhash
+
+BLOCK = 1 << 22  # bytes
+
+
+class FileSums:
+    """Checksums of files that this process wrote; those with several names, and unchanged ones, are read once."""
+
+    def __init__(self):
+        self._known = {}
+
+    def of_folder(self, folder: Path, leave_out: str) -> dict[str, str]:
+        """
+        {path relative to the folder: checksum} of all its files, in alphabetical order.
+
+        Args:
+            leave_out: name of a file in it that is not meant.
+        """
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = {path.relative_to(folder).as_posix(): path for path in paths}
+        known, sums = {}, {}
+        for name, path in names.items():
+            if name != leave_out:
+                about = os.stat(path)
+                key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+                known[key] = sums[name] = self._known.get(key) or checksum(path)
+        self._known = known
+        return sums
+
+
+def checksum(path: Path) -> str:
+    """128 bits as hexadecimal digits, as `xxh128sum` prints them."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def text_checksum(text: str) -> str:
+    """The same of a text in UTF-8."""
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def first_difference(folder: Path, sums: dict[str, str]) -> str | None:
+    """What is wrong with the first file that is not as it was when its checksum was taken; `None` if all are."""
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if checksum(path) != expected:
+            return f"{name} does not match its checksum"
+    return None
