@@ -262,6 +262,5 @@ def _is_row(row: dict, prompts: list[str], size: list[int]) -> bool:
         row["label"] in prompts
         and len(numbers) == 5
         and all(isinstance(value, (int, float)) for value in numbers)
-        and rle["size"] == size
-        and isinstance(rle["counts"], str)
+        and (rle is None or (rle["size"] == size and isinstance(rle["counts"], str)))
     )
