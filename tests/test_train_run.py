@@ -314,7 +314,7 @@ def test_predictions_that_are_not_finite_name_the_images(whole_run, data, tmp_pa
     final = shutil.copytree(whole_run / "run" / "final", tmp_path / "broken")
     weights = load_file(final / "model.safetensors")
     name = next(name for name in weights if name.startswith("detr_decoder.") and name.endswith("weight"))
-    weights[name] = torch.full_like(weights[name], float("nan"))
+    weights[name] = torch.full(weights[name].shape, 3e38)  # finite, as weights must be, but not what comes of them
     save_file(weights, final / "model.safetensors", metadata={"format": "pt"})
     flags = ["--init", str(final), "--negative_ratio", "0"]
     failed = train(tmp_path, data, *flags, model_overrides={}, batch_size=12)
