@@ -137,6 +137,7 @@ def test_counts_of_inference(tmp_path):
     assert kept[0] < kept[5] < kept["all"]
 
 
+@pytest.mark.slow
 def test_counts_of_training(tmp_path):
     options = ["training", "--models", "tiny", "--prompts", "2", "--precisions"]
     runs = [*options, "fp32"], [*options, "fp16", "--checkpointing", "off", "on"]

@@ -356,8 +356,8 @@ def test_a_run_is_not_overwritten_by_accident(whole_run, data):
     refused = train(whole_run, data)
     assert refused.returncode != 0
     assert "already holds a run: add --resume auto" in refused.stdout
-    other = train(whole_run, data, "--resume", "auto", "--seed", "1", "--num_queries", "3")
-    assert other.returncode == 2 and "unknown argument: --num_queries" in other.stdout
+    other = train(whole_run, data, "--resume", "auto", "--seed", "1", "--num_classes", "3")
+    assert other.returncode == 2 and "unknown argument: --num_classes" in other.stdout
     assert (whole_run / "run" / "metrics.jsonl").read_text() == before
 
 

@@ -470,6 +470,7 @@ def test_a_hub_that_refuses_is_told_from_one_that_is_not_there(monkeypatch, kind
     assert message in str(errors.missing_source("facebook/sam3"))
 
 
+@pytest.mark.slow  # Hugging Face tries again for a while
 def test_no_network_is_said(fails, data, monkeypatch):
     def unreachable(*_, **__):
         raise LookupError("Connection refused")  # HTTP libraries have errors of their own

@@ -84,7 +84,7 @@ def evaluate(
             for metric in metrics:
                 metric.add_batch(predictions=rows, references=batch["references"])
             if pictures is not None:
-                draw_batch(dataset, indices, batch, rows, pictures)
+                draw_batch(accelerator, dataset, indices, batch, rows, pictures)
         loss = accelerator.reduce(total / prompts, "mean").item()
         figures = [metric.compute() for metric in metrics]
     if not accelerator.is_main_process:
@@ -176,16 +176,23 @@ def best_of_prompt(outputs, prompt: int):
     )
 
 
-def draw_batch(dataset: EvalDataset, indices: list[int], batch: dict, rows: list[dict], pictures: Pictures) -> None:
+def draw_batch(
+    accelerator: Accelerator,
+    dataset: EvalDataset,
+    indices: list[int],
+    batch: dict,
+    rows: list[dict],
+    pictures: Pictures,
+) -> None:
     """
-    Draws those images of a batch that are asked for.
+    Draws those images of a batch that are asked for, each in one process: `eval_batches` deals some out twice.
 
     Args:
         indices: of its images in the dataset.
         rows: the predictions for its prompts.
     """
     for image, index in enumerate(indices):
-        if index < pictures.count:
+        if index < pictures.count and index % accelerator.num_processes == accelerator.process_index:
             own = (batch["image_index"] == image).nonzero().flatten().tolist()
             picture = draw(dataset, index, [rows[row] for row in own], [batch["references"][row] for row in own])
             write_file(pictures.folder / f"{index:04d}.png", partial(picture.save, format="PNG"))
