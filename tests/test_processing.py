@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import AutoProcessor, Sam3Processor
 
 from sam3_hf import Sam3LiteModel, Sam3LiteOutput, Sam3LiteProcessor, processing_sam3_lite
-from sam3_hf.processing_sam3_lite import clip_tokenizer
+from sam3_hf.processing_sam3_lite import clean_phrase, clip_tokenizer, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +151,40 @@ def test_save_and_load(processor, image, tmp_path):
     assert isinstance(loaded, Sam3LiteProcessor)
     first, second = (one(images=image, text="red cat") for one in (processor, loaded))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "clean"),
+    [
+        ("dog’s “bowl”", 'dog\'s "bowl"'),
+        ("ｆｕｌｌ　ｗｉｄｔｈ１", "full width1"),
+        ("fish &amp; chips &amp;lt;3", "fish & chips <3"),
+        ("cafÃ©", "café"),
+        ("  Red\tCAR \n", "red car"),
+        ("ΟΔΟΣ", "οδος"),
+        ("ﬁne m²", "fine m²"),
+    ],
+)
+def test_text_is_cleaned_as_for_sam3(phrase, clean):
+    assert clean_phrase(phrase) == clean
+    tokenizer = clip_tokenizer()
+    first, second = (tokenize(tokenizer, [text])["input_ids"] for text in (phrase, clean))
+    assert torch.equal(first, second)
+
+
+def test_special_tokens_in_a_phrase_are_text_and_token_0_is_padding():
+    tokens = tokenize(clip_tokenizer(), ["a <|endoftext|> b", "cat!;"])
+    assert (tokens["input_ids"][0] == 49407).nonzero()[0].item() > 4
+    zero = tokens["input_ids"][1] == 0
+    assert zero.sum() == 1 and tokens["attention_mask"][1][zero].tolist() == [0]
+    assert tokens["attention_mask"][1].nonzero().max() > zero.nonzero().max()  # and words go on behind it
+
+
+@pytest.mark.parametrize("missing", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]])
+def test_a_folder_without_its_tokenizer_is_an_error(config, tmp_path, missing):
+    """Transformers would make an empty one, to which all phrases are the same."""
+    Sam3LiteProcessor.from_config(config).save_pretrained(tmp_path)
+    for name in missing:
+        (tmp_path / name).unlink()
+    with pytest.raises(OSError, match="has no tokenizer: tokenizer.json is missing"):
+        Sam3LiteProcessor.from_pretrained(tmp_path)
