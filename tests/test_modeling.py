@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 import torch
-from conftest import PREDICTIONS, largest_difference, make_labels, micro_config, shake
+from conftest import HUNG, PREDICTIONS, largest_difference, make_labels, micro_config, shake
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from sam3_hf import Sam3LiteModel
@@ -369,7 +369,7 @@ def test_ddp_needs_no_search_for_unused_parameters(tmp_path):
     script = tmp_path / "step.py"
     script.write_text(textwrap.dedent(DDP_STEP).format(tests=os.path.dirname(__file__)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HUNG)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -450,7 +450,7 @@ def run_in_a_fresh_process(folder, with_package: bool) -> str:
         trust=not with_package,
     )
     environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=200)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=HUNG)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

@@ -17,7 +17,7 @@ from .reporting import set_up_logging
 logger = logging.getLogger(__name__)
 
 # The loss, a sum over decoder layers, is in the hundreds, and 2^16 times it overflows: from there, the demo in
-# emulated FP16 skips its first steps until the scale is 2^10 or less (benchmarks/fp16_recipe.py --init-scale 65536).
+# emulated FP16 skips its first steps until the scale is 2^9 or less (benchmarks/fp16_recipe.py --init-scale 65536).
 # At the other end nothing is lost before 2^-4: gradients at 2^0, 2^6 and 2^9 are the same but for rounding.
 FIRST_LOSS_SCALE = 2.0**6
 
