@@ -450,7 +450,8 @@ def run_in_a_fresh_process(folder, with_package: bool) -> str:
         trust=not with_package,
     )
     environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=HUNG)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HUNG)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
