@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ..rle import uncompressed
+from .raster import SUPERSAMPLING, box_around, polygon_area, rasterize, smooth_noise, to_pixels
 
 CONCEPTS = (  # up to the eighth, each adjective and each noun comes twice
     "red circle",
@@ -37,7 +38,6 @@ PATTERN_COLOURS = (  # (figure, ground) of stripes and dots
 )
 GROUND_COLOURS = ((170, 160, 142), (142, 148, 152), (196, 188, 174), (120, 112, 104), (158, 144, 132), (132, 140, 128))
 
-SUPERSAMPLING = 4
 MIN_VISIBLE = 0.45  # share of each shape that stays uncovered by later ones
 MIN_PIXELS = 24  # visible pixels of an annotated shape
 EMPTY_EVERY = 20  # one image in so many shows nothing but ground
@@ -105,7 +105,7 @@ def _write_split(folder: Path, count: int, split_index: int, image_size: int, co
                     "id": len(annotations) + 1,
                     "image_id": index + 1,
                     "category_id": concepts.index(shape["concept"]) + 1,
-                    "bbox": _box(shape["mask"]),
+                    "bbox": box_around(shape["mask"]),
                     "area": int(shape["mask"].sum()),
                     "segmentation": _segmentation(shape),
                     "iscrowd": 0,
@@ -167,9 +167,9 @@ def _fit_shape(rng, concept: str, shapes: list[dict], image_size: int, height: i
         unit = _outline(concept.split()[1])
         turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         polygon = unit @ turn * radius + center
-        coverage = _rasterize(polygon, height, width)
+        coverage = rasterize(polygon, height, width)
         full = coverage >= 0.5
-        area = _polygon_area(polygon)
+        area = polygon_area(polygon)
         if full.sum() < max(MIN_PIXELS, 0.7 * area):  # at most 30% outside the picture
             continue
         left = [(other["mask"] & ~full).sum() for other in shapes]
@@ -203,54 +203,22 @@ def _outline(noun: str) -> np.ndarray:
     return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], axis=1)
 
 
-def _polygon_area(polygon: np.ndarray) -> float:
-    x, y = polygon.T
-    return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
-
-
-def _rasterize(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Share of each pixel inside the polygon, (height, width) float in [0, 1]."""
-    start = polygon * SUPERSAMPLING
-    end = np.roll(start, -1, axis=0)
-    samples = np.arange(height * SUPERSAMPLING) + 0.5
-    edge, row = np.nonzero((start[:, 1, None] <= samples) != (end[:, 1, None] <= samples))
-    share = (samples[row] - start[edge, 1]) / (end[edge, 1] - start[edge, 1])
-    crossing = start[edge, 0] + share * (end[edge, 0] - start[edge, 0])
-    column = np.clip(np.ceil(crossing - 0.5), 0, width * SUPERSAMPLING).astype(int)
-    crossings = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING + 1), dtype=np.uint8)
-    np.add.at(crossings, (row, column), 1)
-    return _to_pixels(np.cumsum(crossings[:, :-1], axis=1, dtype=np.uint8) & 1)  # inside after an odd number of edges
-
-
-def _to_pixels(fine: np.ndarray) -> np.ndarray:
-    """Mean of each pixel's samples, (height * s, width * s) -> (height, width)."""
-    height, width = (side // SUPERSAMPLING for side in fine.shape)
-    rows = fine.reshape(height, SUPERSAMPLING, -1).sum(axis=1, dtype=np.uint8)  # along memory first: faster
-    return rows.reshape(height, width, SUPERSAMPLING).sum(axis=2, dtype=np.uint8) / SUPERSAMPLING**2
-
-
-def _smooth_noise(rng, height: int, width: int, cells: int) -> np.ndarray:
-    """Random hills about `cells` across, (height, width) float in [0, 1]."""
-    coarse = rng.integers(0, 256, size=(cells, cells), dtype=np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)) / 255
-
-
 def _ground(rng, height: int, width: int) -> np.ndarray:
     first, second = rng.choice(GROUND_COLOURS, size=2, replace=False).astype(np.float64)
-    hills = 0.6 * _smooth_noise(rng, height, width, 4) + 0.4 * _smooth_noise(rng, height, width, 11)
+    hills = 0.6 * smooth_noise(rng, height, width, 4) + 0.4 * smooth_noise(rng, height, width, 11)
     ground = first + (second - first) * hills[..., None]
     grain_cells = max(height, width) // 2
     angle, period = rng.uniform(0, np.pi), rng.uniform(3, 7)
     y, x = np.mgrid[:height, :width]
     weave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period)
-    texture = 26 * (_smooth_noise(rng, height, width, grain_cells) - 0.5) + rng.uniform(0, 7) * weave
+    texture = 26 * (smooth_noise(rng, height, width, grain_cells) - 0.5) + rng.uniform(0, 7) * weave
     return ground + texture[..., None]
 
 
 def _paint(rng, picture: np.ndarray, shape: dict) -> np.ndarray:
     height, width = picture.shape[:2]
     radius = shape["radius"]
-    shadow = _rasterize(shape["polygon"] + 0.1 * radius, height, width)
+    shadow = rasterize(shape["polygon"] + 0.1 * radius, height, width)
     blurred = Image.fromarray((shadow * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.1 * radius))
     picture = picture * (1 - 0.45 * np.asarray(blurred)[..., None] / 255)
 
@@ -258,8 +226,8 @@ def _paint(rng, picture: np.ndarray, shape: dict) -> np.ndarray:
     fill = ground + (figure - ground) * share[..., None]
     pixel_y, pixel_x = np.mgrid[:height, :width] + 0.5
     light = -(pixel_x - shape["center"][0] + pixel_y - shape["center"][1]) / (2 * radius)
-    mottle = _smooth_noise(rng, height, width, 24) - 0.5
-    inner = _rasterize(shape["center"] + 0.86 * (shape["polygon"] - shape["center"]), height, width)
+    mottle = smooth_noise(rng, height, width, 24) - 0.5
+    inner = rasterize(shape["center"] + 0.86 * (shape["polygon"] - shape["center"]), height, width)
     fill = fill * (1 + 0.14 * light + 0.14 * mottle - 0.28 * (1 - inner))[..., None]
     alpha = shape["coverage"][..., None]
     return picture * (1 - alpha) + fill * alpha
@@ -281,20 +249,9 @@ def _fill(rng, shape: dict, height: int, width: int) -> tuple[np.ndarray, np.nda
     phase = rng.uniform(0, 1)
     across = (y * cos - x * sin) / period + phase
     if adjective == "striped":
-        return figure, ground, _to_pixels(across % 1 < 0.5)
+        return figure, ground, to_pixels(across % 1 < 0.5)
     along = (x * cos + y * sin) / period + phase
-    return figure, ground, _to_pixels((along % 1 - 0.5) ** 2 + (across % 1 - 0.5) ** 2 < 0.32**2)
-
-
-def _box(mask: np.ndarray) -> list[int]:
-    """COCO box (x, y, width, height) of the pixels that are set."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return [
-        int(columns[0]),
-        int(rows[0]),
-        int(columns[-1] - columns[0] + 1),
-        int(rows[-1] - rows[0] + 1),
-    ]
+    return figure, ground, to_pixels((along % 1 - 0.5) ** 2 + (across % 1 - 0.5) ** 2 < 0.32**2)
 
 
 def _segmentation(shape: dict) -> list | dict:

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 from . import DEFAULT_COMMAND
 
+DRAWN = ("generated", "composed")  # what --data names instead of a path
 METRICS = ("auto", "segm_AP", "segm_AP50", "segm_cgF1", "bbox_AP", "bbox_AP50", "bbox_cgF1", "loss")
 
 
@@ -84,7 +85,8 @@ class DataArguments:
     data: str | None = option(
         None,
         "dataset: a folder in the Roboflow layout (train/_annotations.coco.json), a COCO file, a repository of the "
-        "Hub or save_to_disk folder with 'objects', or 'generated' for pictures drawn into OUTPUT_DIR/data",
+        "Hub or save_to_disk folder with 'objects', or pictures drawn into OUTPUT_DIR/data: 'generated' ones of a few "
+        "concepts, 'composed' ones of 204 phrases that overlap",
     )
     validation_data: str | None = option(
         None, "COCO file of the validation split, if --data is the COCO file of the training split"
@@ -120,8 +122,8 @@ class DataArguments:
         "is not decoded again by the next run. 'false' checks headers only",
     )
     num_workers: int = option(4, "processes per training process that decode and augment; 0 decodes in the loop")
-    generated_train: int = option(256, "training images to draw when --data is 'generated'")
-    generated_valid: int = option(32, "validation images to draw when --data is 'generated'")
+    generated_train: int = option(256, "training images to draw when --data is 'generated' or 'composed'")
+    generated_valid: int = option(32, "validation images to draw when --data is 'generated' or 'composed'")
     generated_concepts: int = option(8, "concepts to draw when --data is 'generated', 2 to 12")
 
     def __post_init__(self):

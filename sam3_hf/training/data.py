@@ -7,10 +7,11 @@ import numpy as np
 from accelerate import Accelerator
 
 from ..data import Augmentation, DatasetError, EvalDataset, PromptSampling, TrainDataset, load_dataset_splits
+from ..data.composed import write_composed
 from ..data.concepts import unseen_concepts
 from ..data.generated import write_dataset
 from ..data.rows import crowded_images, first_of, objects_per_category
-from .arguments import Arguments
+from .arguments import DRAWN, Arguments
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +28,10 @@ def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -
     """
     options = arguments.data
     source, folders = options.data, options.image_folder
-    if source == "generated":
+    if source in DRAWN:
         source = Path(arguments.output.output_dir) / "data"
         if accelerator.is_main_process:
-            write_dataset(
-                source,
-                num_train=options.generated_train,
-                num_valid=options.generated_valid,
-                image_size=image_size,
-                num_concepts=options.generated_concepts,
-                seed=arguments.optimization.seed,
-            )
+            draw(arguments, source, image_size)
         accelerator.wait_for_everyone()
     if options.validation_data is not None:
         source = {"train": source, "validation": options.validation_data}
@@ -65,6 +59,23 @@ def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -
     )
     train = TrainDataset(splits["train"], image_size, sampling, augmentation, arguments.optimization.seed)
     return train, EvalDataset(splits["validation"], image_size)
+
+
+def draw(arguments: Arguments, folder: Path, image_size: int) -> None:
+    """Writes the pictures that --data names instead of a path."""
+    options, seed = arguments.data, arguments.optimization.seed
+    if options.data == "composed":
+        counts = {"train": options.generated_train, "valid": options.generated_valid}
+        write_composed(folder, counts, image_size=image_size, seed=seed)
+    else:
+        write_dataset(
+            folder,
+            num_train=options.generated_train,
+            num_valid=options.generated_valid,
+            image_size=image_size,
+            num_concepts=options.generated_concepts,
+            seed=seed,
+        )
 
 
 def check_common_concepts(train, validation, source: str) -> None:

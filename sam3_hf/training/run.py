@@ -17,6 +17,7 @@ from ..files import copy_folder
 from ..sharing.model_card import versions
 from ..visualization import plot_curves
 from .accelerator import decide
+from .arguments import DRAWN
 from .batch_size import choose_batch_size
 from .checkpoints import damage, read_state, replace_state
 from .compatibility import check_compatible
@@ -281,7 +282,7 @@ class Run:
     def provenance(self) -> dict:
         """How the exported model came about, for its card."""
         data = self.arguments.data.data
-        generated = data == "generated"
+        generated = data in DRAWN
         on_hub = not generated and not Path(data).exists()
         state = self.state()
         return {
@@ -292,7 +293,7 @@ class Run:
             "images_per_step": self.images_per_step,
             "dataset": {
                 **state["dataset"],
-                "name": "generated shapes" if generated else data if on_hub else Path(data).name,
+                "name": f"{data} shapes" if generated else data if on_hub else Path(data).name,
                 "hub_id": data if on_hub else None,
             },
             "best": self.best,
