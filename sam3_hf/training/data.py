@@ -1,5 +1,6 @@
 """The training and validation splits of a run."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from ..data.rows import crowded_images, first_of, objects_per_category
 from .arguments import DRAWN, Arguments
 
 logger = logging.getLogger(__name__)
+
+DRAWN_FILE = "drawn.json"  # beside drawn pictures: what they were drawn by, once all of them are
 
 
 def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -> tuple[TrainDataset, EvalDataset]:
@@ -62,20 +65,28 @@ def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -
 
 
 def draw(arguments: Arguments, folder: Path, image_size: int) -> None:
-    """Writes the pictures that --data names instead of a path."""
-    options, seed = arguments.data, arguments.optimization.seed
+    """Writes the pictures that --data names instead of a path, unless they are there: a run that goes on needs them."""
+    options = arguments.data
+    counts = {"train": options.generated_train, "valid": options.generated_valid}
+    settings = {"data": options.data, **counts, "image_size": image_size, "seed": arguments.optimization.seed}
+    if options.data == "generated":
+        settings["concepts"] = options.generated_concepts
+    finished = folder / DRAWN_FILE
+    if finished.is_file() and finished.read_text(encoding="utf-8") == json.dumps(settings):
+        return
+    finished.unlink(missing_ok=True)
     if options.data == "composed":
-        counts = {"train": options.generated_train, "valid": options.generated_valid}
-        write_composed(folder, counts, image_size=image_size, seed=seed)
+        write_composed(folder, counts, image_size=image_size, seed=settings["seed"])
     else:
         write_dataset(
             folder,
-            num_train=options.generated_train,
-            num_valid=options.generated_valid,
+            num_train=counts["train"],
+            num_valid=counts["valid"],
             image_size=image_size,
             num_concepts=options.generated_concepts,
-            seed=seed,
+            seed=settings["seed"],
         )
+    finished.write_text(json.dumps(settings), encoding="utf-8")
 
 
 def check_common_concepts(train, validation, source: str) -> None:
