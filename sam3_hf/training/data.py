@@ -65,7 +65,7 @@ def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -
 
 
 def draw(arguments: Arguments, folder: Path, image_size: int) -> None:
-    """Writes the pictures that --data names instead of a path, unless they are there: a run that goes on needs them."""
+    """Writes the pictures that --data names instead of a path, unless a run that goes on has them."""
     options = arguments.data
     counts = {"train": options.generated_train, "valid": options.generated_valid}
     settings = {"data": options.data, **counts, "image_size": image_size, "seed": arguments.optimization.seed}
