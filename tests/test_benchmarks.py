@@ -104,6 +104,7 @@ def test_inference(run, work_clock):
     assert rows["tiny"]["pipeline p50 s"] < rows["tiny"]["end to end p50 s"]  # masks of what is kept alone
 
 
+@pytest.mark.slow
 def test_scaling(run, work_clock):
     sizes = ["--image-sizes", "128", "--prompts", "1", "3", "--objects", "1", "--queries", "50", "100"]
     record = run("scaling", *sizes, "--repeats", "1", "--gpus", "2", "--links", "10")
@@ -125,6 +126,7 @@ def test_loader(run):
     assert rows[1]["images/s per process"] == pytest.approx(rows[1]["images/s"] / 2)
 
 
+@pytest.mark.slow
 def test_counts_of_inference(tmp_path):
     (rows,), printed = counted(tmp_path, ["inference", "--prompts", "1", "8", "--kept", "0", "5"])
     assert all(f"| {column} " in printed for column in rows[0])

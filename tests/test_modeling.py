@@ -309,6 +309,7 @@ def test_copies_of_a_compiled_model_run_their_own_weights(model, inputs, tmp_pat
     assert largest_difference(Sam3LiteModel.from_pretrained(tmp_path / "saved")(**inputs), expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_compiled_training_step(model, inputs):
     torch._dynamo.reset()
 

@@ -258,6 +258,7 @@ def test_killed_twice_and_resumed_is_as_if_nothing_had_happened(whole_run, data,
         assert (tmp_path / "run" / name).read_bytes() == (whole_run / "run" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_stop_during_an_evaluation_ends_it(data, tmp_path):
     """The epoch was saved before; the resumed run makes up for the evaluation and keeps its result."""
     valid = write_dataset(tmp_path / "many", num_train=1, num_valid=300, image_size=64, num_concepts=3) / "valid"
@@ -327,6 +328,7 @@ def test_predictions_that_are_not_finite_name_the_images(whole_run, data, tmp_pa
     assert not (tmp_path / "run" / "checkpoints" / "last").exists()
 
 
+@pytest.mark.slow
 def test_each_way_to_start_shows_its_own_usage():
     for program, name in ((COMMAND, "sam3-lite train"), (MODULE, "accelerate launch -m sam3_hf.training")):
         shown = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True, timeout=PATIENCE)
@@ -385,6 +387,7 @@ def test_two_processes_train_like_one(data, tmp_path):
     assert (two / "run" / "final" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_precision_accumulation_and_checkpointing_run_on_a_cpu(data, tmp_path):
     """FP16 falls back to float32, which is said once; the overflow counter stays at 0; bf16 really is bf16."""
     settings = {"max_steps": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "batch_size": 1}

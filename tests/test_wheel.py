@@ -63,6 +63,7 @@ def test_every_file_of_the_package_is_in_the_wheel(installed):
     assert files(installed / "sam3_hf") == files(ROOT / "sam3_hf")
 
 
+@pytest.mark.slow
 def test_a_model_trains_from_the_wheel(installed, tmp_path):
     sizes = {name: value for name, value in micro_config().to_dict().items() if name.endswith("_config")}
     settings = {"preset": "tiny", "model_overrides": sizes, "num_workers": 0, "prediction_images": 1}
