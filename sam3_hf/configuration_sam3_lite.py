@@ -33,12 +33,15 @@ _FULL_SIZE_PRESETS = {
     "standard": (1024, 32, 16, [7, 15, 23, 31], 6, 6),
     "medium": (896, 28, 14, [6, 13, 20, 27], 4, 4),
     "depth16": (1024, 16, 16, [6, 11, 13, 15], 4, 4),
+    "lite-plus": (768, 24, 12, [5, 11, 17, 23], 4, 6),
     "lite": (768, 24, 12, [5, 11, 17, 23], 4, 4),
+    "small-plus": (512, 16, 8, [3, 7, 11, 15], 4, 6),
     "small": (512, 16, 8, [3, 7, 11, 15], 4, 4),
 }
 # The same two-sided family in miniature: tiny is to tiny-standard what lite is to standard.
 _MINIATURE_PRESETS = {
     "tiny-standard": (128, 8, 4, [3, 7], 6, 6),
+    "tiny-plus": (96, 6, 3, [2, 5], 4, 6),
     "tiny": (96, 6, 3, [2, 5], 4, 4),
 }
 PRESETS = (*_FULL_SIZE_PRESETS, *_MINIATURE_PRESETS)
@@ -257,8 +260,9 @@ class Sam3LiteConfig(Sam3Config):
         A config by name, with any size changed.
 
         Args:
-            name (`str`): `standard`, `medium`, `depth16`, `lite`, `small`, or, for tests and demonstrations,
-                `tiny-standard` and `tiny`.
+            name (`str`): `standard`, `medium`, `depth16`, `lite-plus`, `lite`, `small-plus`, `small`, or, for tests
+                and demonstrations, `tiny-standard`, `tiny-plus` and `tiny`. Those with `-plus` keep all six layers of
+                the DETR decoder.
             overrides: fields of this config (nested dicts are merged), or the short names `image_size`,
                 `patch_size`, `vision_hidden_size`, `vision_intermediate_size`, `vision_num_hidden_layers`,
                 `vision_num_attention_heads`, `vision_global_attn_indexes`, `vision_window_size`,
@@ -273,25 +277,26 @@ class Sam3LiteConfig(Sam3Config):
 
     def at_preset(self, name: str, **overrides) -> Sam3LiteConfig:
         """
-        The sizes of a preset for what this configuration is used for: its input resolution (if patches are equal),
+        The sizes of a preset for what this configuration is used for: its input resolution, patches and windows,
         number of queries, summary token, mask supervision, epsilon of the ViT and vocabulary stay. `overrides` as in
         [`~Sam3LiteConfig.from_preset`].
 
         Raises:
             ValueError: no such preset or field, or the sizes do not fit together.
         """
+        vit = self.vision_config.backbone_config
         kept = {
             "num_queries": self.detr_decoder_config.num_queries,
             "summary_token": self.summary_token,
             "mask_supervision": self.mask_supervision,
             "vocabulary": self.vocabulary,
             "vision_config": {
-                "backbone_config": {"layer_norm_eps": self.vision_config.backbone_config.layer_norm_eps}
+                "backbone_config": {
+                    name: getattr(vit, name)
+                    for name in ("image_size", "patch_size", "pretrain_image_size", "window_size", "layer_norm_eps")
+                }
             },
         }
-        patches = (config.vision_config.backbone_config.patch_size for config in (self, self.from_preset(name)))
-        if len(set(patches)) == 1:
-            kept["image_size"] = self.image_size
         return self.from_preset(name, **_merge(kept, overrides))
 
     def changed(self, **overrides) -> Sam3LiteConfig:
@@ -314,7 +319,10 @@ class Sam3LiteConfig(Sam3Config):
                 raise ValueError(_unknown_field_message(key, own))
         for key, value in _complete_vision_sizes(fields, short).items():
             _set_path(fields, _SHORT_NAMES[key], value)
-        return cls(**_merge(fields, overrides))
+        fields = _merge(fields, overrides)
+        for key, value in short.items():
+            _set_path(fields, _SHORT_NAMES[key], value)
+        return cls(**fields)
 
     @classmethod
     def keywords(cls) -> set[str]:
@@ -545,9 +553,13 @@ def _merge(base: dict, update: dict) -> dict:
 
 
 def _set_path(fields: dict, path: tuple[str, ...], value) -> None:
+    part = fields
     for key in path[:-1]:
-        fields = fields[key]
-    fields[path[-1]] = value
+        part = part[key] if isinstance(part, dict) else getattr(part, key)
+    if isinstance(part, dict):
+        part[path[-1]] = value
+    else:
+        setattr(part, path[-1], value)
 
 
 def _field(part, name: str):

@@ -18,11 +18,17 @@ from transformers.models.sam3.modeling_sam3 import (
     Sam3ViTModel,
 )
 
-from sam3_hf import Sam3LiteConfig, Sam3LiteModel, detr_sam3_lite, vision_sam3_lite
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel, detr_sam3_lite, recomputation_sam3_lite, vision_sam3_lite
 from sam3_hf.detr_sam3_lite import additive_mask
 from sam3_hf.masks_sam3_lite import conv_of_upsampled
 from sam3_hf.precision_sam3_lite import GroupNorm, LayerNorm
 from sam3_hf.recomputation_sam3_lite import recomputed
+
+
+@pytest.fixture(autouse=True)
+def everything_is_worth_recomputing(monkeypatch):
+    """As in models of full size."""
+    monkeypatch.setattr(recomputation_sam3_lite, "WORTH_IT", 0)
 
 
 def saved_bytes(function) -> int:
@@ -359,6 +365,17 @@ def test_recomputation_changes_no_gradient_and_keeps_less(model, inputs, monkeyp
     assert made_again[0] == pytest.approx(kept[0], rel=1e-6)
     assert_same_gradients(made_again[1], kept[1])
     assert less < saved_bytes(lambda: model(**inputs, labels=make_labels()).loss)
+
+
+def test_miniatures_are_not_recomputed(model, inputs, monkeypatch):
+    model.train()
+    again = loss_and_gradients(model, inputs)
+    monkeypatch.undo()
+    calls = []
+    monkeypatch.setattr(recomputation_sam3_lite, "checkpoint", lambda *args, **kwargs: calls.append(args))
+    kept = loss_and_gradients(model, inputs)
+    assert not calls and again[0] == kept[0]
+    assert_same_gradients(again[1], kept[1])
 
 
 def test_a_neck_keeps_less_behind_a_frozen_vit_as_well(model, monkeypatch):

@@ -44,7 +44,11 @@ class ModelArguments:
         "sizes, whatever --preset says; a standard one (sam3, sam3_video) is mapped to those of --preset. Without "
         "it, weights are random",
     )
-    preset: str = option("lite", "model size: standard, medium, depth16, lite, small; tiny, tiny-standard for tries")
+    preset: str = option(
+        "lite",
+        "model size: standard, medium, depth16, lite-plus, lite, small-plus, small; for tries, tiny-standard, tiny-plus, "
+        "tiny. A start from a standard checkpoint keeps most with -plus",
+    )
     image_size: int | None = option(
         None, "side in pixels to which images are resized; the preset's or checkpoint's own if not given"
     )

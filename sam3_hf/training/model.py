@@ -114,18 +114,16 @@ def _some(kind: str, names: list[str]) -> str:
 
 def initial_config(arguments: ModelArguments) -> Sam3LiteConfig:
     """The configuration of a fresh run: that of a lite checkpoint, otherwise of --preset with its overrides."""
-    if arguments.init is None:
-        config = Sam3LiteConfig.from_preset(arguments.preset, **arguments.model_overrides)
-    else:
-        checkpoint = open_initial(arguments.init)
-        config = checkpoint.config
-        if not checkpoint.is_lite:
-            config = config.at_preset(arguments.preset, **arguments.model_overrides)
-        elif arguments.model_overrides:
-            raise ValueError("model_overrides changes a preset; with --init the sizes are those of the checkpoint")
     given = {name: getattr(arguments, name) for name in ("image_size", "num_queries")}
     given = {name: value for name, value in given.items() if value is not None}
-    return config.changed(**given) if given else config
+    if arguments.init is None:
+        return Sam3LiteConfig.from_preset(arguments.preset, **arguments.model_overrides | given)
+    checkpoint = open_initial(arguments.init)
+    if not checkpoint.is_lite:
+        return checkpoint.config.at_preset(arguments.preset, **arguments.model_overrides | given)
+    if arguments.model_overrides:
+        raise ValueError("model_overrides changes a preset; with --init the sizes are those of the checkpoint")
+    return checkpoint.config.changed(**given) if given else checkpoint.config
 
 
 def open_initial(init: str) -> Checkpoint:
