@@ -46,8 +46,8 @@ class ModelArguments:
     )
     preset: str = option(
         "lite",
-        "model size: standard, medium, depth16, lite-plus, lite, small-plus, small; for tries, tiny-standard, tiny-plus, "
-        "tiny. A start from a standard checkpoint keeps most with -plus",
+        "model size: standard, medium, depth16, lite-plus, lite, small-plus, small; for tries, tiny-standard, "
+        "tiny-plus, tiny. A start from a standard checkpoint keeps most with -plus",
     )
     image_size: int | None = option(
         None, "side in pixels to which images are resized; the preset's or checkpoint's own if not given"
