@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import sam3_hf
 from sam3_hf.data.composed import SPLITS, compose, write_composed
 from sam3_hf.data.words import (
     COLORS,
@@ -19,6 +18,7 @@ from sam3_hf.data.words import (
     SIZES,
     TRAINED,
     UNSEEN_PHRASES,
+    absent_phrases,
     phrases_of,
 )
 from sam3_hf.rle import decode_mask
@@ -123,13 +123,15 @@ def test_dense_pictures_have_twenty_objects_or_more_and_some_have_none():
 
 
 def test_absent_phrases_are_never_drawn_and_never_trained():
-    absent = (Path(sam3_hf.__file__).parent / "assets" / "absent_phrases.txt").read_text().splitlines()
+    absent = absent_phrases()
     trained = (Path(__file__).parents[1] / "training" / "configs" / "other_words.txt").read_text().splitlines()
     words = {word for phrase in SEEN_PHRASES for word in phrase.split()}
     for phrases in (absent, trained):
         assert len(set(phrases)) == len(phrases) >= 100
         assert not any(set(phrase.split()) <= words for phrase in phrases)
     assert not set(absent) & set(trained)
+    for index in range(40):
+        assert not {each.kind.shape for each in compose("absent", index)[1]} & set(absent)
 
 
 def test_bad_arguments_are_refused(tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 from ..rle import encode_masks
 from .painting import Kind, Painted, choose_kinds, draw_scene
 from .raster import box_around
-from .words import HELD_OUT, SCORED_PHRASES, SEEN_PHRASES, TRAINED, UNSEEN_PHRASES, phrases_of
+from .words import HELD_OUT, SCORED_PHRASES, SEEN_PHRASES, TRAINED, UNSEEN_PHRASES, absent_phrases, phrases_of
 
 EMPTY_EVERY = 20  # one image in so many shows nothing but ground
 SPLITS = {  # in the order of their random streams: (phrases that are asked for, pairs that lead a picture)
@@ -18,16 +18,20 @@ SPLITS = {  # in the order of their random streams: (phrases that are asked for,
     "seen": (SCORED_PHRASES, TRAINED),
     "unseen": (UNSEEN_PHRASES, HELD_OUT),
     "dense": (SCORED_PHRASES, TRAINED),
+    "absent": (absent_phrases(), TRAINED),
 }
 
 
 def write_composed(folder: str | Path, counts: dict[str, int], image_size: int = 128, seed: int = 0) -> Path:
     """Writes pictures and COCO annotations, one category per phrase.
 
-    `train` and `valid` are the splits of the Roboflow layout, for training. `seen`, `unseen` and `dense` are for
-    evaluation: new pictures of the trained kind, asked for a part of the trained phrases (`SCORED_PHRASES`); pictures
-    with pairs of words that training never combined, asked for those (`UNSEEN_PHRASES`); and pictures of 20 to 40
-    objects. Each split is a folder with `_annotations.coco.json` and the PNG files. An object has one annotation for
+    `train` and `valid` are the splits of the Roboflow layout, for training. The others are for evaluation:
+    `seen`: new pictures of the trained kind, asked for a part of the trained phrases (`SCORED_PHRASES`);
+    `unseen`: pictures with pairs of words that training never combined, asked for those (`UNSEEN_PHRASES`);
+    `dense`: pictures of 20 to 40 objects, asked for `SCORED_PHRASES`;
+    `absent`: pictures of the trained kind, asked for what is in none of them (`absent_phrases`).
+
+    Each split is a folder with `_annotations.coco.json` and the PNG files. An object has one annotation for
     each phrase that means it. Boxes and masks (compressed RLE) cover what is visible. The same arguments give the same
     files byte for byte, and image `i` of a split depends neither on how many there are nor on other splits.
 

@@ -8,6 +8,7 @@ up to four phrases. Some objects have a fill without a name, some have a shape w
 words: what a model says to them, it has composed.
 """
 
+from importlib.resources import files
 from itertools import product
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent")
@@ -76,3 +77,9 @@ SCORED_PHRASES = tuple(
     for words in (1, 2, 3)
     for phrase in [phrase for phrase in SEEN_PHRASES if phrase.count(" ") == words - 1][:: (1, 5, 9)[words - 1]]
 )
+
+
+def absent_phrases() -> tuple[str, ...]:
+    """Phrases that mean nothing in any picture, some of them with words that mean something."""
+    text = files("sam3_hf").joinpath("assets", "absent_phrases.txt").read_text(encoding="utf-8")
+    return tuple(text.split("\n")[:-1])
