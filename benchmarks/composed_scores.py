@@ -33,9 +33,7 @@ FIGURES = ("segm_AP", "segm_AP50", "bbox_AP", "segm_cgF1", "IL_MCC", "IL_negativ
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument(
-        "--images", type=int, default=300, help="pictures of each split, a third of it for the absent"
-    )
+    parser.add_argument("--images", type=int, default=300, help="pictures of each split, a third of it for the absent")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--preset", default="same", help="sizes to map the model to first")
     parser.add_argument("--batch-size", type=int, default=8)

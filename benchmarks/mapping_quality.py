@@ -10,17 +10,20 @@ of fine-tuning it takes to come near the larger one.
         --name trained --seeds 1 2 --max-steps 600 --learning-rates best
     python benchmarks/mapping_quality.py table --output OUT
 
-Students have 3/4 of the teacher's ViT width and depth, and 4 DETR layers for its 6. The YAML file and any flag of
-`training/train.py` say what they are trained on and how, but the schedule: a short warm-up, then a constant learning
-rate, scored with averaged weights. With `data: generated`, the pictures scored on come from another seed than those
-trained on. Each result is a JSON file of its own under OUT/results: what is there is not done again, and runs with
-other strategies or another --name may share OUT at the same time, once OUT/data is written.
+Students have 3/4 of the teacher's ViT width and depth, and 4 DETR layers for its 6; with `-plus`, all 6 of the
+decoder. The YAML file and any flag of `training/train.py` say what they are trained on and how, but the schedule: a
+short warm-up, then a constant learning rate, or with `--schedule cosine` one that falls to a hundredth; scored with
+averaged weights. With `data: generated` or `composed`, the pictures scored on come from another seed than those
+trained on; in the composed world, students are also scored on unseen combinations and on dense pictures. Each result
+is a JSON file of its own under OUT/results: what is there is not done again, and runs with other strategies or another
+--name may share OUT at the same time, once OUT/data is written.
 """
 
 import argparse
 import hashlib
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -28,12 +31,14 @@ from pathlib import Path
 import torch
 from mapping_measures import captured_energy, fpn_cosines, scores_of
 from mapping_students import IDENTITY, STRATEGIES, make_student
-from mapping_table import TARGETS, best_learning_rate, table
+from mapping_table import TARGETS, best_learning_rate, constant_runs, table
 from mapping_training import FlatLabels, fine_tune
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.data import EvalDataset
+from sam3_hf.data import EvalDataset, load_dataset_splits
+from sam3_hf.data.composed import write_composed
 from sam3_hf.data.generated import write_dataset
+from sam3_hf.data.words import SCORED_PHRASES
 from sam3_hf.files import write_file, write_folder
 from sam3_hf.training.accelerator import start_accelerator
 from sam3_hf.training.arguments import Arguments, parse_arguments
@@ -42,9 +47,12 @@ from sam3_hf.training.objectives import Labels
 
 logger = logging.getLogger(__name__)
 
+ANNOTATIONS = "_annotations.coco.json"
 HELD_OUT_SEED = 10_000  # added to the seed of the training pictures
 WARMUP_STEPS = 20
 AVERAGE_DECAY = 0.98  # of the weights that are scored: a constant rate leaves noise that an average takes out
+SCHEDULES = {"constant": 1.0, "cosine": 0.01}  # share of the learning rate at the end
+COMPOSED_SPLITS = ("seen", "unseen", "dense")
 GIVEN = ("seed", "learning_rate", "max_steps", "warmup_ratio", "final_learning_rate_ratio", "ema_decay", "output_dir")
 
 
@@ -89,6 +97,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     run.add_argument("--strategies", nargs="+", choices=(IDENTITY, *STRATEGIES), default=[IDENTITY, *STRATEGIES])
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     run.add_argument("--max-steps", type=int, default=600, help="of each fine-tuning; 0 only scores the students")
+    run.add_argument("--schedule", choices=SCHEDULES, default="constant", help="of the learning rate")
     run.add_argument(
         "--learning-rates", nargs="+", default=["5e-4"], help="to try; `best`: the best of the results so far"
     )
@@ -123,13 +132,17 @@ class Bench:
         self.output = Path(arguments.output)
         recipe = self.recipe(seed=0, learning_rate=0.0, max_steps=1)
         self.accelerator = start_accelerator(recipe)
+        self.more_held_out: dict[str, EvalDataset] = {}
         if recipe.data.data == "generated":
-            self.trainer_flags = [*trainer_flags, *self.write_data(recipe)]
+            self.trainer_flags = [*trainer_flags, *self.write_generated(recipe)]
+        elif recipe.data.data == "composed":
+            self.trainer_flags = [*trainer_flags, *self.write_composed(recipe)]
         self.teacher = Sam3LiteModel.from_pretrained(arguments.teacher, dtype=torch.float32)
         self.teacher.to(self.accelerator.device)
         self.train_data, self.held_out = self.load_data(seed=0)
         count = min(arguments.curve_images, len(self.held_out))
-        self.curve_data = EvalDataset(self.held_out.rows.select(range(count)), self.held_out.image_size)
+        rows, categories = self.held_out.rows.select(range(count)), self.held_out.categories
+        self.curve_data = EvalDataset(rows, self.held_out.image_size, categories)
         self.batch_size = recipe.output.eval_batch_size
 
     def recipe(self, seed: int, learning_rate: float, max_steps: int, **more: float) -> Arguments:
@@ -147,23 +160,51 @@ class Bench:
         own = [f"--{name}={value}" for name, value in flags.items()]
         return parse_arguments([self.arguments.config, *self.trainer_flags, *own])
 
-    def write_data(self, recipe: Arguments) -> list[str]:
+    def write_generated(self, recipe: Arguments) -> list[str]:
         """Writes the generated pictures where they are not there yet; the trainer's flags that say where they are."""
-        size = Sam3LiteConfig.from_pretrained(self.arguments.teacher).image_size
-        options = {"image_size": size, "num_concepts": recipe.data.generated_concepts}
+        options = {"image_size": self.image_size()}
+        if recipe.data.generated_concepts is not None:
+            options["num_concepts"] = recipe.data.generated_concepts
         train, held_out = self.output / "data", self.output / "held_out"
         if not train.is_dir():
             write_folder(train, lambda to: write_dataset(to, recipe.data.generated_train, 0, **options))
         if not held_out.is_dir():
             count = self.arguments.held_out
             write_folder(held_out, lambda to: write_dataset(to, 0, 0, num_test=count, seed=HELD_OUT_SEED, **options))
-        files = {"data": train / "train", "validation_data": held_out / "test"}
-        return [f"--{name}={folder / '_annotations.coco.json'}" for name, folder in files.items()]
+        return data_flags(train / "train", held_out / "test")
+
+    def write_composed(self, recipe: Arguments) -> list[str]:
+        """The same for those of the composed world, and `more_held_out`."""
+        size, train, held_out = self.image_size(), self.output / "data", self.output / "held_out"
+        if not train.is_dir():
+            counts = {"train": recipe.data.generated_train}
+            write_folder(train, lambda to: write_composed(to, counts, size))
+        if not held_out.is_dir():
+            counts = dict.fromkeys(COMPOSED_SPLITS, self.arguments.held_out)
+            write_folder(held_out, lambda to: write_composed(to, counts, size, HELD_OUT_SEED))
+        for split in COMPOSED_SPLITS[1:]:
+            file = held_out / split / ANNOTATIONS
+            rows = load_dataset_splits({"test": file}, check_images=False)["test"]
+            self.more_held_out[split] = EvalDataset(rows, size)
+        return data_flags(train / "train", held_out / "seen")
+
+    def image_size(self) -> int:
+        """Side of the teacher's input in pixels."""
+        return Sam3LiteConfig.from_pretrained(self.arguments.teacher).image_size
 
     def load_data(self, seed: int):
         """Training split with the order and augmentation of a seed, and the held-out images."""
         recipe = self.recipe(seed, learning_rate=0.0, max_steps=1)
-        return load_data(self.accelerator, recipe, self.teacher.config.image_size)
+        train, held_out = load_data(self.accelerator, recipe, self.teacher.config.image_size)
+        if self.more_held_out:  # training asks for all phrases, which would take long to score
+            categories = [train.concepts.index(phrase) for phrase in SCORED_PHRASES]
+            held_out = EvalDataset(held_out.rows, held_out.image_size, categories)
+        return train, held_out
+
+    def all_scores(self, model) -> dict[str, dict[str, float]]:
+        """ "scores" on the held-out images, and those of each of `more_held_out`."""
+        data = {"scores": self.held_out, **self.more_held_out}
+        return {name: scores_of(self.accelerator, model, each, self.batch_size) for name, each in data.items()}
 
     def flatten(self, target: Path, steps: int, weight: float) -> None:
         """Trains the teacher on with a flatter residual stream, and writes it to a folder of its own."""
@@ -206,7 +247,7 @@ class Bench:
         if given != ["best"]:
             return [float(rate) for rate in given]
         teacher, records = read_results(results)
-        runs = [record for record in records if record["kind"] == "run" and record["strategy"] == strategy]
+        runs = [each for each in constant_runs(records) if each["strategy"] == strategy]
         if not runs:
             raise ValueError(f"{results} has no runs of {strategy} yet: give --learning-rates as numbers first")
         return [best_learning_rate(runs, teacher["curve_AP"])]
@@ -224,7 +265,7 @@ class Bench:
                 "name": name,
                 "path": str(self.arguments.teacher),
                 "weights": weights,
-                "scores": scores_of(self.accelerator, self.teacher, self.held_out, self.batch_size),
+                **self.all_scores(self.teacher),
                 "curve_AP": self.curve_ap(self.teacher),
                 "captured_energy": captured_energy(self.teacher, self.held_out, self.batch_size),
             }
@@ -254,7 +295,7 @@ class Bench:
             "seed": seed,
             "seconds": round(seconds, 1),
             "parameters": model.num_parameters(),
-            "scores": scores_of(self.accelerator, model, self.held_out, self.batch_size),
+            **self.all_scores(model),
             "fpn_cosines": fpn_cosines(self.teacher, model, self.held_out, self.batch_size),
         }
         write_json(path, record)
@@ -262,8 +303,11 @@ class Bench:
 
     def train(self, results: Path, strategy: str, seed: int, rate: float, teacher_ap: float) -> None:
         """Fine-tunes a student until it has the highest of the targets, or `--max-steps` are done."""
-        path, max_steps = results / f"{strategy}_seed{seed}_lr{rate:g}.json", self.arguments.max_steps
-        goal = TARGETS[-1] * teacher_ap
+        schedule, max_steps = self.arguments.schedule, self.arguments.max_steps
+        constant = schedule == "constant"
+        suffix = "" if constant else f"_{schedule}{max_steps}"
+        path = results / f"{strategy}_seed{seed}_lr{rate:g}{suffix}.json"
+        goal = TARGETS[-1] * teacher_ap if constant else math.inf  # a schedule is worth what it ends with
         if path.is_file():
             done = json.loads(path.read_text(encoding="utf-8"))["curve"]
             if done[-1][0] >= max_steps or done[-1][1] >= goal:
@@ -279,14 +323,22 @@ class Bench:
 
         if curve[0][1] < goal:
             train_data, _ = self.load_data(seed)
-            recipe, data = self.recipe(seed, rate, max_steps), (train_data, self.curve_data)
+            recipe = self.recipe(seed, rate, max_steps, final_learning_rate_ratio=SCHEDULES[schedule])
+            data = (train_data, self.curve_data)
             fine_tune(self.accelerator, model, recipe, Labels(), data, self.arguments.every, after)
         record = {"kind": "run", "strategy": strategy, "seed": seed, "learning_rate": rate, "curve": curve}
+        if not constant:
+            record |= {"schedule": schedule, **self.all_scores(model)}
         write_json(path, record | {"seconds": round(time.perf_counter() - begin, 1)})
 
     def student_folder(self, results: Path, strategy: str, seed: int) -> Path:
         """Where a student is kept as it is before training."""
         return self.output / "students" / results.name / f"{strategy}_seed{seed}"
+
+
+def data_flags(train: Path, held_out: Path) -> list[str]:
+    """The trainer's flags for two folders with COCO files."""
+    return [f"--data={train / ANNOTATIONS}", f"--validation_data={held_out / ANNOTATIONS}"]
 
 
 def read_results(folder: Path) -> tuple[dict, list[dict]]:

@@ -9,19 +9,24 @@ from sam3_hf.data import TrainDataset
 from sam3_hf.data.images import load_image
 from sam3_hf.mapping.calibration import calibrate_mapping
 
-STRATEGIES = ("random", "skip", "select", "isometry", "calibrated", "calibrated-generated")
+PLUS = "-plus"  # with all layers of the DETR decoder, as the presets of such names
+STRATEGIES = (
+    *("random", "skip", "select", "isometry", "calibrated", "calibrated-generated"),
+    *(strategy + PLUS for strategy in ("isometry", "calibrated", "calibrated-generated")),
+)
 IDENTITY = "teacher"  # the same sizes, an exact copy: what all shares are relative to
 CALIBRATION_IMAGES = 256
 
 
-def student_config(teacher: Sam3LiteConfig) -> Sam3LiteConfig:
-    """Sizes that are to the teacher's what `lite` is to `standard`: width and depth x 3/4, DETR 6 -> 4."""
+def student_config(teacher: Sam3LiteConfig, plus: bool = False) -> Sam3LiteConfig:
+    """Sizes that are to the teacher's what `lite` (or `lite-plus`) is to `standard`: ViT x 3/4, DETR 6 -> 4."""
     vit = teacher.vision_config.backbone_config
+    decoder_layers = teacher.detr_decoder_config.num_layers
     return teacher.changed(
         vision_hidden_size=vit.hidden_size * 3 // 4,
         vision_num_hidden_layers=vit.num_hidden_layers * 3 // 4,
         detr_encoder_layers=round(teacher.detr_encoder_config.num_layers * 2 / 3),
-        detr_decoder_layers=round(teacher.detr_decoder_config.num_layers * 2 / 3),
+        detr_decoder_layers=decoder_layers if plus else round(decoder_layers * 2 / 3),
     )
 
 
@@ -37,7 +42,8 @@ def make_student(strategy: str, teacher: str, train_data: TrainDataset, seed: in
     set_seed(seed)
     if strategy == IDENTITY:
         return Sam3LiteModel.from_pretrained(teacher, dtype=torch.float32)
-    config = student_config(Sam3LiteConfig.from_pretrained(teacher))
+    config = student_config(Sam3LiteConfig.from_pretrained(teacher), plus=strategy.endswith(PLUS))
+    strategy = strategy.removesuffix(PLUS)
     if strategy == "random":
         return Sam3LiteModel(config)
     if not strategy.startswith("calibrated"):

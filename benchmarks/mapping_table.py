@@ -5,6 +5,7 @@ import statistics
 from mapping_measures import SCORES
 from mapping_students import IDENTITY, STRATEGIES
 
+MORE_SPLITS = ("unseen", "dense")  # of the composed world
 TARGETS = (0.8, 0.9, 0.95)  # shares of the teacher's segm AP
 
 
@@ -49,34 +50,63 @@ def table(teacher: dict, records: list[dict]) -> str:
         teacher: its record.
         records: those of its students and of their runs.
     """
+    more = [split for split in MORE_SPLITS if split in teacher]
     curve = ", ".join(f"{float(share):.1%}: {energy:.1%}" for share, energy in teacher["captured_energy"].items())
     lines = [
         f"Teacher `{teacher['name']}`: " + ", ".join(f"{name} {teacher['scores'][name]:.3f}" for name in SCORES) + ".",
         f"Energy of its residual stream in the strongest directions: {curve}.",
         "",
-        "| start | FPN cosine ×4 / ×2 / ×1 | segm AP | cgF1 | presence AUC | LR | steps to 80% | 90% | 95% |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| start | FPN cosine ×4 / ×2 / ×1 | segm AP | cgF1 | presence AUC |"
+        + "".join(f" {split}: segm AP |" for split in more)
+        + " LR | steps to 80% | 90% | 95% |",
+        "|---|---|---|---|---|" + "---|" * len(more) + "---|---|---|---|",
     ]
     for strategy in (IDENTITY, *STRATEGIES):
         own = [record for record in records if record["strategy"] == strategy]
         started = [record for record in own if record["kind"] == "start"]
         if started:
-            runs = [record for record in own if record["kind"] == "run"]
-            lines.append(f"| {' | '.join([strategy, *start_cells(teacher, started), *run_cells(teacher, runs)])} |")
-    return "\n".join(lines) + "\n"
+            cells = [strategy, *start_cells(teacher, started, more), *run_cells(teacher, constant_runs(own))]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, *schedule_lines(teacher, records, more)]) + "\n"
 
 
-def start_cells(teacher: dict, started: list[dict]) -> list[str]:
-    """Cosines per level, then each score with its share of the teacher's; means over seeds."""
+def constant_runs(records: list[dict]) -> list[dict]:
+    """Those of runs with a constant learning rate."""
+    return [record for record in records if record["kind"] == "run" and "schedule" not in record]
+
+
+def schedule_lines(teacher: dict, records: list[dict], more: list[str]) -> list[str]:
+    """A second table, of what runs with a schedule end with; none where there were no such runs."""
+    ended = [record for record in records if "schedule" in record]
+    if not ended:
+        return []
+    lines = ["", "| start | schedule | LR | segm AP |" + "".join(f" {split}: segm AP |" for split in more)]
+    lines.append("|---|---|---|---|" + "---|" * len(more))
+    for strategy in STRATEGIES:
+        own = [record for record in ended if record["strategy"] == strategy]
+        for steps, rate in sorted({(int(record["curve"][-1][0]), record["learning_rate"]) for record in own}):
+            alike = [each for each in own if (each["curve"][-1][0], each["learning_rate"]) == (steps, rate)]
+            scores = [score_cell(teacher, alike, split, "segm_AP") for split in ("scores", *more)]
+            schedule = f"{alike[0]['schedule']}, {steps} steps"
+            lines.append(f"| {' | '.join([strategy, schedule, f'{rate:g}', *scores])} |")
+    return lines
+
+
+def start_cells(teacher: dict, started: list[dict], more: list[str]) -> list[str]:
+    """Cosines per level, then each score, and segm AP on more splits, with its share of the teacher's."""
     levels = zip(*(record["fpn_cosines"] for record in started), strict=True)
     cells = [" / ".join(f"{statistics.mean(level):.3f}" for level in levels)]
-    for name in SCORES:
-        values = [record["scores"][name] for record in started]
-        mean, reference = statistics.mean(values), teacher["scores"][name]
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        share = f" ({mean / reference:.0%})" if reference > 0 else ""
-        cells.append(f"{mean:.3f}{spread}{share}")
-    return cells
+    cells += [score_cell(teacher, started, "scores", name) for name in SCORES]
+    return cells + [score_cell(teacher, started, split, "segm_AP") for split in more]
+
+
+def score_cell(teacher: dict, records: list[dict], split: str, name: str) -> str:
+    """Mean of a score over seeds, its deviation, and its share of the teacher's."""
+    values = [record[split][name] for record in records]
+    mean, reference = statistics.mean(values), teacher[split][name]
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    share = f" ({mean / reference:.0%})" if reference > 0 else ""
+    return f"{mean:.3f}{spread}{share}"
 
 
 def run_cells(teacher: dict, runs: list[dict]) -> list[str]:

@@ -86,8 +86,10 @@ def test_from_end_to_end(bench, capsys, calibrations):
     random, isometry = (read(results / f"{strategy}_seed1.json") for strategy in ("random", "isometry"))
     assert isometry["fpn_cosines"][2] > random["fpn_cosines"][2] + 0.1
     assert isometry["parameters"] == random["parameters"] < identity["parameters"]
+    assert read(results / "isometry-plus_seed1.json")["parameters"] > isometry["parameters"]
     assert [step for step, _ in read(results / "skip_seed1_lr0.001.json")["curve"]] in ([0, 1, 2], [0, 1], [0])
-    with_images, without = calibrations
+    with_images, without = calibrations[:2]
+    assert len(calibrations) == 4  # and again with all layers of the decoder
     assert with_images["seed"] == 1 and with_images["num_images"] == 256 and len(with_images["images"]) == 6
     assert with_images["images"][0].dtype == torch.uint8 and with_images["prompts"][0] == "red circle"
     assert without["images"] is None and without["prompts"] == with_images["prompts"]
@@ -126,6 +128,21 @@ def test_what_is_there_is_not_done_again(bench, monkeypatch, teacher):
     shake(Sam3LiteModel.from_pretrained(teacher), seed=1).save_pretrained(teacher)
     with pytest.raises(ValueError, match="other weights: use another --name"):
         bench("run", *flags)
+
+
+def test_in_the_composed_world_students_are_scored_on_three_splits(bench, teacher, tmp_path, capsys):
+    recipe = RECIPE.replace("generated\ngenerated_train: 6\ngenerated_concepts: 4", "composed\ngenerated_train: 6")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    Sam3LiteModel.from_pretrained(teacher, image_size=96).save_pretrained(teacher)
+    flags = ("--strategies", "isometry", "--seeds", 0, "--max-steps", 2, "--learning-rates", "1e-3")
+    results = bench("run", *flags, "--schedule", "cosine") / "results" / "teacher"
+    start, run = read(results / "isometry_seed0.json"), read(results / "isometry_seed0_lr0.001_cosine2.json")
+    for record in (read(results / "teacher.json"), start, run):
+        assert all(set(SCORES) <= record[split].keys() for split in ("scores", "unseen", "dense"))
+    assert run["curve"][-1][0] == 2 and run["schedule"] == "cosine"
+    bench("table")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| isometry")]
+    assert [row.count("|") for row in rows] == [12, 7] and "cosine, 2 steps" in rows[1]
 
 
 def test_a_flatter_teacher(bench, teacher, tmp_path):

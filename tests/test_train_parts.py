@@ -85,7 +85,7 @@ def test_flags_win_over_the_yaml_file_which_wins_over_defaults(tmp_path):
         ("data: x\nnegative_ratio: 2", [], "negative_ratio must be from 0 to 1, got 2.0"),
         ("data: x\nsmallest_side: 0", [], "smallest_side must be above 0"),
         ("data: x\ncolor_jitter: 1", [], "color_jitter must be below 1"),
-        ("data: x\ngenerated_concepts: 13", [], "generated_concepts must be from 2 to 12, got 13"),
+        ("data: generated\ngenerated_concepts: 13", [], "generated_concepts must be from 2 to 12, got 13"),
         ("data: x\nvision_learning_rate: -1", [], "vision_learning_rate must be at least 0, got -1.0"),
         ("data: x\nmixed_precision: fp8", [], "invalid choice: 'fp8'"),
         ("data: x\nmodel_overrides: '{bad'", [], "model_overrides must be a JSON object"),

@@ -9,7 +9,16 @@ from PIL import Image
 from ..rle import encode_masks
 from .painting import Kind, Painted, choose_kinds, draw_scene
 from .raster import box_around
-from .words import HELD_OUT, SCORED_PHRASES, SEEN_PHRASES, TRAINED, UNSEEN_PHRASES, absent_phrases, phrases_of
+from .words import (
+    HELD_OUT,
+    SCORED_PHRASES,
+    SEEN_PHRASES,
+    TRAINED,
+    UNSEEN_PHRASES,
+    absent_phrases,
+    phrases_of,
+    some_phrases,
+)
 
 EMPTY_EVERY = 20  # one image in so many shows nothing but ground
 SPLITS = {  # in the order of their random streams: (phrases that are asked for, pairs that lead a picture)
@@ -22,7 +31,13 @@ SPLITS = {  # in the order of their random streams: (phrases that are asked for,
 }
 
 
-def write_composed(folder: str | Path, counts: dict[str, int], image_size: int = 128, seed: int = 0) -> Path:
+def write_composed(
+    folder: str | Path,
+    counts: dict[str, int],
+    image_size: int = 128,
+    seed: int = 0,
+    num_phrases: int = len(SEEN_PHRASES),
+) -> Path:
     """Writes pictures and COCO annotations, one category per phrase.
 
     `train` and `valid` are the splits of the Roboflow layout, for training. The others are for evaluation:
@@ -40,6 +55,7 @@ def write_composed(folder: str | Path, counts: dict[str, int], image_size: int =
         counts: {split: images}.
         image_size: longer side in pixels, at least 96.
         seed: of the random generator.
+        num_phrases: how many of the 204 phrases `train` and `valid` ask for; the pictures are the same.
 
     Returns:
         `folder` as a `Path`.
@@ -49,6 +65,8 @@ def write_composed(folder: str | Path, counts: dict[str, int], image_size: int =
     """
     if image_size < 96:
         raise ValueError(f"image_size must be at least 96 pixels for shapes to be recognisable, got {image_size}")
+    if not 1 <= num_phrases <= len(SEEN_PHRASES):
+        raise ValueError(f"num_phrases must be 1 to {len(SEEN_PHRASES)}, got {num_phrases}")
     for split, count in counts.items():
         if split not in SPLITS:
             raise ValueError(f"counts: there is no split {split}; those known are {', '.join(SPLITS)}")
@@ -57,13 +75,13 @@ def write_composed(folder: str | Path, counts: dict[str, int], image_size: int =
     folder = Path(folder)
     for split, count in counts.items():
         if count:
-            _write_split(folder / split, split, count, image_size, seed)
+            phrases = some_phrases(num_phrases) if split in ("train", "valid") else SPLITS[split][0]
+            _write_split(folder / split, split, phrases, count, image_size, seed)
     return folder
 
 
-def _write_split(folder: Path, split: str, count: int, image_size: int, seed: int) -> None:
+def _write_split(folder: Path, split: str, phrases: tuple, count: int, image_size: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    phrases = SPLITS[split][0]
     numbers = {phrase: number for number, phrase in enumerate(phrases, start=1)}
     images, annotations = [], []
     for index in range(count):

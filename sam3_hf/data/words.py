@@ -79,6 +79,11 @@ SCORED_PHRASES = tuple(
 )
 
 
+def some_phrases(count: int) -> tuple[str, ...]:
+    """`count` of `SEEN_PHRASES`, spread over them evenly."""
+    return tuple(SEEN_PHRASES[index * len(SEEN_PHRASES) // count] for index in range(count))
+
+
 def absent_phrases() -> tuple[str, ...]:
     """Phrases that mean nothing in any picture, some of them with words that mean something."""
     text = files("sam3_hf").joinpath("assets", "absent_phrases.txt").read_text(encoding="utf-8")

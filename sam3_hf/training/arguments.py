@@ -128,7 +128,11 @@ class DataArguments:
     num_workers: int = option(4, "processes per training process that decode and augment; 0 decodes in the loop")
     generated_train: int = option(256, "training images to draw when --data is 'generated' or 'composed'")
     generated_valid: int = option(32, "validation images to draw when --data is 'generated' or 'composed'")
-    generated_concepts: int = option(8, "concepts to draw when --data is 'generated', 2 to 12")
+    generated_concepts: int | None = option(
+        None,
+        "concepts to draw when --data is 'generated', 2 to 12, by default 8; phrases to ask for when it is "
+        "'composed', 1 to 204, by default all",
+    )
 
     def __post_init__(self):
         check_finite(self)
@@ -146,7 +150,8 @@ class DataArguments:
         check_range(self, "num_workers", 0)
         for name in ("generated_train", "generated_valid"):
             check_range(self, name, 1)
-        check_range(self, "generated_concepts", 2, 12)
+        if self.generated_concepts is not None and self.data in DRAWN:
+            check_range(self, "generated_concepts", *((1, 204) if self.data == "composed" else (2, 12)))
 
 
 @dataclass

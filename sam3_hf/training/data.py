@@ -68,25 +68,18 @@ def draw(arguments: Arguments, folder: Path, image_size: int) -> None:
     """Writes the pictures that --data names instead of a path, unless a run that goes on has them."""
     options = arguments.data
     counts = {"train": options.generated_train, "valid": options.generated_valid}
-    settings = {"data": options.data, **counts, "image_size": image_size, "seed": arguments.optimization.seed}
-    if options.data == "generated":
-        settings["concepts"] = options.generated_concepts
-    finished = folder / DRAWN_FILE
-    if finished.is_file() and finished.read_text(encoding="utf-8") == json.dumps(settings):
+    common = {"image_size": image_size, "seed": arguments.optimization.seed}
+    if options.generated_concepts is not None:
+        common["num_phrases" if options.data == "composed" else "num_concepts"] = options.generated_concepts
+    finished, settings = folder / DRAWN_FILE, json.dumps({"data": options.data, **counts, **common})
+    if finished.is_file() and finished.read_text(encoding="utf-8") == settings:
         return
     finished.unlink(missing_ok=True)
     if options.data == "composed":
-        write_composed(folder, counts, image_size=image_size, seed=settings["seed"])
+        write_composed(folder, counts, **common)
     else:
-        write_dataset(
-            folder,
-            num_train=counts["train"],
-            num_valid=counts["valid"],
-            image_size=image_size,
-            num_concepts=options.generated_concepts,
-            seed=settings["seed"],
-        )
-    finished.write_text(json.dumps(settings), encoding="utf-8")
+        write_dataset(folder, num_train=counts["train"], num_valid=counts["valid"], **common)
+    finished.write_text(settings, encoding="utf-8")
 
 
 def check_common_concepts(train, validation, source: str) -> None:
