@@ -22,6 +22,7 @@ class PromptCollator:
         input_boxes: (prompts, boxes, 4) float32 cxcywh in [0, 1], and input_boxes_labels: (prompts, boxes) int64, 1 or
             -10 for padding: only if a prompt has a box
         input_ids, attention_mask: (prompts, 32) int64: only with a tokenizer
+        keys: list of (epoch, index), one per image: only for samples of `UnlabelledDataset`
         original_sizes: list of (height, width), one per image; categories: (prompts,) int64; references: list, one per
             prompt: only for samples of `EvalDataset`
 
@@ -56,6 +57,8 @@ class PromptCollator:
         if self.model_inputs_only:
             return batch
         batch |= {"phrases": phrases, "image_ids": [sample.image_id for sample in samples]}
+        if samples[0].key is not None:
+            batch["keys"] = [sample.key for sample in samples]
         if samples[0].original_size is not None:
             batch["original_sizes"] = [sample.original_size for sample in samples]
             batch["categories"] = torch.tensor([category for sample in samples for category in sample.categories])

@@ -136,7 +136,7 @@ def _read(data, image_folder, problems: Problems) -> list[RawSplit]:
         return [read_coco(name, file, folders.get(name), problems) for name, file in files.items()]
     if image_folder is not None:
         raise DatasetError(f"image_folder is for COCO files; {data} is not one")
-    loaded = _load_with_datasets(str(data))
+    loaded = load_with_datasets(str(data))
     if isinstance(loaded, datasets.Dataset):
         loaded = {"train": loaded}
     return [read_objects(split_name(name), split, str(data), problems) for name, split in loaded.items()]
@@ -158,7 +158,8 @@ def _coco_files(data) -> dict[str, Path]:
     return files
 
 
-def _load_with_datasets(data: str):
+def load_with_datasets(data: str) -> datasets.Dataset | datasets.DatasetDict:
+    """A folder that `datasets` wrote, or a repository of the Hub. Raises FileNotFoundError for a path to nothing."""
     folder = Path(data)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return datasets.load_from_disk(data)

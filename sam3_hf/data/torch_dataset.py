@@ -33,6 +33,7 @@ class Sample:
             union of some of its masks would teach that the others are background.
         boxes: one per prompt: (4,) float32 cxcywh in [0, 1], or None.
         image_id: of the row.
+        key: (epoch, index) of a picture whose prompts are still to be chosen, otherwise None.
         original_size: (height, width) in pixels; evaluation only, as the following.
         categories: position of each prompt's concept in `concept_names`.
         references: one per prompt: what `sam3_hf.evaluation` takes as ground truth, crowd regions included.
@@ -43,6 +44,7 @@ class Sample:
     labels: list[dict]
     boxes: list[torch.Tensor | None]
     image_id: int
+    key: tuple[int, int] | None = None
     original_size: tuple[int, int] | None = None
     categories: list[int] = field(default_factory=list)
     references: list[dict] = field(default_factory=list)
@@ -101,11 +103,11 @@ class TrainDataset(Dataset):
         epoch, index = key if isinstance(key, tuple) else (int(self._epoch), key)
         rng, row = image_rng(self.seed, epoch, index), self.rows[index]
         transform = transforms.draw_transform(row["width"], row["height"], self.image_size, self.augmentation, rng)
-        pixels = self._pixels(row, transform, rng)
+        pixels = augmented_pixels(row, transform, self.augmentation, rng)
         prompts, labels = self._prompts(row["objects"], transform, rng)
         if not prompts:
             transform = transforms.whole_image(row["width"], row["height"], self.image_size)
-            pixels = self._pixels(row, transform, rng)
+            pixels = augmented_pixels(row, transform, self.augmentation, rng)
             prompts, labels = self._prompts(row["objects"], transform, rng)
         return Sample(
             pixel_values=pixels,
@@ -136,15 +138,6 @@ class TrainDataset(Dataset):
             labels.append(to_unit(label, self.image_size))
             prompts.append(prompt)
         return prompts, labels
-
-    def _pixels(self, row: dict, transform: GeometricTransform, rng: np.random.Generator) -> torch.Tensor:
-        scale = transform.side / transform.width, transform.side / transform.height
-        needed = row["width"] * scale[0], row["height"] * scale[1]
-        pixels, factor = load_image(row["image"], row["width"], row["height"], needed)
-        pixels = transforms.transform_pixels(pixels, transform, factor).contiguous()
-        if self.augmentation.color_jitter > 0:
-            pixels = transforms.jitter_colors(pixels, self.augmentation.color_jitter, rng)
-        return transforms.normalize(transforms.pad_to_canvas(pixels, transform))
 
 
 class EvalDataset(Dataset):
@@ -214,6 +207,19 @@ def _crowd_outline(item: dict) -> list[list[float]] | None:
     x, y, width, height = item["bbox"]
     corners = [x, y, x + width, y, x + width, y + height, x, y + height]
     return [corners] if item["iscrowd"] else None
+
+
+def augmented_pixels(
+    row: dict, transform: GeometricTransform, augmentation: Augmentation, rng: np.random.Generator
+) -> torch.Tensor:
+    """(3, size, size) float32 in [-1, 1] of a row's picture under a transform, with its colours varied."""
+    scale = transform.side / transform.width, transform.side / transform.height
+    needed = row["width"] * scale[0], row["height"] * scale[1]
+    pixels, factor = load_image(row["image"], row["width"], row["height"], needed)
+    pixels = transforms.transform_pixels(pixels, transform, factor).contiguous()
+    if augmentation.color_jitter > 0:
+        pixels = transforms.jitter_colors(pixels, augmentation.color_jitter, rng)
+    return transforms.normalize(transforms.pad_to_canvas(pixels, transform))
 
 
 def promptable_rows(rows: datasets.Dataset, sampling: PromptSampling) -> datasets.Dataset:
