@@ -1,0 +1,128 @@
+"""Pictures without labels, and the phrases that a teacher is asked for them."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from sam3_hf.data import Augmentation, DatasetError, PromptCollator, TrainDataset, concept_names, load_dataset_splits
+from sam3_hf.data.generated import write_dataset
+from sam3_hf.data.unlabelled import UnlabelledDataset, everyday_nouns, load_pictures
+from sam3_hf.training.phrase_choice import ABSENT, PRESENT, PhraseChoice
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number, name in enumerate(("a.png", "deep/er/b.jpg", "deep/c.webp")):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60 + number, 40), (number * 60, 120, 30)).save(path)
+    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("inside", ["", "deep/*"])
+def test_pictures_of_folders_and_patterns(folder, inside):
+    rows = load_pictures(folder / inside, ["cat", "dog"])
+    assert len(rows) == (2 if inside else 3) and concept_names(rows) == ["cat", "dog"]
+    assert all(row["objects"] == [] and row["height"] == 40 for row in rows)
+    assert len(set(rows["image_id"])) == len(rows)
+
+
+def test_pictures_of_a_saved_dataset_and_of_labelled_ones(folder, tmp_path):
+    pictures = [str(path) for path in sorted(folder.rglob("*.*")) if path.suffix != ".txt"]
+    columns = datasets.Features({"image": datasets.Image()})
+    saved = datasets.Dataset.from_dict({"image": pictures}, features=columns)
+    datasets.DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(tmp_path / "saved")
+    assert len(load_pictures(tmp_path / "saved", ["cat"])) == 4
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "texts")
+    with pytest.raises(DatasetError, match="lacks a column 'image'"):
+        load_pictures(tmp_path / "texts", ["cat"])
+
+
+def test_what_is_no_picture_is_named(folder):
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:40])
+    (folder / "none.jpg").write_bytes(b"nothing")
+    with pytest.raises(DatasetError, match=r"(?s)2 .*broken\.png|none\.jpg") as raised:
+        load_pictures(folder, ["cat"])
+    assert "broken.png" in str(raised.value) and "none.jpg" in str(raised.value)
+    for nothing in (folder / "missing", folder / "*.bmp"):
+        with pytest.raises((DatasetError, FileNotFoundError), match=nothing.name.replace("*", r"\*")):
+            load_pictures(nothing, ["cat"])
+    empty = folder / "empty"
+    empty.mkdir()
+    with pytest.raises(DatasetError, match="empty"):
+        load_pictures(empty, ["cat"])
+
+
+def test_samples_are_those_of_training_without_prompts(tmp_path):
+    rows = load_dataset_splits(write_dataset(tmp_path, 3, 1, image_size=64, num_concepts=2))["train"]
+    labelled = TrainDataset(rows, 64, augmentation=Augmentation(), seed=4)
+    unlabelled = UnlabelledDataset(rows, ["cat", "dog"], 64, augmentation=Augmentation(), seed=4)
+    for key in ((0, 0), (3, 2)):
+        sample = unlabelled[key]
+        assert torch.equal(sample.pixel_values, labelled[key].pixel_values)
+        assert sample.phrases == [] and sample.key == key
+    batch = PromptCollator()([unlabelled[0, 1], unlabelled[0, 2]])
+    assert batch["keys"] == [(0, 1), (0, 2)] and batch["pixel_values"].shape == (2, 3, 64, 64)
+
+
+def test_everyday_nouns():
+    nouns = everyday_nouns()
+    assert len(nouns) >= 1000 and len(set(nouns)) == len(nouns)
+    assert all(noun == noun.strip().lower() and noun for noun in nouns)
+
+
+def answers_of(choice: PhraseChoice, keys: list, truth: np.ndarray, accelerator) -> dict:
+    batch = choice.ask({"keys": keys}, accelerator)
+    owners = [keys[image][1] for image in batch["image_index"].tolist()]
+    numbers = [choice.number[phrase] for phrase in batch["phrases"]]
+    choice.note(
+        batch, torch.tensor([bool(truth[owner, number]) for owner, number in zip(owners, numbers, strict=True)])
+    )
+    return batch
+
+
+def test_a_share_of_the_phrases_is_absent_once_that_is_known():
+    accelerator, rng = Accelerator(cpu=True), np.random.default_rng(0)
+    truth = rng.random((6, 40)) < 0.2
+    choice = PhraseChoice(6, [f"thing {number}" for number in range(40)], 8, 0.5, seed=1)
+    shares = []
+    for epoch in range(30):
+        present = []
+        for picture in range(6):
+            batch = answers_of(choice, [(epoch, picture)], truth, accelerator)
+            assert len(set(batch["phrases"])) == 8
+            present += [truth[picture, choice.number[phrase]] for phrase in batch["phrases"]]
+        shares.append(np.mean(present))
+    assert np.mean(shares[:1]) < 0.35  # by chance: a fifth
+    assert np.mean(shares[15:]) > 0.4
+    known = choice.known
+    assert (known[truth] != ABSENT).all() and (known[~truth] != PRESENT).all()
+    assert (known > 0).mean() > 0.9
+
+
+def test_what_is_said_in_an_epoch_counts_from_the_next_on_and_survives_a_checkpoint():
+    accelerator, truth = Accelerator(cpu=True), np.eye(4, 10, dtype=bool)
+    phrases = [f"thing {number}" for number in range(10)]
+    whole = PhraseChoice(4, phrases, 3, 0.5, seed=2)
+    keys = [(epoch, picture) for epoch in range(4) for picture in range(4)]
+    drawn = [answers_of(whole, [key], truth, accelerator)["phrases"] for key in keys]
+    assert not np.any(PhraseChoice(4, phrases, 3, 0.5, seed=2).known)
+
+    first = PhraseChoice(4, phrases, 3, 0.5, seed=2)
+    for key in keys[:6]:  # within the second epoch
+        answers_of(first, [key], truth, accelerator)
+    state = first.state_dict(accelerator)
+    second = PhraseChoice(4, phrases, 3, 0.5, seed=2)
+    second.load_state_dict(state, accelerator)
+    assert [answers_of(second, [key], truth, accelerator)["phrases"] for key in keys[6:]] == drawn[6:]
+    forgetful = PhraseChoice(4, phrases, 3, 0.5, seed=2)
+    assert [answers_of(forgetful, [key], truth, accelerator)["phrases"] for key in keys[6:]] != drawn[6:]
+
+
+def test_fewer_phrases_than_prompts():
+    choice = PhraseChoice(1, ["cat", "dog"], 8, 0.5, seed=0)
+    assert sorted(choice.draw(0, 0)) == [0, 1]
