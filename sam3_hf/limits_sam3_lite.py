@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -72,3 +74,8 @@ def read_config(from_dict, fields: dict, **kwargs):
 
 
 __all__ = ["check_multiple", "check_values", "read_config"]
+
+
+def did_you_mean(word: str, known) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
