@@ -33,6 +33,16 @@ def _is_saved_model(source: str | os.PathLike | None, fields: dict | None) -> bo
     return fields is not None and fields.get("model_type") == "sam3_lite" and not is_training_checkpoint(source)
 
 
+def _fields_of(source: str | os.PathLike, hub_arguments: dict) -> dict | None:
+    """`config_fields`, whose errors the package says more of where it is installed."""
+    try:
+        from sam3_hf.errors import named_source
+    except ImportError:
+        return config_fields(source, **hub_arguments)
+    with named_source(source, hub_arguments.get("token")):
+        return config_fields(source, **hub_arguments)
+
+
 class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
     config: Sam3LiteConfig
     config_class = Sam3LiteConfig
@@ -108,7 +118,7 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
             kwargs["use_safetensors"] = True  # else Transformers falls back to pickles
         source = pretrained_model_name_or_path
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        fields = None if source is None or os.path.isfile(source) else config_fields(source, **hub_arguments)
+        fields = None if source is None or os.path.isfile(source) else _fields_of(source, hub_arguments)
         if _is_saved_model(source, fields) and preset in (None, "same") and not SIZE_KEYWORDS & set(kwargs):
             saved = cls.config_class.from_dict(fields)
             if config is None or parameter_sizes(config) == parameter_sizes(saved):

@@ -137,11 +137,16 @@ class Sam3LiteProcessor(Sam3Processor):
             hub_arguments: `revision`, `token`, ... as there.
 
         Raises:
-            ValueError: the tokenizer is not that of the model.
+            ValueError: the tokenizer is not that of the model, or damaged.
         """
         if source is None or os.path.isfile(source) or not cls.has_tokenizer(source, **hub_arguments):
             return cls.from_config(config)
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub_arguments)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **hub_arguments)
+        except Exception as error:  # of any type, as a damaged file may be
+            raise ValueError(
+                f"{source}: its tokenizer cannot be read ({type(error).__name__}: {error}): get its files again."
+            ) from error
         check_tokenizer(tokenizer, config)
         return cls(_image_processor(config), tokenizer)
 

@@ -10,9 +10,9 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
-from ..checkpoints import Checkpoint, open_checkpoint
+from ..checkpoints import Checkpoint, open_checkpoint, refuse_training_checkpoint
 from ..configuration_sam3_lite import Sam3LiteConfig
-from ..errors import missing_source
+from ..errors import missing_source, named_source
 from ..mapping import REPORT_FILE
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
@@ -156,15 +156,11 @@ def open_initial(init: str) -> Checkpoint:
         OSError: there is none; says whether the name, the access or the network is the reason.
         ValueError: it is no model of a kind that is known here.
     """
-    here = os.path.exists(init)
-    try:
+    refuse_training_checkpoint(init)
+    with named_source(init):
         checkpoint = open_checkpoint(init)
-    except OSError as error:
-        if here:
-            raise
-        raise missing_source(init) from error
     if checkpoint is not None:
         return checkpoint
-    if not here:
-        raise missing_source(init)
-    raise FileNotFoundError(f"--init {init} has neither a config.json nor a .pt file of Meta's")
+    if os.path.exists(init):
+        raise FileNotFoundError(f"--init {init} has neither a config.json nor a .pt file of Meta's")
+    raise missing_source(init)
