@@ -15,6 +15,7 @@ from transformers.models.sam3.modeling_sam3 import Sam3PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_sam3_lite import SIZE_KEYWORDS, Sam3LiteConfig, parameter_sizes
+from .limits_sam3_lite import read_config
 from .sources_sam3_lite import HUB_ARGUMENTS, config_fields, is_training_checkpoint, listed, safe_weights
 
 logger = logging.get_logger(__name__)
@@ -120,7 +121,7 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         fields = None if source is None or os.path.isfile(source) else _fields_of(source, hub_arguments)
         if _is_saved_model(source, fields) and preset in (None, "same") and not SIZE_KEYWORDS & set(kwargs):
-            saved = cls.config_class.from_dict(fields)
+            saved = read_config(cls.config_class.from_dict, fields, source)
             if config is None or parameter_sizes(config) == parameter_sizes(saved):
                 if kwargs["use_safetensors"]:
                     safe_weights(source, kwargs.get("variant"), **hub_arguments)

@@ -205,16 +205,21 @@ def test_names_that_cannot_be_written(predict, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b'{"file": "a', b"[]", b"\xff\xfe", b"", b"{}", b'\xef\xbb\xbf{"file": 1}', b"[" * 100_000, None]
+    "content",
+    [
+        *[b'{"file": "a', b"[]", b"\xff\xfe", b"", b"{}", b'\xef\xbb\xbf{"file": 1}', b"[" * 100_000],
+        *["gone", {"size": [30, 40], "counts": "no counts"}, {"size": [30, 40], "counts": "9"}],
+        *[{"size": [30, 40], "counts": "\u00e9"}, {"size": [30, 40], "counts": ""}],
+    ],
 )
 def test_a_broken_prediction_is_named_and_made_again(predict, tmp_path, caplog, content):
     noise().save(tmp_path / "a.png")
     assert predict(tmp_path / "a.png").exit_code == 0
     path = tmp_path / "out" / "predictions" / "a.png.json"
     whole = path.read_bytes()
-    if content is None:
+    if not isinstance(content, bytes):
         record = json.loads(whole)
-        record["detections"][0]["segmentation"] = "gone"
+        record["detections"][0]["segmentation"] = content
         content = json.dumps(record).encode()
     path.write_bytes(content)
     result = predict(tmp_path / "a.png")
@@ -484,8 +489,10 @@ def test_configurations_that_cannot_be_are_refused_before_anything_is_built(copi
     changed_config(copied, path, value)
     with pytest.raises(ValueError) as caught:
         Sam3LiteModel.from_pretrained(copied)
-    assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    assert words in one_line(run("info", copied))
+    source, _, reason = str(caught.value).partition(": ")
+    assert source == str(copied) and words in reason and "\n" not in reason and len(reason) < 500
+    for command in (["info", copied], ["push", copied, "me/model"]):
+        assert f"Error: {copied}: {reason}" == one_line(run(*command))
     assert not built
 
 

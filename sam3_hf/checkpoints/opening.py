@@ -95,11 +95,11 @@ def source_config(
         return None
     model_type = fields.get("model_type")
     if model_type == "sam3_lite":
-        return Sam3LiteConfig.from_dict(fields)
+        return read_config(Sam3LiteConfig.from_dict, fields, source)
     if model_type == "sam3":
-        return read_config(Sam3Config.from_dict, fields)
+        return read_config(Sam3Config.from_dict, fields, source)
     if model_type == "sam3_video":
-        return read_config(Sam3VideoConfig.from_dict, fields).detector_config
+        return read_config(Sam3VideoConfig.from_dict, fields, source).detector_config
     raise ValueError(
         f"{source} is a model of type {model_type!r}; a lite model starts from `sam3`, `sam3_video` or `sam3_lite`, "
         f"or from Meta's `{NATIVE_FILE}`."
