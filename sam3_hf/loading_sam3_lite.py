@@ -16,7 +16,14 @@ from transformers.utils import logging
 
 from .configuration_sam3_lite import SIZE_KEYWORDS, Sam3LiteConfig, parameter_sizes
 from .limits_sam3_lite import read_config
-from .sources_sam3_lite import HUB_ARGUMENTS, config_fields, is_training_checkpoint, listed, safe_weights
+from .sources_sam3_lite import (
+    HUB_ARGUMENTS,
+    check_pickled_index,
+    config_fields,
+    is_training_checkpoint,
+    listed,
+    safe_weights,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -123,8 +130,8 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
         if _is_saved_model(source, fields) and preset in (None, "same") and not SIZE_KEYWORDS & set(kwargs):
             saved = read_config(cls.config_class.from_dict, fields, source)
             if config is None or parameter_sizes(config) == parameter_sizes(saved):
-                if kwargs["use_safetensors"]:
-                    safe_weights(source, kwargs.get("variant"), **hub_arguments)
+                check = safe_weights if kwargs["use_safetensors"] else check_pickled_index
+                check(source, kwargs.get("variant"), **hub_arguments)
                 return cls._load(source, *model_args, config=config, **kwargs)
         plan = None
         if source is not None:

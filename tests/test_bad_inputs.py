@@ -597,6 +597,9 @@ def test_an_index_that_points_outside_of_its_folder(copied, shard):
             load(copied)
         assert "do not trust" in str(caught.value) or shard == 7
     one_line(run("info", copied))
+    (copied / "model.safetensors.index.json").rename(copied / "pytorch_model.bin.index.json")
+    with pytest.raises(ValueError, match="pytorch_model.bin.index.json"):
+        Sam3LiteModel.from_pretrained(copied, use_safetensors=False)
 
 
 def test_parts_in_a_folder_of_the_folder_are_found(copied):
