@@ -17,16 +17,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from conftest import micro_config, shake
+from conftest import micro_config, run
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import GatedRepoError
 from PIL import Image
-from typer.testing import CliRunner
 
-from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf import Sam3LiteModel
 from sam3_hf.checkpoints import weight_files
-from sam3_hf.cli import app
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.downloads import MAX_REDIRECTS, download, is_public, is_url
 from sam3_hf.mapping.calibration import calibrate_mapping
@@ -61,20 +58,6 @@ def one_line(result) -> str:
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert "Traceback" not in result.output
     return line
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [*map(str, arguments)])
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    model = shake(Sam3LiteModel(micro_config())).eval()
-    model.save_pretrained(folder)
-    Sam3LiteProcessor.from_config(model.config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
