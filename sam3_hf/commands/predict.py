@@ -13,6 +13,7 @@ import typer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..checkpoints import refuse_training_checkpoint
 from ..errors import joined
 from ..prediction.input_files import InputFile, find_pictures
 from ..prediction.output_folder import PredictionFolder, UnwritableName
@@ -58,6 +59,7 @@ def predict(
         prompts_of_images(prompts, 1)  # an empty prompt is an error before anything is written
         pictures = find_pictures(inputs, exclude=output)
         with model_errors(model):
+            refuse_training_checkpoint(model)
             pipe = Sam3LitePipeline.from_pretrained(model, device=device, dtype=dtype, revision=revision)
             if not pipe.model.config.mask_supervision:
                 if masks:
