@@ -262,6 +262,7 @@ def test_a_stop_during_an_evaluation_ends_it(data, tmp_path):
     assert (tmp_path / "run" / "final" / "config.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's death is Linux's")
 def test_a_run_whose_launcher_is_killed_stops_and_goes_on_later(data, tmp_path):
     """Each step is an epoch: the run stops before an evaluation is due, which the resumed run makes up for."""
@@ -288,6 +289,7 @@ def test_a_run_whose_launcher_is_killed_stops_and_goes_on_later(data, tmp_path):
     assert [line["step"] for line in lines_of(tmp_path, "eval")] == list(range(1, stopped + 2))
 
 
+@pytest.mark.slow
 def test_predictions_that_are_not_finite_name_the_images(whole_run, data, tmp_path):
     final = shutil.copytree(whole_run / "run" / "final", tmp_path / "broken")
     weights = load_file(final / "model.safetensors")
