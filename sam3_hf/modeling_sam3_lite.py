@@ -20,7 +20,6 @@ from transformers.utils import can_return_tuple
 from .configuration_sam3_lite import BOX_PADDING_LABEL, Sam3LiteConfig, check_vocabulary
 from .detr_sam3_lite import Sam3LiteDetrDecoder, Sam3LiteDetrEncoder, Sam3LiteGeometryEncoder, additive_mask
 from .loading_sam3_lite import Sam3LitePreTrainedModel, needs_package
-from .loss_sam3_lite import DetectionOutputs, sam3_lite_loss
 from .masks_sam3_lite import Sam3LiteMaskDecoder
 from .outputs_sam3_lite import (
     DetectorOutput,
@@ -32,6 +31,7 @@ from .outputs_sam3_lite import (
     check_boxes,
     refuse_arguments,
 )
+from .passes_sam3_lite import TrainingPass
 from .text_sam3_lite import Sam3LiteTextEncoder
 from .vision_sam3_lite import Sam3LiteVisionModel
 from .vocabulary_sam3_lite import Sam3LiteVocabulary
@@ -262,6 +262,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         prompt_chunk_size: int | None = None,
         original_sizes: Tensor | None = None,
         class_ids: Tensor | None = None,
+        criterion: Callable[[TrainingPass], Sam3LiteOutput] | None = None,
         **kwargs,
     ) -> Sam3LiteOutput:
         r"""
@@ -290,6 +291,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             original_sizes: not used; lets the output of the processor be passed whole.
             class_ids (`torch.LongTensor` of shape `(num_prompts,)`, *optional*): prompts by their places in
                 `config.vocabulary`, for a model that has one.
+            criterion (`Callable`, *optional*): makes the output of the pass, instead of the losses on `labels` and the
+                predictions: what it asks the pass for is computed, and nothing else.
             kwargs: `return_dict`; all else is refused, `output_attentions` and `output_hidden_states` among it.
 
         Raises:
@@ -325,10 +328,11 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         if input_boxes is not None:
             input_boxes_labels = check_boxes(input_boxes, input_boxes_labels)
         prompts = assign_images(len(levels[0]), image_index, text, text_mask, input_boxes, input_boxes_labels)
-        if labels is not None:
-            if len(labels) != len(prompts.image_index):
-                raise ValueError(f"`labels` has {len(labels)} entries for {len(prompts.image_index)} prompts.")
-            return self._forward_with_labels(levels, summary, prompts, labels)
+        if labels is not None and len(labels) != len(prompts.image_index):
+            raise ValueError(f"`labels` has {len(labels)} entries for {len(prompts.image_index)} prompts.")
+        if labels is not None or criterion is not None:
+            training_pass = TrainingPass(self, levels, summary, prompts, labels)
+            return (criterion or self._forward_with_labels)(training_pass)
         return self._forward_in_chunks(levels, summary, prompts, prompt_chunk_size)
 
     def _every_class(
@@ -517,53 +521,15 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             semantic_seg=semantic,
         )
 
-    def _forward_with_labels(
-        self,
-        levels: tuple[Tensor, ...],
-        summary: Tensor | None,
-        prompts: Prompts,
-        labels: list[dict[str, Tensor]],
-    ) -> Sam3LiteOutput:
-        one_to_many = self.training and self.config.loss_config.one_to_many_weight > 0
-        found = self._run_detector(levels, summary, prompts, one_to_many)
-        chosen = self._prompts_to_segment(labels)
-        index = chosen.to(prompts.image_index.device, non_blocking=True)
-        pixels = self._mask_features(levels, prompts.image_index[index], found.of_prompts(index))
-        semantic = self.mask_decoder.semantic_projection(pixels)
-        semantic = semantic.new_zeros(len(labels), *semantic.shape[1:]).index_copy(0, index, semantic)
-        row_of_prompt = torch.zeros(len(labels), dtype=torch.long).index_copy(0, chosen, torch.arange(len(chosen)))
-        count = self.config.detr_decoder_config.num_queries
-
-        def mask_logits(prompt_index: Tensor, query_index: Tensor, one_to_many: bool) -> Tensor:
-            queries = found.queries[:, count:] if one_to_many else found.queries[:, :count]
-            return self.mask_decoder.matched_masks(queries[index], pixels, row_of_prompt[prompt_index], query_index)
-
-        loss, loss_dict = sam3_lite_loss(
-            DetectionOutputs(
-                logits=found.logits,
-                boxes=found.boxes,
-                presence_logits=found.presence_logits,
-                one_to_many_logits=found.one_to_many_logits,
-                one_to_many_boxes=found.one_to_many_boxes,
-                semantic_logits=semantic,
-            ),
-            labels,
-            self.config.loss_config,
-            mask_logits,
-        )
-        outputs = self._predictions(found) if self.training else self._predictions(found, pixels, semantic)
-        return Sam3LiteOutput(loss=loss, loss_dict=loss_dict, **outputs)  # as a tuple, the loss comes first
-
-    def _prompts_to_segment(self, labels: list[dict[str, Tensor]]) -> Tensor:
-        """
-        Indices, on the CPU, of the prompts that the mask head must run for: all in evaluation; in training those with
-        masks to learn from, or one, which keeps the mask head in the graph, as DDP needs.
-        """
-        chosen = range(len(labels))
+    def _forward_with_labels(self, training_pass: TrainingPass) -> Sam3LiteOutput:
+        segmented = training_pass.segment(training_pass.prompts_with_masks())
+        loss, loss_dict = training_pass.label_loss(segmented)
+        found = training_pass.found
         if self.training:
-            masks = [label.get("masks") for label in labels]
-            chosen = [i for i, mask in enumerate(masks) if mask is not None and len(mask)] or [0]
-        return torch.tensor(list(chosen))
+            outputs = self._predictions(found)
+        else:  # where every prompt was segmented
+            outputs = self._predictions(found, segmented.pixels, segmented.semantic)
+        return Sam3LiteOutput(loss=loss, loss_dict=loss_dict, **outputs)  # as a tuple, the loss comes first
 
 
 __all__ = [

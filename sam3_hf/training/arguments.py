@@ -1,10 +1,11 @@
-"""Every setting of a run: five groups of fields, read from one YAML file and from flags of the same names."""
+"""Every setting of a run: six groups of fields, read from one YAML file and from flags of the same names."""
 
 import argparse
 import dataclasses
 import difflib
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ class ModelArguments:
         None,
         "start from this model: a folder, a repository of the Hub, or a .pt file of Meta's. A lite one keeps its own "
         "sizes, whatever --preset says; a standard one (sam3, sam3_video) is mapped to those of --preset. Without "
-        "it, weights are random",
+        "it and --teacher, weights are random",
     )
     preset: str = option(
         "lite",
@@ -239,6 +240,72 @@ class LossArguments:
 
 
 @dataclass
+class DistillationArguments:
+    """A teacher, and what is learnt from it."""
+
+    _argument_group_name = "teacher (all but --teacher itself need --teacher)"
+
+    teacher: str | None = option(
+        None,
+        "learn from this model's answers: a folder, a repository of the Hub, a .pt file of Meta's, or a checkpoint of "
+        "a run. Without --init, training starts from it, mapped to --preset",
+    )
+    label_loss_weight: float = option(
+        0.0, "weight of the loss on labels beside the teacher's; 0 learns from the teacher alone"
+    )
+    distill_features_weight: float = option(
+        0.3, "weight of the feature pyramid: squared error over the teacher's variance, and 1 - cosine"
+    )
+    distill_encoder_weight: float = option(1.0, "weight of the DETR encoder's output")
+    distill_scores_weight: float = option(2.0, "weight of the scores of all queries, in each decoder layer")
+    distill_presence_weight: float = option(1.0, "weight of the presence of the concept, in each decoder layer")
+    distill_boxes_weight: float = option(
+        5.0, "weight of the L1 distance of boxes, in each decoder layer, by the teacher's scores"
+    )
+    distill_giou_weight: float = option(2.0, "weight of the generalised IoU of boxes, likewise")
+    distill_masks_weight: float = option(5.0, "weight of the masks of queries that the teacher is confident of")
+    distill_semantic_weight: float = option(1.0, "weight of the semantic map")
+    distill_temperature: float = option(1.0, "by which the logits of scores are divided; above 1 softens them")
+    distill_confidence: float = option(
+        0.3,
+        "the teacher's presence from which a concept counts as present, and score above which a query's mask is "
+        "learnt, 0 to 1. An absent concept teaches presence and scores only",
+    )
+    feature_steps: float = option(0.25, "share of the steps, from the first on, that train the feature pyramid alone")
+    teacher_device: str | None = option(None, "where the teacher runs, e.g. cuda:1; beside the model if not given")
+    calibrate: bool = option(
+        False, "fit the mapping from the teacher to the training images before the first step; without --init"
+    )
+
+    def __post_init__(self):
+        check_finite(self)
+        if self.teacher is None:
+            for item in dataclasses.fields(self):
+                if getattr(self, item.name) != item.default:
+                    raise ValueError(
+                        f"{item.name} needs --teacher, the model to learn from: name it, or leave this out"
+                    )
+            return
+        for name in ("label_loss_weight", *self.weights()):
+            check_range(self, name, 0)
+        for name in ("distill_confidence", "feature_steps"):
+            check_range(self, name, 0, 1)
+        if self.distill_temperature <= 0:
+            raise ValueError(f"distill_temperature must be above 0, got {self.distill_temperature}")
+        if not any([self.label_loss_weight, *self.weights().values()]):
+            raise ValueError("all distill_*_weight and label_loss_weight are 0: nothing would be learnt; raise one")
+        if self.feature_steps and not self.distill_features_weight:
+            raise ValueError(
+                "feature_steps needs a distill_features_weight above 0: set feature_steps to 0, or raise it"
+            )
+
+    def weights(self) -> dict[str, float]:
+        """The weights of what the teacher says: {field: value}."""
+        names = [item.name for item in dataclasses.fields(self)]
+        return {name: getattr(self, name) for name in names if re.fullmatch(r"distill_\w+_weight", name)}
+
+
+@dataclass
 class OutputArguments:
     """What is written, how often, and how a run goes on."""
 
@@ -294,18 +361,37 @@ class OutputArguments:
             check_range(self, name, 0)
 
 
-GROUPS = (ModelArguments, DataArguments, OptimizationArguments, LossArguments, OutputArguments)
+GROUPS = (
+    ModelArguments,
+    DataArguments,
+    OptimizationArguments,
+    LossArguments,
+    DistillationArguments,
+    OutputArguments,
+)
 
 
 @dataclass
 class Arguments:
-    """The five groups; `arguments.model.preset` and so on."""
+    """The six groups; `arguments.model.preset` and so on."""
 
     model: ModelArguments
     data: DataArguments
     optimization: OptimizationArguments
     loss: LossArguments
+    distillation: DistillationArguments
     output: OutputArguments
+
+    def __post_init__(self):
+        if self.distillation.calibrate and self.model.init is not None:
+            raise ValueError(
+                "calibrate maps the model from the teacher, and --init names other weights: leave one out"
+            )
+
+    @property
+    def source(self) -> str | None:
+        """Where the first weights come from: --init, or else --teacher; None if they are random."""
+        return self.model.init or self.distillation.teacher
 
     def flat(self) -> dict:
         """All fields in one dict, as a YAML file would hold them."""

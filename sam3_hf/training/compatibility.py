@@ -31,6 +31,8 @@ def check_compatible(saved: dict, current: dict) -> None:
     wrong = [f"{name}: {before.get(name)} there, {now[name]} here" for name in FIXED if before.get(name) != now[name]]
     if bool(before["ema_decay"]) != bool(now["ema_decay"]):
         wrong.append(f"ema_decay: {before['ema_decay']} there, {now['ema_decay']} here")
+    if bool(before.get("teacher")) != bool(now["teacher"]):
+        wrong.append(f"teacher: {before.get('teacher')} there, {now['teacher']} here")
     if saved["dataset"] != current["dataset"]:
         wrong.append(f"data: {_differences(saved['dataset'], current['dataset'])}")
     if saved["images_per_step"] != current["images_per_step"]:
@@ -45,7 +47,7 @@ def check_compatible(saved: dict, current: dict) -> None:
             + "\ngive the same ones, or start anew in another --output_dir (--init takes weights from a final/ folder)"
         )
     for name, value in now.items():
-        if value != before.get(name) and name not in (*FIXED, "resume", "output_dir"):
+        if name in before and value != before[name] and name not in (*FIXED, "resume", "output_dir"):
             logger.warning("%s was %s up to the checkpoint and is %s from here on", name, before.get(name), value)
 
 

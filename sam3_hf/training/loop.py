@@ -74,6 +74,7 @@ class TrainingLoop:
         for step_batches in batches:
             self.step += 1
             rate = self.schedule.apply(self.optimizer, self.step, total_steps)
+            self.parts.objective.start_step(self.step, total_steps)
             terms, stopped = self.take_step(step_batches, stop())
             yield Step(terms, rate, stopped)
 
@@ -103,6 +104,8 @@ class TrainingLoop:
                 losses.append(loss.detach())
                 terms.append(parts)
                 if accelerator.sync_gradients:
+                    for parameter in self.parts.objective.idle(self.model):
+                        parameter.grad = None
                     limit = self.settings.max_grad_norm or math.inf
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
                     mean, stopped = average_over_processes(accelerator, losses, stop)

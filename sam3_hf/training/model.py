@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,12 +13,16 @@ from transformers.utils import cached_file
 
 from ..checkpoints import Checkpoint, open_checkpoint, refuse_training_checkpoint
 from ..configuration_sam3_lite import Sam3LiteConfig
+from ..data import TrainDataset
+from ..data.images import load_image
 from ..errors import missing_source, named_source
 from ..mapping import REPORT_FILE
+from ..mapping.calibration import calibrate_mapping
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
 from ..sharing.model_card import RANDOM_WEIGHTS, Origin, origin_of
-from .arguments import Arguments, ModelArguments
+from ..sources_sam3_lite import read_json
+from .arguments import Arguments
 from .checkpoints import FROZEN, read_state
 from .phrases import TEXT_PARTS
 
@@ -32,25 +37,63 @@ def build_model(arguments: Arguments, checkpoint: Path | None) -> Sam3LiteModel:
         checkpoint: the run goes on from there; its configuration is used, its trained weights are loaded later.
     """
     set_seed(arguments.optimization.seed)
-    model_arguments = arguments.model
     if checkpoint is not None:
         model = Sam3LiteModel(Sam3LiteConfig.from_pretrained(checkpoint))
         if not read_state(checkpoint)["arguments"]["train_text_encoder"]:
             load_frozen_text(model, checkpoint / FROZEN)
-    elif model_arguments.init is not None:
-        model = load_initial(model_arguments)
+    elif arguments.source is not None:
+        model = load_initial(arguments)
     else:
-        model = Sam3LiteModel(initial_config(model_arguments))
-        if not model_arguments.train_text_encoder:
+        model = Sam3LiteModel(initial_config(arguments))
+        if not arguments.model.train_text_encoder:
             logger.warning(
                 "weights are random, and so is the frozen text encoder: it tells phrases apart without knowing what "
                 "they mean. Start from a checkpoint with --init, or add --train_text_encoder"
             )
+    return set_up(model, arguments)
+
+
+def calibrated_model(arguments: Arguments, train_data: TrainDataset, device: torch.device) -> Sam3LiteModel:
+    """
+    The model of a fresh run, mapped from the teacher and fitted to the training images without their labels.
+
+    Args:
+        device: where to compute.
+    """
+    set_seed(arguments.optimization.seed)
+    model = calibrate_mapping(
+        arguments.distillation.teacher,
+        TrainingImages(train_data.rows),
+        config=initial_config(arguments),
+        prompts=train_data.concepts,
+        seed=arguments.optimization.seed,
+        device=device,
+        dtype=torch.float32,
+    )
+    return set_up(model.cpu(), arguments)
+
+
+class TrainingImages(Sequence):
+    """The images of a split, `(3, height, width)` uint8 each, decoded when they are asked for."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        row = self.rows[int(index)]
+        return load_image(row["image"], row["width"], row["height"])[0]
+
+
+def set_up(model: Sam3LiteModel, arguments: Arguments) -> Sam3LiteModel:
+    """The model, with what the settings say of how it trains."""
     for name, value in arguments.loss.given().items():
         setattr(model.config.loss_config, name, value)
-    if model_arguments.gradient_checkpointing:
+    if arguments.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    if model_arguments.compile:
+    if arguments.model.compile:
         model.compile()
     return model
 
@@ -67,7 +110,7 @@ def build_processor(arguments: Arguments, config: Sam3LiteConfig, checkpoint: Pa
         ValueError: the tokenizer is not that of the model.
     """
     if checkpoint is None:
-        return Sam3LiteProcessor.of_source(arguments.model.init, config)
+        return Sam3LiteProcessor.of_source(arguments.source, config)
     if Sam3LiteProcessor.has_tokenizer(checkpoint):
         return Sam3LiteProcessor.of_source(checkpoint, config)
     started_from = read_state(checkpoint)["arguments"]["init"]  # checkpoints of older versions hold no tokenizer
@@ -94,71 +137,95 @@ def load_frozen_text(model: Sam3LiteModel, path: Path) -> None:
         )
 
 
-def load_initial(arguments: ModelArguments) -> Sam3LiteModel:
+def load_initial(arguments: Arguments) -> Sam3LiteModel:
     """
-    The model of --init in float32.
+    The model of --init, or else that of --teacher at the size of --preset, in float32.
 
     Raises:
         ValueError: the source does not hold all weights of the model.
     """
     model, info = Sam3LiteModel.from_pretrained(
-        arguments.init, config=initial_config(arguments), dtype=torch.float32, output_loading_info=True
+        arguments.source, config=initial_config(arguments), dtype=torch.float32, output_loading_info=True
     )
     kinds = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
     if any(kinds.values()):
         found = "".join(_some(kind, names) for kind, names in kinds.items())
-        raise ValueError(f"--init {arguments.init} is no whole model: {found}of a run, use the folder final/")
+        flag = _flag(arguments)
+        raise ValueError(f"{flag} {arguments.source} is no whole model: {found}of a run, use the folder final/")
     return model
 
 
-def start_of_weights(arguments: ModelArguments) -> Origin:
+def start_of_weights(arguments: Arguments) -> Origin:
     """Where the weights of a fresh run come from."""
-    return RANDOM_WEIGHTS if arguments.init is None else origin_of(arguments.init)
+    return RANDOM_WEIGHTS if arguments.source is None else origin_of(arguments.source)
 
 
 def write_mapping_report(model: Sam3LiteModel, arguments: Arguments) -> None:
     """Keeps in the output folder how the initial weights were mapped, or those of the checkpoint they come from."""
-    target, init = Path(arguments.output.output_dir) / REPORT_FILE, arguments.model.init
+    target = Path(arguments.output.output_dir) / REPORT_FILE
     target.unlink(missing_ok=True)
     if model.mapping_report is not None:
         model.mapping_report.save(target.parent)
-    elif init is not None and not os.path.isfile(init):
-        report = cached_file(init, REPORT_FILE, _raise_exceptions_for_missing_entries=False)
-        if report is not None:
-            shutil.copyfile(report, target)
+    elif (report := report_of_source(arguments)) is not None:
+        shutil.copyfile(report, target)
+
+
+def report_of_source(arguments: Arguments) -> str | None:
+    """The file that says how the model that the first weights come from was mapped, if there is one."""
+    source = arguments.source
+    if source is None or os.path.isfile(source):
+        return None
+    return cached_file(source, REPORT_FILE, _raise_exceptions_for_missing_entries=False)
+
+
+def decoder_layers(model: Sam3LiteModel, arguments: Arguments) -> list[int] | None:
+    """The decoder layers that those of a fresh run's model were mapped from, if that is known."""
+    if model.mapping_report is not None:
+        layers = model.mapping_report.layers
+    else:
+        report = report_of_source(arguments)
+        layers = {} if report is None else read_json(report).get("layers", {})
+    return layers.get("detr_decoder.layers")
 
 
 def _some(kind: str, names: list[str]) -> str:
     return f"{len(names)} {kind} tensors, such as {', '.join(names[:3])}; " if names else ""
 
 
-def initial_config(arguments: ModelArguments) -> Sam3LiteConfig:
-    """The configuration of a fresh run: that of a lite checkpoint, otherwise of --preset with its overrides."""
-    given = {name: getattr(arguments, name) for name in ("image_size", "num_queries")}
+def initial_config(arguments: Arguments) -> Sam3LiteConfig:
+    """The configuration of a fresh run: that of a lite --init, otherwise of --preset with its overrides."""
+    settings = arguments.model
+    given = {name: getattr(settings, name) for name in ("image_size", "num_queries")}
     given = {name: value for name, value in given.items() if value is not None}
-    if arguments.init is None:
-        return Sam3LiteConfig.from_preset(arguments.preset, **arguments.model_overrides | given)
-    checkpoint = open_initial(arguments.init)
-    if not checkpoint.is_lite:
-        return checkpoint.config.at_preset(arguments.preset, **arguments.model_overrides | given)
-    if arguments.model_overrides:
+    if arguments.source is None:
+        return Sam3LiteConfig.from_preset(settings.preset, **settings.model_overrides | given)
+    checkpoint = open_source(arguments.source, _flag(arguments))
+    if settings.init is None or not checkpoint.is_lite:
+        return checkpoint.config.at_preset(settings.preset, **settings.model_overrides | given)
+    if settings.model_overrides:
         raise ValueError("model_overrides changes a preset; with --init the sizes are those of the checkpoint")
     return checkpoint.config.changed(**given) if given else checkpoint.config
 
 
-def open_initial(init: str) -> Checkpoint:
+def _flag(arguments: Arguments) -> str:
+    """What names the source of the first weights."""
+    return "--teacher" if arguments.model.init is None else "--init"
+
+
+def open_source(source: str, flag: str) -> Checkpoint:
     """
-    The checkpoint that --init names.
+    The checkpoint that a flag names.
 
     Raises:
         OSError: there is none; says whether the name, the access or the network is the reason.
         ValueError: it is no model of a kind that is known here.
     """
-    refuse_training_checkpoint(init)
-    with named_source(init):
-        checkpoint = open_checkpoint(init)
+    if flag == "--init":  # a teacher may be one
+        refuse_training_checkpoint(source)
+    with named_source(source):
+        checkpoint = open_checkpoint(source)
     if checkpoint is not None:
         return checkpoint
-    if os.path.exists(init):
-        raise FileNotFoundError(f"--init {init} has neither a config.json nor a .pt file of Meta's")
-    raise missing_source(init)
+    if os.path.exists(source):
+        raise FileNotFoundError(f"{flag} {source} has neither a config.json nor a .pt file of Meta's")
+    raise missing_source(source)

@@ -9,7 +9,12 @@ class Objective(ABC):
     """
     The loss of one forward pass over a batch. It may hold modules and buffers of its own, which the optimizer does not
     see; the trained model comes with each call.
+
+    Attributes:
+        progress: share of the steps that are done when this one is, above 0 to 1.
     """
+
+    progress = 1.0
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: dict, inputs: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -31,6 +36,25 @@ class Objective(ABC):
             ValueError: the loss cannot be computed, as where predictions are not finite. The step fails with this
                 message and the ids of the images.
         """
+
+    def start_step(self, step: int, total_steps: int) -> None:
+        """Called before the forward passes of step 1, 2, ... `total_steps`."""
+        self.progress = step / total_steps
+
+    def idle(self, model: nn.Module) -> list[nn.Parameter]:
+        """
+        Parameters that stand still in this step. Their gradients are thrown away when all passes of it are done, so
+        that nothing, weight decay included, moves them: a gradient of zero, as several processes need one, would not
+        do.
+
+        Args:
+            model: as in the call.
+        """
+        return []
+
+    def teaches_masks(self, labels_have_masks: bool) -> bool:
+        """Whether it trains the mask head, or leaves it as it was."""
+        return labels_have_masks
 
     def state_dict(self) -> dict:
         """What a checkpoint has to hold of the objective, for `torch.load` with `weights_only`; empty if nothing."""

@@ -9,14 +9,24 @@ from torch import nn
 
 from ..data import EvalDataset, TrainDataset
 from ..data.rows import has_some_masks
+from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
 from .accelerator import prepare
 from .arguments import Arguments
 from .checkpoints import write_frozen
 from .data import load_data, warn_of_crowds
-from .model import build_model, build_processor, write_mapping_report
+from .distillation import Distillation
+from .model import (
+    build_model,
+    build_processor,
+    calibrated_model,
+    decoder_layers,
+    initial_config,
+    write_mapping_report,
+)
 from .objectives import Labels, Objective
-from .phrases import FrozenText, TokenizedText, build_text
+from .phrases import FrozenText, TokenizedText, build_text, phrases_of
+from .teacher import load_teacher
 
 
 @dataclass(frozen=True)
@@ -48,11 +58,16 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
     Args:
         checkpoint: the run goes on from there; only the sizes and frozen weights of its model are read here.
     """
-    model = build_model(arguments, checkpoint)
+    if arguments.distillation.calibrate and checkpoint is None:
+        train_data, valid_data = load_data(accelerator, arguments, initial_config(arguments).image_size)
+        model = calibrated_model(arguments, train_data, accelerator.device)
+    else:
+        model = build_model(arguments, checkpoint)
+        train_data, valid_data = load_data(accelerator, arguments, model.config.image_size)
     processor = build_processor(arguments, model.config, checkpoint)
-    train_data, valid_data = load_data(accelerator, arguments, model.config.image_size)
     warn_of_crowds(train_data, valid_data, model.config.detr_decoder_config.num_queries)
-    model.config.mask_supervision = has_some_masks(train_data.rows)
+    objective = build_objective(accelerator, arguments, model, train_data, checkpoint)
+    model.config.mask_supervision = objective.teaches_masks(has_some_masks(train_data.rows))
     valid_data.has_masks &= model.config.mask_supervision  # masks that nothing taught are not scored
     text, frozen = build_text(accelerator, arguments, model, processor, train_data)
     model, optimizer = prepare(accelerator, model, arguments.optimization)
@@ -61,13 +76,37 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
-        objective=Labels(),
+        objective=objective,
         processor=processor,
         text=text,
         train_data=train_data,
         valid_data=valid_data,
         frozen=frozen,
     )
+
+
+def build_objective(
+    accelerator: Accelerator,
+    arguments: Arguments,
+    model: Sam3LiteModel,
+    train_data: TrainDataset,
+    checkpoint: Path | None,
+) -> Objective:
+    """Labels alone, or a teacher with or without them."""
+    settings = arguments.distillation
+    if settings.teacher is None:
+        return Labels()
+    teacher = load_teacher(
+        settings.teacher,
+        model.config,
+        phrases_of(train_data),
+        settings.distill_confidence,
+        settings.teacher_device or accelerator.device,
+        arguments.optimization.mixed_precision,
+    )
+    # A checkpoint remembers which layers and queries belong together.
+    layers = decoder_layers(model, arguments) if checkpoint is None else None
+    return Distillation(teacher, model, settings, layers)
 
 
 def write_parts(parts: Parts, checkpoint: Path | None) -> None:

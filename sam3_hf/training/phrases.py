@@ -61,6 +61,11 @@ class FrozenText(PhraseFeatures):
         return self._weights
 
 
+def phrases_of(train_data: TrainDataset) -> list[str]:
+    """All phrases that a run asks for."""
+    return [*train_data.concepts, *train_data.sampling.negative_words, VISUAL_PHRASE]
+
+
 def build_text(
     accelerator: Accelerator, arguments: Arguments, model, processor, train_data: TrainDataset
 ) -> tuple[TokenizedText | FrozenText, dict[str, Tensor] | None]:
@@ -71,7 +76,7 @@ def build_text(
     Raises:
         ValueError: the model has a fixed vocabulary, and its text encoder should train, or a phrase is not in it.
     """
-    phrases = [*train_data.concepts, *train_data.sampling.negative_words, VISUAL_PHRASE]
+    phrases = phrases_of(train_data)
     if model.vocabulary is not None:
         if arguments.model.train_text_encoder:
             raise ValueError("train_text_encoder: the model has a fixed vocabulary and no text encoder to train")

@@ -73,7 +73,7 @@ class Run:
         if saved is not None and "origin" in saved:
             self.origin = saved["origin"]
         else:
-            self.origin = asdict(start_of_weights(self.arguments.model))
+            self.origin = asdict(start_of_weights(self.arguments))
         settings, processes = self.arguments.optimization, self.accelerator.num_processes
         if settings.batch_size != "auto":
             self.batch_size = settings.batch_size

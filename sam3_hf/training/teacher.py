@@ -1,0 +1,171 @@
+"""The teacher: a model that does not train, and what it says of a batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..configuration_sam3_lite import Sam3LiteConfig
+from ..evaluation.loop import model_inputs
+from ..evaluation.text import PhraseFeatures
+from ..modeling_sam3_lite import Sam3LiteModel
+from ..outputs_sam3_lite import DetectorOutput
+from ..passes_sam3_lite import TrainingPass
+from ..processing_sam3_lite import Sam3LiteProcessor
+from .model import open_source
+from .phrases import TEXT_PARTS
+
+logger = logging.getLogger(__name__)
+
+
+class Segments(NamedTuple):
+    """The teacher's masks of the queries that it is confident of, and the semantic maps of prompts."""
+
+    prompts: Tensor  # (masks,) int64 on the CPU, sorted
+    queries: Tensor  # (masks,) int64 on the CPU
+    masks: Tensor  # (masks, h, w)
+    segmented: (
+        Tensor  # (segmented,) int64 on the CPU: prompts whose concept is present; one of any kind if there is none
+    )
+    semantic: Tensor  # (segmented, 1, h, w)
+
+
+class Answers(NamedTuple):
+    """What the teacher's detector says of each prompt."""
+
+    found: DetectorOutput
+    present: Tensor  # (prompts,) bool: the teacher sees the concept
+    trust: Tensor  # (prompts, queries) float32: scores of the last layer; 0 where the concept is absent
+    segments: Segments | None
+
+
+class Teacher:
+    """
+    Answers for batches. It is no part of what trains: neither the optimizer nor checkpoints hear of it.
+
+    Attributes:
+        model: without its text encoder, whose features for all phrases are stored.
+        has_masks: whether it was taught masks.
+    """
+
+    def __init__(self, model: Sam3LiteModel, processor: Sam3LiteProcessor, phrases: Iterable[str], confidence: float):
+        """
+        Args:
+            model: on its device and in its precision; loses its text encoder.
+            phrases: all that will be asked for.
+            confidence: presence from which a concept counts as present, and score above which a query's mask is
+                followed, 0 to 1.
+        """
+        self.model, self.confidence = model.eval().requires_grad_(False), confidence
+        self.text = PhraseFeatures(model, processor, phrases, model.device)
+        for name in TEXT_PARTS:
+            setattr(model, name, None)
+        self.has_masks = model.config.mask_supervision
+
+    @torch.no_grad()
+    def __call__(
+        self, batch: dict, device: torch.device, detector: bool, masks: bool
+    ) -> tuple[tuple[Tensor, ...], Answers | None]:
+        """
+        Args:
+            batch: as `PromptCollator` makes it; its labels are not looked at.
+            device: where the answers are wanted.
+            detector: whether the detector is asked, or the vision encoder alone.
+            masks: whether the mask head is asked too.
+
+        Returns:
+            The feature pyramid, three maps `(images, hidden, h, w)` from fine to coarse, and the answers.
+        """
+        shown = {name: values for name, values in batch.items() if name != "labels"}
+        inputs = model_inputs(shown, self.text, self.model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        with torch.autocast(self.model.device.type, enabled=False):
+            return self.model(**inputs, criterion=partial(self._answer, device, detector, masks))
+
+    def _answer(self, device: torch.device, detector: bool, masks: bool, asked: TrainingPass) -> tuple:
+        levels = tuple(level.to(device) for level in asked.levels)
+        if not detector:
+            return levels, None
+        found = asked.found
+        presence = found.presence_logits[-1].float().sigmoid()
+        present = presence >= self.confidence
+        trust = found.logits[-1].float().sigmoid() * (presence * present)[:, None]
+        segments = self._segments(asked, present, trust, device) if masks else None
+        wanted = ("logits", "boxes", "presence_logits", "encoded")
+        found = DetectorOutput(**{name: found[name].to(device) for name in wanted})
+        return levels, Answers(found, present.to(device), trust.to(device), segments)
+
+    def _segments(self, asked: TrainingPass, present: Tensor, trust: Tensor, device: torch.device) -> Segments:
+        on_cpu = torch.cat([present[:, None], trust > self.confidence], dim=1).cpu()  # one transfer
+        prompts, queries = on_cpu[:, 1:].nonzero().unbind(1)
+        rows = on_cpu[:, 0].nonzero().flatten()
+        segmented = asked.segment(rows if len(rows) else torch.zeros(1, dtype=torch.long))
+        masks = asked.masks(segmented, prompts, queries).to(device)
+        return Segments(prompts, queries, masks, segmented.prompts, segmented.semantic.to(device))
+
+
+def load_teacher(
+    source: str,
+    student: Sam3LiteConfig,
+    phrases: Iterable[str],
+    confidence: float,
+    device: str | torch.device,
+    precision: str,
+) -> Teacher:
+    """
+    Args:
+        source: what `Sam3LiteModel.from_pretrained` takes.
+        student: its input size is the teacher's too.
+        phrases, confidence: see `Teacher`.
+        device: where the teacher runs.
+        precision: of the run, "fp16", "bf16" or "no"; but on a CPU the teacher is in float32, and in half precision
+            elsewhere.
+
+    Raises:
+        OSError: there is no such source.
+        ValueError: it is no whole model, it does not know a phrase, its features cannot be compared with those of the
+            student, or there is no such device.
+    """
+    device = usable_device(device)
+    config = open_source(source, "--teacher").config
+    if config.image_size != student.image_size:
+        config = config.changed(image_size=student.image_size)
+    check_comparable(source, config, student)
+    half = torch.bfloat16 if precision == "bf16" else torch.float16
+    dtype = torch.float32 if device.type == "cpu" else half
+    model = Sam3LiteModel.from_pretrained(source, config=config, dtype=dtype).to(device)
+    teacher = Teacher(model, Sam3LiteProcessor.of_source(source, model.config), phrases, confidence)
+    logger.info("teacher: %s, in %s on %s", source, str(dtype).removeprefix("torch."), device)
+    return teacher
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """
+    Raises:
+        ValueError: it is no device, or there is none of that name here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"teacher_device {name} cannot be used here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def check_comparable(source: str, teacher: Sam3LiteConfig, student: Sam3LiteConfig) -> None:
+    """Raises ValueError if the feature maps of two models at the same input size are of different sizes."""
+    (width, patch), (own_width, own_patch) = (
+        (config.detr_encoder_config.hidden_size, config.vision_config.backbone_config.patch_size)
+        for config in (teacher, student)
+    )
+    if (width, patch) != (own_width, own_patch):
+        raise ValueError(
+            f"--teacher {source}: its features are {width} wide for patches of {patch} pixels, those of the model "
+            f"{own_width} for {own_patch}, so they cannot be compared: leave out --init, which maps the model from "
+            "the teacher, or take another teacher"
+        )
