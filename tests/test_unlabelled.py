@@ -4,7 +4,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
 from sam3_hf.data import Augmentation, DatasetError, PromptCollator, TrainDataset, concept_names, load_dataset_splits
@@ -75,8 +74,8 @@ def test_everyday_nouns():
     assert all(noun == noun.strip().lower() and noun for noun in nouns)
 
 
-def answers_of(choice: PhraseChoice, keys: list, truth: np.ndarray, accelerator) -> dict:
-    batch = choice.ask({"keys": keys}, accelerator)
+def answers_of(choice: PhraseChoice, keys: list, truth: np.ndarray) -> dict:
+    batch = choice.ask({"keys": keys})
     owners = [keys[image][1] for image in batch["image_index"].tolist()]
     numbers = [choice.number[phrase] for phrase in batch["phrases"]]
     choice.note(
@@ -86,14 +85,14 @@ def answers_of(choice: PhraseChoice, keys: list, truth: np.ndarray, accelerator)
 
 
 def test_a_share_of_the_phrases_is_absent_once_that_is_known():
-    accelerator, rng = Accelerator(cpu=True), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     truth = rng.random((6, 40)) < 0.2
     choice = PhraseChoice(6, [f"thing {number}" for number in range(40)], 8, 0.5, seed=1)
     shares = []
     for epoch in range(60):
         present = []
         for picture in range(6):
-            batch = answers_of(choice, [(epoch, picture)], truth, accelerator)
+            batch = answers_of(choice, [(epoch, picture)], truth)
             assert len(set(batch["phrases"])) == 8
             present += [truth[picture, choice.number[phrase]] for phrase in batch["phrases"]]
         shares.append(np.mean(present))
@@ -106,22 +105,22 @@ def test_a_share_of_the_phrases_is_absent_once_that_is_known():
 
 
 def test_what_is_said_in_an_epoch_counts_from_the_next_on_and_survives_a_checkpoint():
-    accelerator, truth = Accelerator(cpu=True), np.eye(4, 10, dtype=bool)
+    truth = np.eye(4, 10, dtype=bool)
     phrases = [f"thing {number}" for number in range(10)]
     whole = PhraseChoice(4, phrases, 3, 0.5, seed=2)
     keys = [(epoch, picture) for epoch in range(4) for picture in range(4)]
-    drawn = [answers_of(whole, [key], truth, accelerator)["phrases"] for key in keys]
+    drawn = [answers_of(whole, [key], truth)["phrases"] for key in keys]
     assert not np.any(PhraseChoice(4, phrases, 3, 0.5, seed=2).known)
 
     first = PhraseChoice(4, phrases, 3, 0.5, seed=2)
     for key in keys[:6]:  # within the second epoch
-        answers_of(first, [key], truth, accelerator)
-    state = first.state_dict(accelerator)
+        answers_of(first, [key], truth)
+    state = first.state_dict()
     second = PhraseChoice(4, phrases, 3, 0.5, seed=2)
-    second.load_state_dict(state, accelerator)
-    assert [answers_of(second, [key], truth, accelerator)["phrases"] for key in keys[6:]] == drawn[6:]
+    second.load_state_dict(state)
+    assert [answers_of(second, [key], truth)["phrases"] for key in keys[6:]] == drawn[6:]
     forgetful = PhraseChoice(4, phrases, 3, 0.5, seed=2)
-    assert [answers_of(forgetful, [key], truth, accelerator)["phrases"] for key in keys[6:]] != drawn[6:]
+    assert [answers_of(forgetful, [key], truth)["phrases"] for key in keys[6:]] != drawn[6:]
 
 
 def test_fewer_phrases_than_prompts():

@@ -1,6 +1,8 @@
 """The way in: from what a user has to checked `datasets` splits."""
 
+import glob
 import logging
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from .rows import RawSplit, build_dataset
 logger = logging.getLogger(__name__)
 
 Source = str | Path
+SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 
 
 def load_dataset_splits(
@@ -158,10 +161,27 @@ def _coco_files(data) -> dict[str, Path]:
     return files
 
 
+def is_labelled(data: Source | Mapping[str, Source]) -> bool:
+    """Whether these are COCO files, or a dataset with `objects`, rather than pictures alone."""
+    if _coco_files(data):
+        return True
+    if isinstance(data, Mapping) or is_picture_source(str(data)):
+        return False
+    loaded = load_with_datasets(str(data))
+    splits = [loaded] if isinstance(loaded, datasets.Dataset) else loaded.values()
+    return all("objects" in split.features for split in splits)
+
+
+def is_picture_source(data: str) -> bool:
+    """Whether this is a folder, a file or a pattern that `datasets` did not write."""
+    saved = any(os.path.isfile(os.path.join(data, name)) for name in SAVED_BY_DATASETS)
+    return not saved and (os.path.lexists(data) or glob.has_magic(data))
+
+
 def load_with_datasets(data: str) -> datasets.Dataset | datasets.DatasetDict:
     """A folder that `datasets` wrote, or a repository of the Hub. Raises FileNotFoundError for a path to nothing."""
     folder = Path(data)
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+    if any((folder / name).is_file() for name in SAVED_BY_DATASETS):
         return datasets.load_from_disk(data)
     if not folder.exists() and (folder.is_absolute() or data.startswith(".") or data.count("/") > 1):
         raise FileNotFoundError(f"there is no dataset {data}: neither a file or folder, nor 'owner/name' of the Hub")

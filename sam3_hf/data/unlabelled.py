@@ -1,6 +1,5 @@
 """Pictures without labels: what a teacher is asked about, while a student learns its answers."""
 
-import glob
 import logging
 import os
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from . import transforms
 from .checks import DatasetError, Problems, check_dataset
 from .decoding import decode_images
 from .images import open_image, upright_size
-from .loading import load_with_datasets
+from .loading import is_picture_source, load_with_datasets
 from .rows import RawSplit, build_dataset
 from .sampling import PromptSampling, image_rng
 from .torch_dataset import Sample, augmented_pixels
@@ -39,7 +38,7 @@ def load_pictures(data: str | Path, concepts: Sequence[str], check_images: bool 
         DatasetError: there are no pictures, or some cannot be read; the message lists the first ten.
     """
     problems = Problems()
-    split = _from_files(data, problems) if _names_files(str(data)) else _from_datasets(str(data), problems)
+    split = _from_files(data, problems) if is_picture_source(str(data)) else _from_datasets(str(data), problems)
     if not split.rows:
         problems.raise_if_any()
         raise DatasetError(f"{data} holds no pictures")
@@ -49,11 +48,6 @@ def load_pictures(data: str | Path, concepts: Sequence[str], check_images: bool 
     problems.raise_if_any()
     logger.info("%s: %d pictures, without labels", data, len(split.rows))
     return build_dataset(split, list(concepts), {})
-
-
-def _names_files(data: str) -> bool:
-    saved = any(os.path.isfile(os.path.join(data, name)) for name in ("dataset_dict.json", "state.json"))
-    return not saved and (os.path.lexists(data) or glob.has_magic(data))
 
 
 def _from_files(data: str | Path, problems: Problems) -> RawSplit:

@@ -106,6 +106,15 @@ class DataArguments:
     negative_words: str | None = option(
         None, "text file, one phrase a line, of things that are in none of the images: further negative prompts"
     )
+    phrases: str | None = option(
+        None,
+        "text file, one phrase a line, of what a teacher is asked for in pictures whose labels, if any, are not used; "
+        "by default the dataset's categories, or else over a thousand everyday nouns",
+    )
+    validation_split: float = option(
+        0.1,
+        "share of the pictures without labels, above 0 and below 1, that is held out, to compare with the teacher",
+    )
     prompts_per_image: int = option(8, "prompts drawn for each image in each step, at most")
     negative_ratio: float = option(0.5, "share of the prompts, 0 to 1, whose concept is not in the image")
     box_prompt_probability: float = option(
@@ -141,6 +150,8 @@ class DataArguments:
             raise ValueError("data is not set: name the dataset with --data PATH, or in the YAML file")
         check_range(self, "prompts_per_image", 1)
         check_range(self, "negative_ratio", 0, 1)
+        if not 0 < self.validation_split < 1:
+            raise ValueError(f"validation_split must be above 0 and below 1, got {self.validation_split}")
         check_range(self, "box_prompt_probability", 0, 1)
         for name in ("horizontal_flip", "crop", "smallest_side", "color_jitter"):
             check_range(self, name, 0, 1)
@@ -387,6 +398,16 @@ class Arguments:
             raise ValueError(
                 "calibrate maps the model from the teacher, and --init names other weights: leave one out"
             )
+
+        if self.data.phrases is not None and not self.without_labels:
+            raise ValueError(
+                "phrases is for learning from a teacher alone: add --teacher with label_loss_weight 0, or leave it out"
+            )
+
+    @property
+    def without_labels(self) -> bool:
+        """Whether a teacher alone says what is right."""
+        return self.distillation.teacher is not None and self.distillation.label_loss_weight == 0
 
     @property
     def source(self) -> str | None:

@@ -39,7 +39,7 @@ def choose_batch_size(parts: Parts) -> int:
         clear_device_cache(garbage_collection=True)  # what a larger batch left would count as taken
         torch.cuda.reset_peak_memory_stats(device)
         moments = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]  # as AdamW will hold
-        batch = collate([dataset[0, index] for index in range(size)])
+        batch = parts.objective.complete(collate([dataset[0, index] for index in range(size)]))
         model.train()
         with accelerator.autocast():
             loss, _ = parts.objective(model, batch, model_inputs(batch, parts.text, device))

@@ -4,15 +4,26 @@ import json
 import logging
 from pathlib import Path
 
+import datasets
 import numpy as np
 from accelerate import Accelerator
 
-from ..data import Augmentation, DatasetError, EvalDataset, PromptSampling, TrainDataset, load_dataset_splits
+from ..data import (
+    Augmentation,
+    DatasetError,
+    EvalDataset,
+    PromptSampling,
+    TrainDataset,
+    concept_names,
+    load_dataset_splits,
+)
 from ..data.composed import write_composed
 from ..data.concepts import unseen_concepts
 from ..data.generated import write_dataset
+from ..data.loading import is_labelled
 from ..data.rows import crowded_images, first_of, objects_per_category
-from .arguments import DRAWN, Arguments
+from ..data.unlabelled import UnlabelledDataset, everyday_nouns, load_pictures
+from .arguments import DRAWN, Arguments, DataArguments
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +41,7 @@ def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -
         DatasetError: the dataset has faults, or no validation split.
     """
     options = arguments.data
-    source, folders = options.data, options.image_folder
-    if source in DRAWN:
-        source = Path(arguments.output.output_dir) / "data"
-        if accelerator.is_main_process:
-            draw(arguments, source, image_size)
-        accelerator.wait_for_everyone()
-    if options.validation_data is not None:
-        source = {"train": source, "validation": options.validation_data}
-        folders = {"train": folders, "validation": options.validation_image_folder or folders}
-    used = ("train", "validation") if options.check_images else False
-    splits = load_dataset_splits(source, folders, options.category_map, check_images=used)
+    splits = load_splits(arguments, data_source(accelerator, arguments, image_size))
     for split in ("train", "validation"):
         if split not in splits:
             raise DatasetError(
@@ -48,20 +49,94 @@ def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -
                 "valid/, for COCO files give --validation_data"
             )
     check_common_concepts(splits["train"], splits["validation"], options.data)
-    sampling = PromptSampling(
+    seed = arguments.optimization.seed
+    train = TrainDataset(splits["train"], image_size, prompt_sampling(options), augmentation(options), seed)
+    return train, EvalDataset(splits["validation"], image_size)
+
+
+def load_unlabelled(
+    accelerator: Accelerator, arguments: Arguments, image_size: int
+) -> tuple[UnlabelledDataset, EvalDataset | datasets.Dataset]:
+    """
+    Pictures whose labels, if any, are not used in training, and what to evaluate on: a labelled validation split, or
+    else pictures held out, as rows without objects.
+
+    Raises:
+        DatasetError: the dataset has faults or less than two pictures.
+    """
+    options, seed = arguments.data, arguments.optimization.seed
+    source, phrases = data_source(accelerator, arguments, image_size), read_words(options.phrases)
+    validation = None
+    if is_labelled(source):
+        splits = load_splits(arguments, source)
+        rows, validation = splits["train"], splits.get("validation")
+    else:
+        rows = load_pictures(source, phrases or everyday_nouns(), options.check_images)
+        if options.validation_data is not None:
+            validation = load_dataset_splits(
+                {"validation": options.validation_data},
+                options.validation_image_folder and {"validation": options.validation_image_folder},
+                options.category_map,
+                options.check_images,
+            )["validation"]
+    if validation is None:
+        rows, held_out = hold_out(rows, options.validation_split, seed)
+    else:
+        held_out = EvalDataset(validation, image_size)
+    asked = dict.fromkeys([*(phrases or concept_names(rows)), *read_words(options.negative_words)])
+    train = UnlabelledDataset(rows, asked, image_size, prompt_sampling(options), augmentation(options), seed)
+    return train, held_out
+
+
+def hold_out(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The rows without a random share of them, at least one, and that share, both in order."""
+    if len(rows) < 2:
+        raise DatasetError(f"there is {len(rows)} picture, and one is held out: two are needed at least")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    count = min(max(round(share * len(rows)), 1), len(rows) - 1)
+    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
+
+
+def data_source(accelerator: Accelerator, arguments: Arguments, image_size: int) -> str | Path:
+    """What --data names; pictures are drawn first where it asks for that."""
+    if arguments.data.data not in DRAWN:
+        return arguments.data.data
+    source = Path(arguments.output.output_dir) / "data"
+    if accelerator.is_main_process:
+        draw(arguments, source, image_size)
+    accelerator.wait_for_everyone()
+    return source
+
+
+def load_splits(arguments: Arguments, source: str | Path) -> datasets.DatasetDict:
+    """The splits of a labelled source, with those of --validation_data."""
+    options = arguments.data
+    folders = options.image_folder
+    if options.validation_data is not None:
+        source = {"train": source, "validation": options.validation_data}
+        folders = {"train": folders, "validation": options.validation_image_folder or folders}
+    used = ("train", "validation") if options.check_images else False
+    return load_dataset_splits(source, folders, options.category_map, check_images=used)
+
+
+def prompt_sampling(options: DataArguments) -> PromptSampling:
+    """How prompts are drawn."""
+    return PromptSampling(
         prompts_per_image=options.prompts_per_image,
         negative_ratio=options.negative_ratio,
         box_prompt_probability=options.box_prompt_probability,
         negative_words=read_words(options.negative_words),
     )
-    augmentation = Augmentation(
+
+
+def augmentation(options: DataArguments) -> Augmentation:
+    """How training images are varied."""
+    return Augmentation(
         horizontal_flip=options.horizontal_flip,
         crop=options.crop,
         smallest_side=options.smallest_side,
         color_jitter=options.color_jitter,
     )
-    train = TrainDataset(splits["train"], image_size, sampling, augmentation, arguments.optimization.seed)
-    return train, EvalDataset(splits["validation"], image_size)
 
 
 def draw(arguments: Arguments, folder: Path, image_size: int) -> None:

@@ -26,6 +26,7 @@ from .distillation_terms import (
     semantic_errors,
 )
 from .objectives import Objective
+from .phrase_choice import PhraseChoice
 from .teacher import Answers, Segments, Teacher
 
 LEVEL_WEIGHTS = (1.0, 0.5, 0.5)  # of the pyramid, fine to coarse: most of the masks is in the finest
@@ -39,7 +40,10 @@ class Distillation(Objective):
     Attributes:
         layers: the teacher's decoder layer that each of the model's follows.
         by_number: whether a query follows that of the same number. Otherwise they are matched in each batch.
+        choice: of the phrases for batches that come without; None if they come with them.
     """
+
+    choice: PhraseChoice | None = None
 
     def __init__(
         self,
@@ -87,11 +91,16 @@ class Distillation(Objective):
             return [parameter for name, parameter in named if name.startswith(MASKS)]
         return []
 
+    def complete(self, batch: dict) -> dict:
+        return batch if self.choice is None else self.choice.ask(batch)
+
     def __call__(self, model: nn.Module, batch: dict, inputs: dict) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.uses_labels:
             inputs = {name: value for name, value in inputs.items() if name != "labels"}
         device = inputs["pixel_values"].device
         levels, answers = self.teacher(batch, device, self.uses_detector, self.learns_masks)
+        if self.choice is not None and answers is not None:
+            self.choice.note(batch, answers.present)
         outputs = model(**inputs, criterion=partial(self.compare, levels, answers))
         loss = outputs.loss
         if isinstance(model, DistributedDataParallel):  # it waits for a gradient of every parameter
@@ -146,12 +155,13 @@ class Distillation(Objective):
         return student.segment(torch.cat(wanted).unique()) if wanted else None
 
     def state_dict(self) -> dict:
-        return {"layers": self.layers, "by_number": self.by_number}
+        state = {"layers": self.layers, "by_number": self.by_number}
+        return state if self.choice is None else state | {"choice": self.choice.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """
         Raises:
-            ValueError: the checkpoint's teacher had more decoder layers than this one.
+            ValueError: the checkpoint's teacher had more decoder layers than this one, or it is of other pictures.
         """
         depth = len(self.teacher.model.detr_decoder.layers)
         if max(state["layers"]) >= depth:
@@ -160,6 +170,8 @@ class Distillation(Objective):
                 "go on with the same teacher, or start anew in another --output_dir"
             )
         self.layers, self.by_number = state["layers"], state["by_number"]
+        if self.choice is not None and "choice" in state:
+            self.choice.load_state_dict(state["choice"])
 
 
 class MaskPairs(NamedTuple):

@@ -128,6 +128,7 @@ class TrainingLoop:
             RuntimeError: the model or the objective refused the batch, as where predictions are not finite; names the
                 images.
         """
+        batch = self.parts.objective.complete(batch)
         inputs = model_inputs(batch, self.parts.text, self.accelerator.device)
         try:
             with self.accelerator.autocast():  # which Accelerate adds to the model itself, but not under FSDP

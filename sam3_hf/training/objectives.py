@@ -41,6 +41,10 @@ class Objective(ABC):
         """Called before the forward passes of step 1, 2, ... `total_steps`."""
         self.progress = step / total_steps
 
+    def complete(self, batch: dict) -> dict:
+        """A batch of the loader with all that a step needs; called by all processes for each pass."""
+        return batch
+
     def idle(self, model: nn.Module) -> list[nn.Parameter]:
         """
         Parameters that stand still in this step. Their gradients are thrown away when all passes of it are done, so

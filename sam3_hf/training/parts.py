@@ -12,9 +12,10 @@ from ..data.rows import has_some_masks
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
 from .accelerator import prepare
+from .agreement import agreement_data
 from .arguments import Arguments
 from .checkpoints import write_frozen
-from .data import load_data, warn_of_crowds
+from .data import load_data, load_unlabelled, warn_of_crowds
 from .distillation import Distillation
 from .model import (
     build_model,
@@ -25,6 +26,7 @@ from .model import (
     write_mapping_report,
 )
 from .objectives import Labels, Objective
+from .phrase_choice import phrase_choice
 from .phrases import FrozenText, TokenizedText, build_text, phrases_of
 from .teacher import load_teacher
 
@@ -58,18 +60,26 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
     Args:
         checkpoint: the run goes on from there; only the sizes and frozen weights of its model are read here.
     """
+    load = load_unlabelled if arguments.without_labels else load_data
     if arguments.distillation.calibrate and checkpoint is None:
-        train_data, valid_data = load_data(accelerator, arguments, initial_config(arguments).image_size)
+        train_data, valid_data = load(accelerator, arguments, initial_config(arguments).image_size)
         model = calibrated_model(arguments, train_data, accelerator.device)
     else:
         model = build_model(arguments, checkpoint)
-        train_data, valid_data = load_data(accelerator, arguments, model.config.image_size)
+        train_data, valid_data = load(accelerator, arguments, model.config.image_size)
     processor = build_processor(arguments, model.config, checkpoint)
+    phrases = phrases_of(train_data, valid_data if isinstance(valid_data, EvalDataset) else None)
+    objective = build_objective(accelerator, arguments, model, phrases, checkpoint)
+    if arguments.without_labels:
+        objective.choice = phrase_choice(train_data)
+    if not isinstance(valid_data, EvalDataset):
+        batch_size, seed = arguments.output.eval_batch_size, arguments.optimization.seed
+        rest = (valid_data, model.config.image_size, batch_size, seed)
+        valid_data = agreement_data(accelerator, objective.teacher, processor, *rest)
     warn_of_crowds(train_data, valid_data, model.config.detr_decoder_config.num_queries)
-    objective = build_objective(accelerator, arguments, model, train_data, checkpoint)
     model.config.mask_supervision = objective.teaches_masks(has_some_masks(train_data.rows))
     valid_data.has_masks &= model.config.mask_supervision  # masks that nothing taught are not scored
-    text, frozen = build_text(accelerator, arguments, model, processor, train_data)
+    text, frozen = build_text(accelerator, arguments, model, processor, phrases)
     model, optimizer = prepare(accelerator, model, arguments.optimization)
     return Parts(
         arguments=arguments,
@@ -89,17 +99,22 @@ def build_objective(
     accelerator: Accelerator,
     arguments: Arguments,
     model: Sam3LiteModel,
-    train_data: TrainDataset,
+    phrases: list[str],
     checkpoint: Path | None,
 ) -> Objective:
-    """Labels alone, or a teacher with or without them."""
+    """
+    Labels alone, or a teacher with or without them.
+
+    Args:
+        phrases: all that will be asked for.
+    """
     settings = arguments.distillation
     if settings.teacher is None:
         return Labels()
     teacher = load_teacher(
         settings.teacher,
         model.config,
-        phrases_of(train_data),
+        phrases,
         settings.distill_confidence,
         settings.teacher_device or accelerator.device,
         arguments.optimization.mixed_precision,

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
+
+from ..data.unlabelled import UnlabelledDataset
 
 UNKNOWN, ABSENT, PRESENT = 0, 1, 2
 CURIOSITY = 0.25  # share of the prompts for present phrases that go to phrases not asked yet, while there are some
@@ -40,7 +42,7 @@ class PhraseChoice:
         self.epoch = 0
         self.answers: list[tuple[int, int, bool]] = []  # of this process in this epoch: picture, phrase, presence
 
-    def ask(self, batch: dict, accelerator: Accelerator) -> dict:
+    def ask(self, batch: dict) -> dict:
         """
         The batch with "phrases" and "image_index". All processes call it for batches of the same epoch.
 
@@ -49,7 +51,7 @@ class PhraseChoice:
         """
         epoch = batch["keys"][0][0]
         if epoch != self.epoch:
-            self._learn(gather_object(self.answers) if accelerator.num_processes > 1 else self.answers)
+            self._learn(self._all_answers())
             self.epoch, self.answers = epoch, []
         drawn = [self.draw(*key) for key in batch["keys"]]
         counts = torch.tensor([len(numbers) for numbers in drawn])
@@ -93,12 +95,34 @@ class PhraseChoice:
             # one picture may be seen twice in an epoch: present in one crop is present
             self.known[picture, number] = max(self.known[picture, number], PRESENT if present else ABSENT)
 
-    def state_dict(self, accelerator: Accelerator) -> dict:
+    def _all_answers(self) -> list[tuple[int, int, bool]]:
+        return gather_object(self.answers) if PartialState().num_processes > 1 else self.answers
+
+    def state_dict(self) -> dict:
         """For a checkpoint; called by every process."""
-        answers = gather_object(self.answers) if accelerator.num_processes > 1 else self.answers
+        answers = torch.tensor(self._all_answers(), dtype=torch.int64).reshape(-1, 3)
         return {"known": torch.from_numpy(self.known.copy()), "epoch": self.epoch, "answers": answers}
 
-    def load_state_dict(self, state: dict, accelerator: Accelerator) -> None:
-        """Goes on from a checkpoint; called by every process, the main one of which takes the answers of all."""
+    def load_state_dict(self, state: dict) -> None:
+        """
+        Goes on from a checkpoint; called by every process, the main one of which takes the answers of all.
+
+        Raises:
+            ValueError: it is of other pictures or phrases.
+        """
+        if state["known"].shape != self.known.shape:
+            (pictures, phrases), (own_pictures, own_phrases) = state["known"].shape, self.known.shape
+            raise ValueError(
+                f"the checkpoint knows {pictures} pictures and {phrases} phrases, this run has {own_pictures} and "
+                f"{own_phrases}: give the same --data and --phrases, or start anew in another --output_dir"
+            )
         self.known, self.epoch = state["known"].numpy().copy(), state["epoch"]
-        self.answers = list(state["answers"]) if accelerator.is_main_process else []
+        self.answers = (
+            [tuple(answer) for answer in state["answers"].tolist()] if PartialState().is_main_process else []
+        )
+
+
+def phrase_choice(data: UnlabelledDataset) -> PhraseChoice:
+    """For the pictures, phrases and settings of a dataset."""
+    sampling = data.sampling
+    return PhraseChoice(len(data), data.concepts, sampling.prompts_per_image, sampling.negative_ratio, data.seed)

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data import TrainDataset
+from ..data import EvalDataset, TrainDataset
 from ..data.sampling import VISUAL_PHRASE
 from ..evaluation.text import PhraseFeatures
 from ..processing_sam3_lite import tokenize
@@ -61,22 +61,25 @@ class FrozenText(PhraseFeatures):
         return self._weights
 
 
-def phrases_of(train_data: TrainDataset) -> list[str]:
+def phrases_of(train_data: TrainDataset, valid_data: EvalDataset | None) -> list[str]:
     """All phrases that a run asks for."""
-    return [*train_data.concepts, *train_data.sampling.negative_words, VISUAL_PHRASE]
+    evaluated = [] if valid_data is None else valid_data.concepts
+    return [*train_data.concepts, *train_data.sampling.negative_words, *evaluated, VISUAL_PHRASE]
 
 
 def build_text(
-    accelerator: Accelerator, arguments: Arguments, model, processor, train_data: TrainDataset
+    accelerator: Accelerator, arguments: Arguments, model, processor, phrases: list[str]
 ) -> tuple[TokenizedText | FrozenText, dict[str, Tensor] | None]:
     """
     The text side: trained within the model, or frozen and taken out of it, or the fixed vocabulary of the model; and
     the weights that do not train, which checkpoints need as well.
 
+    Args:
+        phrases: all that will be asked for.
+
     Raises:
         ValueError: the model has a fixed vocabulary, and its text encoder should train, or a phrase is not in it.
     """
-    phrases = phrases_of(train_data)
     if model.vocabulary is not None:
         if arguments.model.train_text_encoder:
             raise ValueError("train_text_encoder: the model has a fixed vocabulary and no text encoder to train")

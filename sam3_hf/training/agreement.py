@@ -1,0 +1,109 @@
+"""A teacher's answers as ground truth: how far a student agrees with it, where nobody labelled the pictures."""
+
+import logging
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import convert_to_fp32, gather_object
+
+from ..data import EvalDataset, eval_batches, make_loader
+from ..data.rows import RawSplit, build_dataset, concept_names
+from ..evaluation.loop import model_inputs, prediction_rows, prompt_chunks
+from ..evaluation.rows import CONFIDENT
+from ..processing_sam3_lite import Sam3LiteProcessor
+from ..rle import extent, mask_areas
+from .teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+MOST_PHRASES = 40  # that held-out pictures are asked for: each evaluation asks for all of them in every picture
+STREAM = 2  # of random numbers, apart from those of other uses of the seed
+
+
+def agreement_data(
+    accelerator: Accelerator,
+    teacher: Teacher,
+    processor: Sam3LiteProcessor,
+    rows: datasets.Dataset,
+    image_size: int,
+    batch_size: int,
+    seed: int,
+) -> EvalDataset:
+    """
+    Pictures with what the teacher finds in them, scores of at least 0.5, as objects; called by every process, each of
+    which asks about its share.
+
+    Args:
+        processor: the student's; but for the tokenizer, it is the teacher's as well.
+        rows: pictures; their objects are not looked at. Their concepts are what is asked for, at most `MOST_PHRASES`
+            of them by chance.
+        image_size: side of the models' input in pixels.
+        batch_size: pictures at once.
+        seed: of the choice of phrases.
+    """
+    concepts = concept_names(rows)
+    if len(concepts) > MOST_PHRASES:
+        chosen = np.random.default_rng([seed, STREAM]).choice(len(concepts), MOST_PHRASES, replace=False)
+        concepts = [concepts[index] for index in np.sort(chosen)]
+    table = rows.select_columns(["image_id", "file_name", "width", "height"])
+    bare = [{**row, "objects": []} for row in table]
+    images = list(rows.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))["image"])
+    split = RawSplit("validation", "the teacher", bare, images, concepts)
+    numbers = {concept: index for index, concept in enumerate(concepts)}
+    asked = EvalDataset(build_dataset(split, concepts, numbers), image_size)
+
+    found = {}
+    for batch in _share(accelerator, asked, batch_size):
+        for row in _answers(teacher, processor, batch):
+            found[row["image_id"], row["category"]] = row  # a picture may be dealt out to two processes
+    everything = [found] if accelerator.num_processes == 1 else gather_object([found])
+    objects = _objects({key: row for part in everything for key, row in part.items()}, concepts)
+    for row in bare:
+        row["objects"] = objects.get(row["image_id"], [])
+    count = sum(map(len, objects.values()))
+    text = "validation: %d pictures without labels, %d phrases; the teacher finds %d objects, which count as truth"
+    logger.info(text, len(bare), len(concepts), count)
+    return EvalDataset(build_dataset(split, concepts, numbers), image_size)
+
+
+def _share(accelerator: Accelerator, asked: EvalDataset, batch_size: int):
+    batches = eval_batches(len(asked), batch_size, accelerator.process_index, accelerator.num_processes)
+    return make_loader(asked, batches, num_workers=0)
+
+
+@torch.no_grad()
+def _answers(teacher: Teacher, processor: Sam3LiteProcessor, batch: dict) -> list[dict]:
+    model = teacher.model
+    pixels = batch["pixel_values"].to(model.device, model.dtype)
+    vision, rows = model.get_vision_features(pixels), []
+    for chunk in prompt_chunks(batch):
+        asked = {name: values for name, values in chunk.items() if name != "labels"}
+        inputs = model_inputs(asked, teacher.text, model.device)
+        outputs = convert_to_fp32(model(vision_embeds=vision, **inputs))
+        rows += prediction_rows(processor, outputs, chunk, teacher.has_masks)
+    return rows
+
+
+def _objects(found: dict[tuple, dict], concepts: list[str]) -> dict[int, list[dict]]:
+    """{image id: objects} of confident predictions."""
+    objects: dict[int, list[dict]] = {}
+    for (image, category), row in sorted(found.items()):
+        masks = row["masks"] or [None] * len(row["scores"])
+        for box, score, mask in zip(row["boxes"], row["scores"], masks, strict=True):
+            if score < CONFIDENT or (mask is not None and not mask_areas([mask])[0]):
+                continue
+            left, top, right, bottom = box
+            own = objects.setdefault(image, [])
+            own.append(
+                {
+                    "id": len(own) + 1,
+                    "category": concepts[category],
+                    "bbox": [left, top, right - left, bottom - top] if mask is None else extent(mask),
+                    "area": float((right - left) * (bottom - top) if mask is None else mask_areas([mask])[0]),
+                    "iscrowd": False,
+                    "segmentation": mask,
+                }
+            )
+    return objects
