@@ -124,6 +124,9 @@ def test_gradients_of_boxes_and_masks():
     student, teacher = (torch.rand(2, 2, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     trust = torch.rand(2, 3, generator=generator, dtype=torch.float64)
     assert gradcheck(lambda own: box_errors(own, teacher, trust), student.requires_grad_())
+    at_teacher = teacher.clone().requires_grad_()
+    sum(errors.sum() for errors in box_errors(at_teacher, teacher, trust)).backward()
+    assert at_teacher.grad.abs().max() < 1e-9
     own, goal = (torch.randn(2, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     points = torch.rand(2, 5, 2, generator=generator, dtype=torch.float64)
     assert gradcheck(lambda logits: mask_errors(logits, goal, points), own.requires_grad_())

@@ -1,0 +1,350 @@
+"""A student and its teacher, at the smallest sizes."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import make_labels, micro_config, shake
+from PIL import Image
+
+from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf.data.collate import PromptCollator
+from sam3_hf.data.torch_dataset import Sample
+from sam3_hf.evaluation.loop import model_inputs
+from sam3_hf.training.arguments import DistillationArguments, parse_arguments
+from sam3_hf.training.compatibility import check_compatible
+from sam3_hf.training.distillation import LEVEL_WEIGHTS, Distillation
+from sam3_hf.training.model import build_model, calibrated_model, decoder_layers
+from sam3_hf.training.phrases import TokenizedText
+from sam3_hf.training.teacher import Teacher, check_comparable, load_teacher, usable_device
+
+PHRASES = ["red circle", "blue square", "green star"]
+CPU = torch.device("cpu")
+TERMS = ("features", "encoder", "scores", "presence", "boxes", "giou", "masks", "semantic")
+
+
+def micro_model(seed: int = 0, **sizes) -> Sam3LiteModel:
+    torch.manual_seed(seed)
+    return shake(Sam3LiteModel(micro_config(**sizes)), seed)
+
+
+def teacher_of(model: Sam3LiteModel, present: float = 3.0, confidence: float = 0.3) -> Teacher:
+    """A copy of a model that sees every concept, or none with a negative `present`, and is confident of its queries."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.detr_decoder.presence_head.layer3.bias.fill_(present)
+    return Teacher(model, Sam3LiteProcessor.from_config(model.config), PHRASES, confidence)
+
+
+def batch_of(seed: int = 0) -> dict:
+    """Two images, three prompts, with labels."""
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+    labels = make_labels()
+    samples = [
+        Sample(pixels[0], PHRASES[:2], labels[:2], [None, None], 1),
+        Sample(pixels[1], PHRASES[2:], labels[2:], [torch.tensor([0.5, 0.5, 0.4, 0.4])], 2),
+    ]
+    return PromptCollator()(samples)
+
+
+def loss_of(objective: Distillation, model: Sam3LiteModel, batch: dict) -> tuple[torch.Tensor, dict]:
+    """In training mode; with gradients in the model."""
+    inputs = model_inputs(batch, TokenizedText(Sam3LiteProcessor.from_config(model.config)), CPU)
+    model.train().zero_grad()
+    torch.manual_seed(0)
+    loss, terms = objective(model, batch, inputs)
+    if loss.requires_grad:
+        loss.backward()
+    return loss, terms
+
+
+def objective_for(model: Sam3LiteModel, teacher: Teacher, **settings) -> Distillation:
+    return Distillation(teacher, model, DistillationArguments(teacher="x", **{"feature_steps": 0.0, **settings}))
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn():
+    model = micro_model()
+    teacher = teacher_of(model)
+    model.load_state_dict(teacher.model.state_dict(), strict=False)  # all but the text encoder, which is the same
+    objective = objective_for(model, teacher)
+    assert objective.by_number and objective.layers == [0, 1]
+    loss, terms = loss_of(objective, model, batch_of())
+    assert set(terms) == {f"distill_{name}" for name in TERMS}
+    assert loss.item() == pytest.approx(0, abs=1e-4)
+    assert all(value.item() == pytest.approx(0, abs=1e-4) for value in terms.values())
+    # Rounding moves boxes to one side of where their distance has a kink.
+    smooth = objective_for(model, teacher, distill_boxes_weight=0.0, distill_giou_weight=0.0)
+    loss_of(smooth, model, batch_of())
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    other, _ = loss_of(objective, shake(copy.deepcopy(model), 1), batch_of())
+    assert gradients.abs().max() < 1e-3 and other.item() > 1
+
+
+def test_terms_sum_to_the_loss_and_every_parameter_has_a_gradient():
+    model, teacher = micro_model(1), teacher_of(micro_model())
+    loss, terms = loss_of(objective_for(model, teacher), model, batch_of())
+    assert sum(terms.values()).item() == pytest.approx(loss.item(), rel=1e-5)
+    assert all(value.item() > 0 and not value.requires_grad for value in terms.values())
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+    loss, doubled = loss_of(objective_for(model, teacher, distill_boxes_weight=10.0), model, batch_of())
+    assert doubled["distill_boxes"].item() == pytest.approx(2 * terms["distill_boxes"].item(), rel=1e-5)
+
+
+def test_the_feature_term_is_that_of_the_pyramids():
+    model, teacher, batch = micro_model(1), teacher_of(micro_model()), batch_of()
+    _, terms = loss_of(objective_for(model, teacher, distill_features_weight=1.0), model, batch)
+    with torch.no_grad():
+        pyramids = [m.get_vision_features(batch["pixel_values"]).fpn_hidden_states for m in (model, teacher.model)]
+    expected = 0.0
+    for weight, own, goal in zip(LEVEL_WEIGHTS, *pyramids, strict=True):
+        for image in range(2):
+            error = (own[image] - goal[image]).square().mean() / goal[image].var(correction=0)
+            cosine = torch.nn.functional.cosine_similarity(own[image], goal[image], dim=0).mean()
+            expected += weight * (error + 1 - cosine) / 2
+    assert terms["distill_features"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_absent_concepts_teach_presence_and_scores_only():
+    model, teacher = micro_model(1), teacher_of(micro_model(), present=-3.0)
+    _, terms = loss_of(objective_for(model, teacher), model, batch_of())
+    for name in TERMS:
+        silent = name in ("encoder", "boxes", "giou", "masks", "semantic")
+        assert (terms[f"distill_{name}"].item() == 0) == silent, name
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []  # as DDP needs
+
+
+def test_features_first():
+    model, teacher = micro_model(1), teacher_of(micro_model())
+    objective = objective_for(model, teacher, feature_steps=0.5, label_loss_weight=1.0)
+    objective.start_step(2, 4)
+    _, terms = loss_of(objective, model, batch_of())
+    assert set(terms) == {"distill_features"}
+    idle = {id(parameter) for parameter in objective.idle(model)}
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (id(parameter) in idle) == (not name.startswith("vision_encoder.")), name
+    objective.start_step(3, 4)
+    _, terms = loss_of(objective, model, batch_of())
+    assert "distill_boxes" in terms and "loss_bbox" in terms and objective.idle(model) == []
+
+
+def test_without_mask_terms_the_mask_head_stands_still():
+    model, teacher = micro_model(1), teacher_of(micro_model())
+    objective = objective_for(model, teacher, distill_masks_weight=0.0, distill_semantic_weight=0.0)
+    _, terms = loss_of(objective, model, batch_of())
+    assert not {"distill_masks", "distill_semantic"} & set(terms)
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert without == {name for name, _ in model.named_parameters() if name.startswith("mask_decoder.")}
+    assert {id(parameter) for parameter in objective.idle(model)} == {id(model.get_parameter(n)) for n in without}
+    assert not objective.teaches_masks(True) and objective_for(model, teacher).teaches_masks(False)
+
+
+def test_labels_are_looked_at_only_with_a_weight():
+    model, teacher, batch = micro_model(1), teacher_of(micro_model()), batch_of()
+    del batch["labels"]
+    alone, _ = loss_of(objective_for(model, teacher), model, batch)
+    batch["labels"] = "not looked at"
+    assert loss_of(objective_for(model, teacher), model, batch)[0] == alone
+    batch = batch_of()
+    loss, terms = loss_of(objective_for(model, teacher, label_loss_weight=0.5), model, batch)
+    own = {name: value for name, value in terms.items() if name.startswith("loss_")}
+    assert sum(terms.values()).item() == pytest.approx(loss.item(), rel=1e-5)
+    inputs = model_inputs(batch, TokenizedText(Sam3LiteProcessor.from_config(model.config)), CPU)
+    expected = model(**inputs).loss_dict
+    sampled = {"loss_mask_focal", "loss_mask_dice"}  # at random points
+    for name in expected.keys() - sampled:
+        assert own[name].item() == pytest.approx(expected[name].item() / 2, rel=1e-4), name
+
+
+def test_other_numbers_of_queries_and_layers():
+    """The student has fewer of both, and once more queries; its masks are those of matched queries."""
+    teacher = teacher_of(micro_model(detr_decoder_layers=3), confidence=0.2)
+    for queries in (8, 15):
+        model = micro_model(1, num_queries=queries)
+        objective = objective_for(model, teacher)
+        assert not objective.by_number and objective.layers == [0, 2]
+        loss, terms = loss_of(objective, model, batch_of())
+        assert loss.isfinite() and terms["distill_masks"].item() > 0
+
+
+def test_queries_of_another_origin_are_matched():
+    """As many, but not those of the teacher."""
+    model, teacher = micro_model(1), teacher_of(micro_model())
+    torch.nn.init.normal_(model.detr_decoder.query_embed.weight)
+    torch.nn.init.normal_(model.detr_decoder.reference_points.weight)
+    objective = objective_for(model, teacher)
+    assert not objective.by_number
+    assert loss_of(objective, model, batch_of())[0].isfinite()
+
+
+def test_permuted_queries_find_their_partners():
+    """The same model with its queries in another order differs from its teacher in nothing but that."""
+    model, teacher = micro_model(), teacher_of(micro_model())
+    model.load_state_dict(teacher.model.state_dict(), strict=False)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    for weight in (model.detr_decoder.query_embed.weight, model.detr_decoder.reference_points.weight):
+        weight.data = weight.data[order]
+    objective = objective_for(model, teacher)
+    assert not objective.by_number
+    loss, _ = loss_of(objective, model, batch_of())
+    assert loss.item() == pytest.approx(0, abs=1e-3)
+
+
+def test_state_of_the_objective():
+    teacher = teacher_of(micro_model(detr_decoder_layers=3))
+    model = micro_model(1)
+    objective = Distillation(teacher, model, DistillationArguments(teacher="x"), chosen_layers=[1, 2])
+    other = objective_for(model, teacher)
+    assert other.layers == [0, 2]
+    other.load_state_dict(objective.state_dict())
+    assert (other.layers, other.by_number) == ([1, 2], objective.by_number)
+    with pytest.raises(ValueError, match="has 2 decoder layers, that of the checkpoint at least 3"):
+        objective_for(model, teacher_of(micro_model())).load_state_dict(objective.state_dict())
+
+
+def test_a_few_steps_bring_the_student_closer():
+    model, teacher, batch = micro_model(), teacher_of(micro_model()), batch_of()
+    objective = objective_for(shake(model, 1), teacher)
+    assert objective.by_number
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+
+    def distance() -> list[float]:
+        text = TokenizedText(Sam3LiteProcessor.from_config(model.config))
+        inputs = model_inputs({k: v for k, v in batch.items() if k != "labels"}, text, CPU)
+        taught = {**inputs, **teacher.text(batch["phrases"])}
+        del taught["input_ids"]
+        with torch.no_grad():
+            own, goal = model.eval()(**inputs), teacher.model(**taught)
+        names = ("pred_boxes", "presence_logits", "pred_logits", "pred_masks")
+        return [(own[name] - goal[name]).abs().mean().item() for name in names]
+
+    before, losses = distance(), []
+    for _ in range(30):
+        losses.append(loss_of(objective, model, batch)[0].item())
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(after < 0.8 * start for start, after in zip(before, distance(), strict=True))
+
+
+# Where the teacher comes from, and what starts from it
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder with a lite model and its processor."""
+    model = micro_model(detr_decoder_layers=3)
+    model.save_pretrained(tmp_path / "teacher")
+    Sam3LiteProcessor.from_config(model.config).save_pretrained(tmp_path / "teacher")
+    return str(tmp_path / "teacher")
+
+
+def arguments_for(source: str, *flags: str):
+    sizes = micro_config().to_dict()
+    overrides = json.dumps({name: value for name, value in sizes.items() if name.endswith("_config")})
+    return parse_arguments(
+        ["--data", "x", "--teacher", source, "--preset", "tiny", "--model_overrides", overrides, *flags]
+    )
+
+
+def test_a_student_without_init_is_mapped_from_its_teacher(source):
+    """Also from a lite one, which --init would take at its own sizes."""
+    arguments = arguments_for(source)
+    model = build_model(arguments, None)
+    assert len(model.detr_decoder.layers) == 2
+    assert decoder_layers(model, arguments) == [0, 2] == model.mapping_report.layers["detr_decoder.layers"]
+    teacher = load_teacher(source, model.config, PHRASES, 0.3, "cpu", "fp16")
+    assert teacher.model.dtype == torch.float32  # on a CPU
+    assert objective_for(model, teacher).by_number
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+def test_the_teacher_looks_at_pictures_of_the_students_size(source):
+    model = build_model(arguments_for(source, "--image_size", "128"), None)
+    teacher = load_teacher(source, model.config, PHRASES, 0.3, "cpu", "no")
+    assert model.config.image_size == teacher.model.config.image_size == 128
+
+
+@pytest.mark.parametrize("kind", ["standard", "checkpoint"])
+def test_teachers_of_all_kinds(tmp_path, kind):
+    model = micro_model()
+    if kind == "standard":
+        model.to_sam3().save_pretrained(tmp_path)
+    else:
+        (tmp_path / "trainer_state.json").write_text("{}")
+        model.save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path), model.config, PHRASES, 0.3, "cpu", "no")
+    own = teacher.model.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items() if name in own)
+
+
+def test_what_cannot_teach_is_refused_in_one_line(source, tmp_path):
+    model = micro_model()
+    with pytest.raises(FileNotFoundError, match="there is no folder or file ./nowhere"):
+        load_teacher("./nowhere", model.config, PHRASES, 0.3, "cpu", "no")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="^--teacher .*empty has neither a config.json nor a .pt file"):
+        load_teacher(str(tmp_path / "empty"), model.config, PHRASES, 0.3, "cpu", "no")
+    other = micro_config()
+    other.detr_encoder_config.hidden_size = 32
+    with pytest.raises(ValueError, match="^--teacher x: its features are 32 wide for patches of .* leave out --init"):
+        check_comparable("x", other, model.config)
+    with pytest.raises(ValueError, match="^teacher_device cuda:99 cannot be used here"):
+        usable_device("cuda:99")
+    with pytest.raises(ValueError, match="^teacher_device warp cannot be used here"):
+        usable_device("warp")
+
+
+def test_calibrated_on_the_training_images(source):
+    class Rows:
+        """A split without labels."""
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            path = f"{source}/{index}.png"
+            noise = torch.randint(0, 255, (50, 60, 3), generator=torch.Generator().manual_seed(index))
+            Image.fromarray(noise.byte().numpy()).save(path)
+            return {"image": {"path": path, "bytes": None}, "width": 60, "height": 50}
+
+    class Data:
+        rows, concepts = Rows(), PHRASES
+
+    model = calibrated_model(arguments_for(source, "--calibrate", "true"), Data(), CPU)
+    assert model.mapping_report.strategy == "calibrated"
+    assert model.mapping_report.calibration["images"] == "given"
+    assert model.dtype == torch.float32 and len(model.detr_decoder.layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--distill_masks_weight", "1"], "distill_masks_weight needs --teacher"),
+        (["--label_loss_weight", "1"], "label_loss_weight needs --teacher"),
+        (["--calibrate", "true"], "calibrate needs --teacher"),
+        (["--teacher", "x", "--calibrate", "true", "--init", "y"], "--init names other weights: leave one out"),
+        (["--teacher", "x", "--distill_boxes_weight", "-1"], "distill_boxes_weight must be at least 0"),
+        (["--teacher", "x", "--distill_confidence", "2"], "distill_confidence must be from 0 to 1"),
+        (["--teacher", "x", "--feature_steps", "1.5"], "feature_steps must be from 0 to 1"),
+        (["--teacher", "x", "--distill_temperature", "0"], "distill_temperature must be above 0"),
+        (["--teacher", "x", "--distill_features_weight", "0"], "set feature_steps to 0"),
+        (["--teacher", "x", *(f for n in TERMS for f in (f"--distill_{n}_weight", "0"))], "nothing would be learnt"),
+        (["--teacher", "x", "--distill_scores_weight", "nan"], "distill_scores_weight must be a finite number"),
+    ],
+)
+def test_wrong_settings_are_refused(capsys, flags, message):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--data", "x", *flags])
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 2
+
+
+def test_a_run_does_not_go_on_without_its_teacher():
+    def state(*flags: str) -> dict:
+        arguments = parse_arguments(["--data", "x", *flags]).flat()
+        return {"arguments": arguments, "images_per_step": 4, "dataset": {}}
+
+    check_compatible(state("--teacher", "x"), state("--teacher", "moved/x"))
+    with pytest.raises(ValueError, match="teacher: x there, None here"):
+        check_compatible(state("--teacher", "x"), state())

@@ -1,0 +1,113 @@
+"""The trainer with a teacher, as a process of its own."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import micro_config, shake
+from safetensors.torch import load_file
+from train_cases import SCRIPT, TORCHRUN, error_of, launcher, state_of, train
+
+from sam3_hf import Sam3LiteModel
+from sam3_hf.data.generated import write_dataset
+
+SETTINGS = {
+    "teacher": "teacher",
+    "max_steps": 8,
+    "batch_size": 2,
+    "feature_steps": 0.25,
+    "save_every_steps": 3,
+    "num_workers": 0,
+    "eval_every_epochs": 9,
+}
+KILLED = """
+import signal
+from sam3_hf.training.loop import TrainingLoop
+
+take_step = TrainingLoop.take_step
+
+def take_step_and_die(self, batches, stop):
+    result = take_step(self, batches, stop)
+    if self.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+TrainingLoop.take_step = take_step_and_die
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"), num_train=16, num_valid=2, image_size=64, num_concepts=3)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """With a standard teacher that has a decoder layer more than the student and sees what it is asked for."""
+    torch.manual_seed(0)
+    model = shake(Sam3LiteModel(micro_config(detr_encoder_layers=1, detr_decoder_layers=3)))
+    with torch.no_grad():
+        model.detr_decoder.presence_head.layer3.bias.fill_(2.0)
+    model.to_sam3().save_pretrained(tmp_path / "teacher")
+    return tmp_path
+
+
+def steps_of(folder: Path, run: str = "run") -> list[dict]:
+    """Lines of the training steps, without what depends on the clock."""
+    lines = map(json.loads, (folder / run / "metrics.jsonl").read_text().splitlines())
+    timed = ("images_per_second", "data_wait", "memory_gb")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines if line["kind"] == "train"]
+
+
+def test_killed_and_resumed_is_as_if_nothing_had_happened(folder, data):
+    """With accumulation, averaged weights and labels; the mapping is accounted for, the teacher in no checkpoint."""
+    settings = {**SETTINGS, "gradient_accumulation_steps": 2, "ema_decay": 0.9, "label_loss_weight": 0.5}
+    finished = train(folder, data, **settings, output_dir="whole")
+    assert finished.returncode == 0, finished.stderr
+    killed = train(folder, data, program=launcher(folder, KILLED), **settings)
+    assert killed.returncode == -signal.SIGKILL and len(steps_of(folder)) == 4
+    finished = train(folder, data, "--resume", "auto", **settings)
+    assert finished.returncode == 0, finished.stderr
+    assert "going on from run/checkpoints/last, step 3" in finished.stderr
+
+    steps = steps_of(folder)
+    assert steps == steps_of(folder, "whole") and len(steps) == 8
+    assert [set(step) & {"distill_features", "distill_boxes", "loss_bbox"} for step in steps[:3]] == [
+        {"distill_features"},
+        {"distill_features"},
+        {"distill_features", "distill_boxes", "loss_bbox"},
+    ]
+    for name in ("final/model.safetensors", "checkpoints/last/model.safetensors", "checkpoints/last/ema.safetensors"):
+        assert (folder / "run" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+    report = json.loads((folder / "run" / "final" / "mapping_report.json").read_text())
+    assert report["layers"]["detr_decoder.layers"] == [0, 2] and report["source"] == "teacher"
+    last = folder / "run" / "checkpoints" / "last"
+    assert torch.load(last / "objective.pt") == {"layers": [0, 2], "by_number": True}
+    student = Sam3LiteModel.from_pretrained(folder / "run" / "final")
+    trained = {name for name in student.state_dict() if not name.startswith("text_")}
+    assert load_file(last / "model.safetensors").keys() == trained
+    assert state_of(last)["origin"]["base"] == "teacher"
+
+
+def test_two_processes_train_like_one(folder, data):
+    """In steps of features alone and in others; without masks, which are compared at random points."""
+    settings = {**SETTINGS, "max_steps": 4, "feature_steps": 0.5, "distill_masks_weight": 0.0, "epochs": 9}
+    finished = train(folder, data, **settings, output_dir="one")
+    assert finished.returncode == 0, finished.stderr
+    finished = train(folder, data, program=[*TORCHRUN, *SCRIPT], **{**settings, "batch_size": 1}, output_dir="two")
+    assert finished.returncode == 0, finished.stderr
+    one, two = steps_of(folder, "one"), steps_of(folder, "two")
+    assert len(two) == 4
+    for mine, other in zip(two, one, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    weights = [load_file(folder / run / "checkpoints" / "last" / "model.safetensors") for run in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_a_teacher_that_is_none_ends_the_run_in_one_line(folder, data):
+    line = error_of(train(folder, data, **{**SETTINGS, "teacher": "./nowhere"}))
+    assert "there is no folder or file ./nowhere" in line
