@@ -9,6 +9,7 @@ from PIL import Image
 from sam3_hf.data import Augmentation, DatasetError, PromptCollator, TrainDataset, concept_names, load_dataset_splits
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.data.unlabelled import UnlabelledDataset, everyday_nouns, load_pictures
+from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.phrase_choice import ABSENT, PRESENT, PhraseChoice
 
 
@@ -126,3 +127,13 @@ def test_what_is_said_in_an_epoch_counts_from_the_next_on_and_survives_a_checkpo
 def test_fewer_phrases_than_prompts():
     choice = PhraseChoice(1, ["cat", "dog"], 8, 0.5, seed=0)
     assert sorted(choice.draw(0, 0)) == [0, 1]
+
+
+def test_phrases_are_for_a_teacher_alone():
+    flags = ["--data", "x", "--phrases", "words.txt"]
+    assert parse_arguments([*flags, "--teacher", "y"]).without_labels
+    for more in ([], ["--teacher", "y", "--label_loss_weight", "1"]):
+        with pytest.raises(SystemExit):
+            parse_arguments([*flags, *more])
+    with pytest.raises(SystemExit):
+        parse_arguments(["--data", "x", "--validation_split", "1"])
