@@ -30,7 +30,7 @@ def micro_model(seed: int = 0, **sizes) -> Sam3LiteModel:
 
 
 def teacher_of(model: Sam3LiteModel, present: float = 3.0, confidence: float = 0.3) -> Teacher:
-    """A copy of a model that sees every concept, or none with a negative `present`, and is confident of its queries."""
+    """A copy of a model that sees every concept, or none where `present` is negative, and trusts its queries."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         model.detr_decoder.presence_head.layer3.bias.fill_(present)
@@ -137,7 +137,10 @@ def test_without_mask_terms_the_mask_head_stands_still():
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert without == {name for name, _ in model.named_parameters() if name.startswith("mask_decoder.")}
     assert {id(parameter) for parameter in objective.idle(model)} == {id(model.get_parameter(n)) for n in without}
-    assert not objective.teaches_masks(True) and objective_for(model, teacher).teaches_masks(False)
+    assert objective.keeps_masks(True, False) and not objective.keeps_masks(False, True)
+    assert objective_for(model, teacher).keeps_masks(False, False)
+    objective.settings.label_loss_weight = 1.0
+    assert objective.keeps_masks(False, True) and not objective.keeps_masks(True, False)
 
 
 def test_labels_are_looked_at_only_with_a_weight():

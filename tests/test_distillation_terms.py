@@ -32,7 +32,7 @@ def kl(student: float, teacher: float) -> float:
 
 
 def test_features():
-    """Channels (3, 4) against (4, 3): squared error 1, variance 1/4, cosine 24/25. The second image is the teacher's."""
+    """Channels (3, 4) against (4, 3): squared error 1, variance 1/4, cosine 24/25. The second image is equal."""
     teacher = torch.tensor([[4.0, 3.0], [4.0, 3.0]])[..., None, None]
     student = torch.tensor([[3.0, 4.0], [4.0, 3.0]])[..., None, None]
     assert feature_errors(student, teacher).tolist() == pytest.approx([1 / 0.25 + 1 - 24 / 25, 0], abs=1e-6)
@@ -62,7 +62,7 @@ def test_presence():
 
 
 def test_boxes():
-    """A box shifted by half its width: L1 0.1, IoU 1/3, nothing else in the hull. A query of no trust counts nothing."""
+    """A box shifted by half its width: L1 0.1, IoU 1/3, no more in the hull. No trust counts nothing."""
     teacher = torch.tensor([[[[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2]]]])
     student = torch.tensor([[[[0.6, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]]]])
     distance, giou = box_errors(student, teacher, torch.tensor([[0.5, 0.0]]))

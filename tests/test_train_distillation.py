@@ -45,9 +45,10 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """With a standard teacher that has a decoder layer more than the student and sees what it is asked for."""
+    """With a standard teacher, twice as wide and with a decoder layer more, that sees what it is asked for."""
     torch.manual_seed(0)
-    model = shake(Sam3LiteModel(micro_config(detr_encoder_layers=1, detr_decoder_layers=3)))
+    sizes = {"vision_hidden_size": 64, "vision_num_attention_heads": 4, "detr_encoder_layers": 1}
+    model = shake(Sam3LiteModel(micro_config(**sizes, detr_decoder_layers=3)))
     with torch.no_grad():
         model.detr_decoder.presence_head.layer3.bias.fill_(2.0)
     model.to_sam3().save_pretrained(tmp_path / "teacher")
@@ -70,7 +71,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(folder, data):
     assert killed.returncode == -signal.SIGKILL and len(steps_of(folder)) == 4
     finished = train(folder, data, "--resume", "auto", **settings)
     assert finished.returncode == 0, finished.stderr
-    assert "going on from run/checkpoints/last, step 3" in finished.stderr
+    assert "going on from run/checkpoints/last, step 4" in finished.stderr
 
     steps = steps_of(folder)
     assert steps == steps_of(folder, "whole") and len(steps) == 8

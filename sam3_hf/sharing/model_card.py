@@ -47,6 +47,7 @@ SCORES = {
 }
 # Settings of a run that the card shows.
 SETTINGS = (
+    "teacher",
     "epochs",
     "learning_rate",
     "vision_learning_rate",

@@ -80,8 +80,10 @@ class Distillation(Objective):
     def uses_detector(self) -> bool:
         return self.uses_labels or (self.learns_detector and not self.features_only)
 
-    def teaches_masks(self, labels_have_masks: bool) -> bool:
-        return self.learns_masks or (labels_have_masks and self.settings.label_loss_weight > 0)
+    def keeps_masks(self, had_masks: bool, labels_have_masks: bool) -> bool:
+        if self.settings.label_loss_weight > 0:
+            return self.learns_masks or labels_have_masks
+        return self.learns_masks or had_masks  # the mask head stands still, and features follow those it was made for
 
     def idle(self, model: nn.Module) -> list[nn.Parameter]:
         named = list(extract_model_from_parallel(model).named_parameters())

@@ -56,8 +56,14 @@ class Objective(ABC):
         """
         return []
 
-    def teaches_masks(self, labels_have_masks: bool) -> bool:
-        """Whether it trains the mask head, or leaves it as it was."""
+    def keeps_masks(self, had_masks: bool, labels_have_masks: bool) -> bool:
+        """
+        Whether the trained model's masks mean something.
+
+        Args:
+            had_masks: whether they do before the first step.
+            labels_have_masks: whether any object of the training split has one.
+        """
         return labels_have_masks
 
     def state_dict(self) -> dict:

@@ -77,7 +77,8 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
         rest = (valid_data, model.config.image_size, batch_size, seed)
         valid_data = agreement_data(accelerator, objective.teacher, processor, *rest)
     warn_of_crowds(train_data, valid_data, model.config.detr_decoder_config.num_queries)
-    model.config.mask_supervision = objective.teaches_masks(has_some_masks(train_data.rows))
+    has_masks = has_some_masks(train_data.rows)
+    model.config.mask_supervision = objective.keeps_masks(model.config.mask_supervision, has_masks)
     valid_data.has_masks &= model.config.mask_supervision  # masks that nothing taught are not scored
     text, frozen = build_text(accelerator, arguments, model, processor, phrases)
     model, optimizer = prepare(accelerator, model, arguments.optimization)
