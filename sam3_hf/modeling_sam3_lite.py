@@ -292,7 +292,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             class_ids (`torch.LongTensor` of shape `(num_prompts,)`, *optional*): prompts by their places in
                 `config.vocabulary`, for a model that has one.
             criterion (`Callable`, *optional*): makes the output of the pass, instead of the losses on `labels` and the
-                predictions: what it asks the pass for is computed, and nothing else.
+                predictions: what it asks the pass for is computed, and nothing else. `labels` may then be those of the
+                first prompts only.
             kwargs: `return_dict`; all else is refused, `output_attentions` and `output_hidden_states` among it.
 
         Raises:
@@ -328,7 +329,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         if input_boxes is not None:
             input_boxes_labels = check_boxes(input_boxes, input_boxes_labels)
         prompts = assign_images(len(levels[0]), image_index, text, text_mask, input_boxes, input_boxes_labels)
-        if labels is not None and len(labels) != len(prompts.image_index):
+        unlabelled = 0 if labels is None else len(prompts.image_index) - len(labels)
+        if unlabelled < 0 or (unlabelled and criterion is None):
             raise ValueError(f"`labels` has {len(labels)} entries for {len(prompts.image_index)} prompts.")
         if labels is not None or criterion is not None:
             training_pass = TrainingPass(self, levels, summary, prompts, labels)

@@ -97,6 +97,15 @@ class DetectorOutput(ModelOutput):
             prompt_mask=None if self.prompt_mask is None else self.prompt_mask[index],
         )
 
+    def answers_from(self, first: int) -> DetectorOutput:
+        """What it says of the prompts from one on, without what only the mask head or labels need."""
+        return DetectorOutput(
+            logits=self.logits[:, first:],
+            boxes=self.boxes[:, first:],
+            presence_logits=self.presence_logits[:, first:],
+            encoded=self.encoded[first:],
+        )
+
 
 class Prompts(NamedTuple):
     """What the detector is asked, one row per prompt; see [`~Sam3LiteModel.forward`]."""

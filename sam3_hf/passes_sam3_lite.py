@@ -30,7 +30,7 @@ class TrainingPass:
         levels: vision maps `(images, hidden, h, w)` from fine to coarse.
         summary: tokens `(images, 1, hidden)` of prompts without boxes, or None.
         prompts: what is asked.
-        labels: see [`~Sam3LiteModel.forward`].
+        labels: see [`~Sam3LiteModel.forward`]; with a criterion, maybe of the first prompts only.
     """
 
     def __init__(
@@ -91,20 +91,24 @@ class TrainingPass:
 
     def label_loss(self, segmented: Segmented) -> tuple[Tensor, dict[str, Tensor]]:
         """
-        The loss on labels, and its terms; see [`~sam3_hf.loss_sam3_lite.sam3_lite_loss`].
+        The loss on labels, and its terms, of the prompts that have labels; see
+        [`~sam3_hf.loss_sam3_lite.sam3_lite_loss`].
 
         Args:
             segmented: at least those of `prompts_with_masks`.
         """
-        found, semantic = self.found, segmented.semantic
-        index = segmented.prompts.to(semantic.device, non_blocking=True)
+        found, count = self.found, len(self.labels)
+        labelled = int((segmented.prompts < count).sum())  # they are sorted
+        index = segmented.prompts[:labelled].to(segmented.semantic.device, non_blocking=True)
+        semantic = segmented.semantic[:labelled]
+        one_to_many = found.one_to_many_logits is not None
         outputs = DetectionOutputs(
-            logits=found.logits,
-            boxes=found.boxes,
-            presence_logits=found.presence_logits,
-            one_to_many_logits=found.one_to_many_logits,
-            one_to_many_boxes=found.one_to_many_boxes,
-            semantic_logits=semantic.new_zeros(len(self.labels), *semantic.shape[1:]).index_copy(0, index, semantic),
+            logits=found.logits[:, :count],
+            boxes=found.boxes[:, :count],
+            presence_logits=found.presence_logits[:, :count],
+            one_to_many_logits=found.one_to_many_logits[:, :count] if one_to_many else None,
+            one_to_many_boxes=found.one_to_many_boxes[:, :count] if one_to_many else None,
+            semantic_logits=semantic.new_zeros(count, *semantic.shape[1:]).index_copy(0, index, semantic),
         )
 
         def mask_logits(prompts: Tensor, queries: Tensor, one_to_many: bool) -> Tensor:

@@ -22,7 +22,7 @@ class PromptCollator:
         input_boxes: (prompts, boxes, 4) float32 cxcywh in [0, 1], and input_boxes_labels: (prompts, boxes) int64, 1 or
             -10 for padding: only if a prompt has a box
         input_ids, attention_mask: (prompts, 32) int64: only with a tokenizer
-        keys: list of (epoch, index), one per image: only for samples of `UnlabelledDataset`
+        keys: list of (epoch, index), one per image: only for samples of training
         original_sizes: list of (height, width), one per image; categories: (prompts,) int64; references: list, one per
             prompt: only for samples of `EvalDataset`
 

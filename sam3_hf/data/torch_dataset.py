@@ -33,7 +33,7 @@ class Sample:
             union of some of its masks would teach that the others are background.
         boxes: one per prompt: (4,) float32 cxcywh in [0, 1], or None.
         image_id: of the row.
-        key: (epoch, index) of a picture whose prompts are still to be chosen, otherwise None.
+        key: (epoch, index) of an image of training, otherwise None.
         original_size: (height, width) in pixels; evaluation only, as the following.
         categories: position of each prompt's concept in `concept_names`.
         references: one per prompt: what `sam3_hf.evaluation` takes as ground truth, crowd regions included.
@@ -115,6 +115,7 @@ class TrainDataset(Dataset):
             labels=labels,
             boxes=[_unit_box(prompt.box, self.image_size) for prompt in prompts],
             image_id=row["image_id"],
+            key=(epoch, index),
         )
 
     def _prompts(

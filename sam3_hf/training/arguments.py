@@ -283,6 +283,14 @@ class DistillationArguments:
         "learnt, 0 to 1. An absent concept teaches presence and scores only",
     )
     feature_steps: float = option(0.25, "share of the steps, from the first on, that train the feature pyramid alone")
+    retain_phrases: str | None = option(
+        None,
+        "text file, one phrase a line, of what shall not be forgotten while labels are learnt: for these phrases the "
+        "model keeps the teacher's answers, for others it follows the labels; with label_loss_weight above 0",
+    )
+    retain_share: float = option(
+        0.25, "share of the prompts, above 0 to 1, that ask for them, beside those for the dataset's categories"
+    )
     teacher_device: str | None = option(None, "where the teacher runs, e.g. cuda:1; beside the model if not given")
     calibrate: bool = option(
         False, "fit the mapping from the teacher to the training images before the first step; without --init"
@@ -299,8 +307,12 @@ class DistillationArguments:
             return
         for name in ("label_loss_weight", *self.weights()):
             check_range(self, name, 0)
-        for name in ("distill_confidence", "feature_steps"):
+        for name in ("distill_confidence", "feature_steps", "retain_share"):
             check_range(self, name, 0, 1)
+        if self.retain_phrases is not None and not self.label_loss_weight:
+            raise ValueError("retain_phrases goes with labels: set label_loss_weight above 0, or leave it out")
+        if self.retain_share == 0:
+            raise ValueError("retain_share must be above 0: at 0 nothing is asked for")
         if self.distill_temperature <= 0:
             raise ValueError(f"distill_temperature must be above 0, got {self.distill_temperature}")
         if not any([self.label_loss_weight, *self.weights().values()]):

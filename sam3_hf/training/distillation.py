@@ -27,6 +27,7 @@ from .distillation_terms import (
 )
 from .objectives import Objective
 from .phrase_choice import PhraseChoice
+from .retention import Retention
 from .teacher import Answers, Segments, Teacher
 
 LEVEL_WEIGHTS = (1.0, 0.5, 0.5)  # of the pyramid, fine to coarse: most of the masks is in the finest
@@ -41,9 +42,11 @@ class Distillation(Objective):
         layers: the teacher's decoder layer that each of the model's follows.
         by_number: whether a query follows that of the same number. Otherwise they are matched in each batch.
         choice: of the phrases for batches that come without; None if they come with them.
+        retention: what else the teacher is asked of labelled images. The others then follow their labels alone.
     """
 
     choice: PhraseChoice | None = None
+    retention: Retention | None = None
 
     def __init__(
         self,
@@ -94,35 +97,42 @@ class Distillation(Objective):
         return []
 
     def complete(self, batch: dict) -> dict:
-        return batch if self.choice is None else self.choice.ask(batch)
+        if self.choice is not None:
+            return self.choice.ask(batch)
+        return batch if self.retention is None else self.retention.add(batch)
 
     def __call__(self, model: nn.Module, batch: dict, inputs: dict) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.uses_labels:
             inputs = {name: value for name, value in inputs.items() if name != "labels"}
         device = inputs["pixel_values"].device
-        levels, answers = self.teacher(batch, device, self.uses_detector, self.learns_masks)
+        first = 0 if self.retention is None else len(batch["labels"])
+        levels, answers = self.teacher(prompts_from(batch, first), device, self.uses_detector, self.learns_masks)
         if self.choice is not None and answers is not None:
             self.choice.note(batch, answers.present)
-        outputs = model(**inputs, criterion=partial(self.compare, levels, answers))
+        outputs = model(**inputs, criterion=partial(self.compare, levels, answers, first))
         loss = outputs.loss
         if isinstance(model, DistributedDataParallel):  # it waits for a gradient of every parameter
             idle = [parameter.sum() for parameter in self.idle(model) if parameter.requires_grad]
             loss = loss + 0 * sum(idle)
         return loss, outputs.loss_dict
 
-    def compare(self, levels: tuple[Tensor, ...], answers: Answers | None, student: TrainingPass) -> Sam3LiteOutput:
+    def compare(
+        self, levels: tuple[Tensor, ...], answers: Answers | None, first: int, student: TrainingPass
+    ) -> Sam3LiteOutput:
         """
         The loss of a pass of the student, and its weighted terms.
 
         Args:
             levels, answers: what the teacher says.
+            first: the first prompt of the student that the teacher was asked too.
         """
         label_loss, losses, masks = 0.0, {}, None
         if answers is not None:
-            target, partners = self._target(student, answers)
-            segmented = self._segment(student, answers)
+            found = student.found.answers_from(first)
+            target, partners = self._target(found, answers)
+            segmented = self._segment(student, answers, first)
             if answers.segments is not None:
-                masks = pair_masks(student, answers, segmented, partners)
+                masks = pair_masks(student, answers, first, segmented, partners)
             if self.uses_labels:
                 weight = self.settings.label_loss_weight
                 label_loss, losses = student.label_loss(segmented)
@@ -131,7 +141,7 @@ class Distillation(Objective):
             terms = {"features": feature_term(student.levels, levels)}
             if answers is not None:
                 counts = count(answers, target, masks)
-                terms |= detector_terms(student.found, answers, target, counts, self.settings.distill_temperature)
+                terms |= detector_terms(found, answers, target, counts, self.settings.distill_temperature)
                 if masks is not None:
                     terms |= mask_terms(masks, counts, student.model.config.loss_config)
         weights = self.settings.weights()
@@ -139,9 +149,9 @@ class Distillation(Objective):
         loss = torch.stack(list(terms.values())).sum() + label_loss
         return Sam3LiteOutput(loss=loss, loss_dict=losses | {name: term.detach() for name, term in terms.items()})
 
-    def _target(self, student: TrainingPass, answers: Answers) -> tuple[Target, Tensor | None]:
+    def _target(self, own: DetectorOutput, answers: Answers) -> tuple[Target, Tensor | None]:
         """What the student's queries follow, and their partners among the teacher's if they had to be matched."""
-        found, own = answers.found, student.found
+        found = answers.found
         presence = found.presence_logits[self.layers]
         target = Target(found.logits[self.layers], found.boxes[self.layers], answers.trust, presence)
         if self.by_number:
@@ -149,9 +159,9 @@ class Distillation(Objective):
         partners = match_queries(own.logits, own.boxes, target)
         return in_order(target, partners), partners
 
-    def _segment(self, student: TrainingPass, answers: Answers) -> Segmented | None:
+    def _segment(self, student: TrainingPass, answers: Answers, first: int) -> Segmented | None:
         """Runs the mask head, once, for the prompts that the teacher has masks of, or the labels."""
-        wanted = [] if answers.segments is None else [answers.segments.segmented]
+        wanted = [] if answers.segments is None else [answers.segments.segmented + first]
         if self.uses_labels:
             wanted.append(student.prompts_with_masks())
         return student.segment(torch.cat(wanted).unique()) if wanted else None
@@ -195,11 +205,22 @@ class Counts(NamedTuple):
     masks: Tensor
 
 
-def pair_masks(student: TrainingPass, answers: Answers, segmented: Segmented, partners: Tensor | None) -> MaskPairs:
+def prompts_from(batch: dict, first: int) -> dict:
+    """A batch with the prompts from one on, for a teacher; those before it may have boxes, if it is not the first."""
+    if first == 0:
+        return batch
+    kept = {"phrases": batch["phrases"][first:], "image_index": batch["image_index"][first:]}
+    return {"pixel_values": batch["pixel_values"], **kept}
+
+
+def pair_masks(
+    student: TrainingPass, answers: Answers, first: int, segmented: Segmented, partners: Tensor | None
+) -> MaskPairs:
     """
     Computes the student's masks of the queries that the teacher is confident of, in the caller's autocast state.
 
     Args:
+        first: the first prompt of the student that the teacher was asked too.
         segmented: at least the prompts that the teacher segmented.
         partners: of `match_queries`, if queries had to be matched.
     """
@@ -210,9 +231,9 @@ def pair_masks(student: TrainingPass, answers: Answers, segmented: Segmented, pa
         kept = queries >= 0
         prompts, queries, goal = prompts[kept], queries[kept], goal[kept.to(goal.device)]
     device = answers.present.device
-    rows = torch.searchsorted(segmented.prompts, said.segmented).to(device)
+    rows = torch.searchsorted(segmented.prompts, said.segmented + first).to(device)
     return MaskPairs(
-        own=student.masks(segmented, prompts, queries),
+        own=student.masks(segmented, prompts + first, queries),
         goal=goal,
         own_semantic=segmented.semantic[rows],
         goal_semantic=said.semantic,
