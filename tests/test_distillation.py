@@ -16,7 +16,9 @@ from sam3_hf.training.arguments import DistillationArguments, parse_arguments
 from sam3_hf.training.compatibility import check_compatible
 from sam3_hf.training.distillation import LEVEL_WEIGHTS, Distillation
 from sam3_hf.training.model import build_model, calibrated_model, decoder_layers
+from sam3_hf.training.objectives import Labels
 from sam3_hf.training.phrases import TokenizedText
+from sam3_hf.training.retention import Retention
 from sam3_hf.training.teacher import Teacher, check_comparable, load_teacher, usable_device
 
 PHRASES = ["red circle", "blue square", "green star"]
@@ -351,3 +353,24 @@ def test_a_run_does_not_go_on_without_its_teacher():
     check_compatible(state("--teacher", "x"), state("--teacher", "moved/x"))
     with pytest.raises(ValueError, match="teacher: x there, None here"):
         check_compatible(state("--teacher", "x"), state())
+
+
+def test_retained_phrases_follow_the_teacher_and_the_others_their_labels():
+    model = micro_model()
+    teacher = teacher_of(micro_model(seed=1))
+    batch = {**batch_of(), "keys": [(0, 3), (0, 5)]}
+    objective = objective_for(model, teacher, label_loss_weight=1.0)
+    objective.retention = Retention(PHRASES, 2, seed=0)
+    asked = objective.complete(batch)
+    assert asked["phrases"][:3] == batch["phrases"] and asked["image_index"].tolist() == [0, 0, 1, 0, 0, 1, 1]
+    assert asked["input_boxes"].shape[0] == 7 and (asked["input_boxes_labels"][3:] == -10).all()
+    assert objective.complete(batch)["phrases"] == asked["phrases"]  # the keys decide
+    _, terms = loss_of(objective, model, asked)
+
+    _, labels = loss_of(Labels(), model, batch)
+    for name, value in labels.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-4, msg=name)
+    retained = {name: asked[name][3:] for name in ("phrases", "image_index")} | {"pixel_values": asked["pixel_values"]}
+    _, taught = loss_of(objective_for(model, teacher), model, {**retained, "labels": None})
+    for name in set(TERMS) - {"masks"}:  # at points drawn by chance
+        torch.testing.assert_close(terms[f"distill_{name}"], taught[f"distill_{name}"], rtol=1e-4, atol=1e-5, msg=name)

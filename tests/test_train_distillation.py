@@ -65,6 +65,8 @@ def steps_of(folder: Path, run: str = "run") -> list[dict]:
 def test_killed_and_resumed_is_as_if_nothing_had_happened(folder, data):
     """With accumulation, averaged weights and labels; the mapping is accounted for, the teacher in no checkpoint."""
     settings = {**SETTINGS, "gradient_accumulation_steps": 2, "ema_decay": 0.9, "label_loss_weight": 0.5}
+    (folder / "retain.txt").write_text("teapot\nred circle\nsmall dog\n")
+    settings |= {"retain_phrases": "retain.txt", "retain_share": 0.5}
     finished = train(folder, data, **settings, output_dir="whole")
     assert finished.returncode == 0, finished.stderr
     killed = train(folder, data, program=launcher(folder, KILLED), **settings)
@@ -82,6 +84,13 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(folder, data):
     ]
     for name in ("final/model.safetensors", "checkpoints/last/model.safetensors", "checkpoints/last/ema.safetensors"):
         assert (folder / "run" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+    lines = list(map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines()))
+    (before,) = [line for line in lines if line["kind"] == "retention"]
+    (evaluation,) = [line for line in lines if line["kind"] == "eval"]
+    retained = {name: value for name, value in before.items() if name.startswith("retention_")}
+    assert "retention_segm_AP" in retained and retained.keys() <= evaluation.keys()
+    provenance = json.loads((folder / "run" / "final" / "provenance.json").read_text())
+    assert provenance["retained_before"] == retained
     report = json.loads((folder / "run" / "final" / "mapping_report.json").read_text())
     assert report["layers"]["detr_decoder.layers"] == [0, 2] and report["source"] == "teacher"
     last = folder / "run" / "checkpoints" / "last"

@@ -388,6 +388,12 @@ def _settings(provenance: dict) -> list[tuple[str, str]]:
     arguments = provenance["arguments"]
     rows = [("steps", provenance["steps"]), ("images per step", provenance["images_per_step"])]
     rows += [(name.replace("_", " "), arguments[name]) for name in SETTINGS if arguments.get(name) is not None]
+    after = (provenance.get("best") or {}).get("scores", {})
+    for name, before in (provenance.get("retained_before") or {}).items():
+        if name in after and name.endswith("cgF1"):
+            score = name.removeprefix("retention_")
+            said = f"agreement with the teacher on phrases that were not trained ({score}), before and after"
+            rows.append((said, f"{before:.3f}, {after[name]:.3f}"))
     return [(name, markdown(value)) for name, value in rows]
 
 

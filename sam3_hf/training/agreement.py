@@ -1,6 +1,7 @@
 """A teacher's answers as ground truth: how far a student agrees with it, where nobody labelled the pictures."""
 
 import logging
+from collections.abc import Sequence
 
 import datasets
 import numpy as np
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import convert_to_fp32, gather_object
 
 from ..data import EvalDataset, eval_batches, make_loader
-from ..data.rows import RawSplit, build_dataset, concept_names
+from ..data.rows import RawSplit, build_dataset
 from ..evaluation.loop import model_inputs, prediction_rows, prompt_chunks
 from ..evaluation.rows import CONFIDENT
 from ..processing_sam3_lite import Sam3LiteProcessor
@@ -27,6 +28,7 @@ def agreement_data(
     teacher: Teacher,
     processor: Sam3LiteProcessor,
     rows: datasets.Dataset,
+    concepts: Sequence[str],
     image_size: int,
     batch_size: int,
     seed: int,
@@ -37,19 +39,19 @@ def agreement_data(
 
     Args:
         processor: the student's; but for the tokenizer, it is the teacher's as well.
-        rows: pictures; their objects are not looked at. Their concepts are what is asked for, at most `MOST_PHRASES`
-            of them by chance.
+        rows: pictures; their objects are not looked at.
+        concepts: what is asked for, at most `MOST_PHRASES` of them by chance. The teacher has their features.
         image_size: side of the models' input in pixels.
         batch_size: pictures at once.
         seed: of the choice of phrases.
     """
-    concepts = concept_names(rows)
     if len(concepts) > MOST_PHRASES:
         chosen = np.random.default_rng([seed, STREAM]).choice(len(concepts), MOST_PHRASES, replace=False)
         concepts = [concepts[index] for index in np.sort(chosen)]
     table = rows.select_columns(["image_id", "file_name", "width", "height"])
     bare = [{**row, "objects": []} for row in table]
     images = list(rows.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))["image"])
+    concepts = list(concepts)
     split = RawSplit("validation", "the teacher", bare, images, concepts)
     numbers = {concept: index for index, concept in enumerate(concepts)}
     asked = EvalDataset(build_dataset(split, concepts, numbers), image_size)

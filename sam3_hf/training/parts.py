@@ -1,6 +1,7 @@
 """What a run trains with: everything that is made before the first step."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from .accelerator import prepare
 from .agreement import agreement_data
 from .arguments import Arguments
 from .checkpoints import write_frozen
-from .data import load_data, load_unlabelled, warn_of_crowds
+from .data import load_data, load_unlabelled, read_words, warn_of_crowds
 from .distillation import Distillation
 from .model import (
     build_model,
@@ -28,7 +29,10 @@ from .model import (
 from .objectives import Labels, Objective
 from .phrase_choice import phrase_choice
 from .phrases import FrozenText, TokenizedText, build_text, phrases_of
+from .retention import Retention
 from .teacher import load_teacher
+
+RETENTION_PICTURES = 40  # on which it is measured what was not forgotten
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Parts:
         model, optimizer: as returned by `accelerator.prepare`.
         text: turns phrases into the model's text inputs.
         objective: what the steps minimise.
+        retention_data: validation pictures with the teacher's answers to phrases that shall not be forgotten, or None.
         frozen: weights that neither train nor are part of the model while others do, or None.
     """
 
@@ -50,6 +55,7 @@ class Parts:
     text: TokenizedText | FrozenText
     train_data: TrainDataset
     valid_data: EvalDataset
+    retention_data: EvalDataset | None = None
     frozen: dict[str, torch.Tensor] | None = None
 
 
@@ -68,14 +74,28 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
         model = build_model(arguments, checkpoint)
         train_data, valid_data = load(accelerator, arguments, model.config.image_size)
     processor = build_processor(arguments, model.config, checkpoint)
-    phrases = phrases_of(train_data, valid_data if isinstance(valid_data, EvalDataset) else None)
+    retained = phrases_to_retain(arguments, train_data)
+    phrases = phrases_of(train_data, valid_data if isinstance(valid_data, EvalDataset) else None) + retained
     objective = build_objective(accelerator, arguments, model, phrases, checkpoint)
     if arguments.without_labels:
         objective.choice = phrase_choice(train_data)
+    teacher_says = partial(
+        agreement_data,
+        accelerator,
+        getattr(objective, "teacher", None),
+        processor,
+        image_size=model.config.image_size,
+        batch_size=arguments.output.eval_batch_size,
+        seed=arguments.optimization.seed,
+    )
     if not isinstance(valid_data, EvalDataset):
-        batch_size, seed = arguments.output.eval_batch_size, arguments.optimization.seed
-        rest = (valid_data, model.config.image_size, batch_size, seed)
-        valid_data = agreement_data(accelerator, objective.teacher, processor, *rest)
+        valid_data = teacher_says(rows=valid_data, concepts=train_data.concepts)
+    retention_data = None
+    if retained:
+        per_image = max(1, round(arguments.distillation.retain_share * arguments.data.prompts_per_image))
+        objective.retention = Retention(retained, per_image, arguments.optimization.seed)
+        rows = valid_data.rows.select(range(min(len(valid_data), RETENTION_PICTURES)))
+        retention_data = teacher_says(rows=rows, concepts=retained)
     warn_of_crowds(train_data, valid_data, model.config.detr_decoder_config.num_queries)
     has_masks = has_some_masks(train_data.rows)
     model.config.mask_supervision = objective.keeps_masks(model.config.mask_supervision, has_masks)
@@ -92,8 +112,15 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
         text=text,
         train_data=train_data,
         valid_data=valid_data,
+        retention_data=retention_data,
         frozen=frozen,
     )
+
+
+def phrases_to_retain(arguments: Arguments, train_data: TrainDataset) -> list[str]:
+    """Those of --retain_phrases that the dataset has no labels for."""
+    given = read_words(arguments.distillation.retain_phrases)
+    return [phrase for phrase in given if phrase not in {*train_data.concepts, *train_data.sampling.negative_words}]
 
 
 def build_objective(

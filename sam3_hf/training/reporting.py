@@ -156,7 +156,8 @@ def main_scores(scores: dict) -> dict[str, float]:
 
 def log_scores(epoch: float, scores: dict) -> None:
     """The main scores of an evaluation, and a table of those per class."""
-    figures = ", ".join(f"{name} {value:.4f}" for name, value in main_scores(scores).items())
+    shown = main_scores(scores) | {name: value for name, value in scores.items() if name.startswith("retention_")}
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
     logger.info("epoch %.2f, validation: %s", epoch, figures)
     if scores["IL_MCC"] is None:
         logger.info("cgF1 and IL_MCC are not defined: every picture has every concept, or none has any")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, set_seed
 
-from ..data import BatchKeys, make_loader, steps_per_epoch
+from ..data import BatchKeys, EvalDataset, make_loader, steps_per_epoch
 from ..data.workers import batches_of
 from ..evaluation.cgf1 import presence_is_defined
 from ..evaluation.loop import Pictures, evaluate
@@ -36,6 +36,7 @@ class Run:
     Attributes:
         loop: takes the steps and counts them.
         evaluated: the step of the last evaluation, 0 before the first.
+        retained_before: scores of retention before the first step, or None.
         best: {"step", "metric", "value", "scores"} of the best evaluation, or None.
         origin: where the weights started from, as a dict.
         batch_size: images per process and forward pass.
@@ -55,6 +56,7 @@ class Run:
         self.arguments, self.accelerator, self.model = parts.arguments, parts.accelerator, parts.model
         self.processor, self.text = parts.processor, parts.text
         self.train_data, self.valid_data = parts.train_data, parts.valid_data
+        self.retention_data, self.retained_before = parts.retention_data, None
         self.folder = Path(self.arguments.output.output_dir)
         self.evaluated, self.best = 0, None
         if self.metric_for_best().startswith("segm") and not self.valid_data.has_masks:
@@ -152,6 +154,7 @@ class Run:
             "overflows": self.loop.overflows,
             "evaluated": self.evaluated,
             "best": self.best,
+            "retained_before": self.retained_before,
             "origin": self.origin,
             "batch_size": self.batch_size,
             "images_per_step": self.images_per_step,
@@ -181,6 +184,7 @@ class Run:
         check_compatible(saved, self.state())
         self.loop.resume(checkpoint, saved)
         self.evaluated, self.best = saved["evaluated"], saved["best"]
+        self.retained_before = saved.get("retained_before")
         logger.info("going on from %s, step %d", checkpoint, self.step)
         if checkpoint.resolve() == self.last.resolve():
             self._name_checkpoint(checkpoint)  # a kill may have come between the two
@@ -204,25 +208,12 @@ class Run:
         Returns:
             Whether it was done; a stop signal to any process ends it, and the resumed run does it again.
         """
-        output = self.arguments.output
         pictures = self.folder / "predictions" / f"epoch_{math.ceil(self.epoch)}"
-        set_seed(self.arguments.optimization.seed)  # mask losses sample points: the same ones each time
-        with self.weights_to_judge():
-            scores = evaluate(
-                self.accelerator,
-                self.model,
-                self.processor,
-                self.text,
-                self.valid_data,
-                batch_size=output.eval_batch_size,
-                num_workers=self.arguments.data.num_workers,
-                worker_init_fn=leave_signals_to_the_parent,
-                stop=lambda: any_process(self.accelerator, stop.received is not None),
-                pictures=Pictures(pictures, output.prediction_images),
-            )
-        (scores,) = broadcast_object_list([scores])
-        if scores is None:
+        scores = self._scores(self.valid_data, stop, Pictures(pictures, self.arguments.output.prediction_images))
+        retained = None if scores is None else self.retention(stop)
+        if scores is None or retained is None:
             return False
+        scores |= retained
         self.evaluated = self.step
         self.note_if_best(scores)
         log_scores(self.epoch, scores)
@@ -232,6 +223,44 @@ class Run:
             replace_state(self.last, self.state())
         self._name_checkpoint(self.last)
         return True
+
+    def retention(self, stop: StopSignal) -> dict[str, float] | None:
+        """How far the model agrees with its teacher on the phrases to retain; None after a stop."""
+        if self.retention_data is None:
+            return {}
+        scores = self._scores(self.retention_data, stop)
+        if scores is None:
+            return None
+        return {f"retention_{name}": score for name, score in main_scores(scores).items() if name != "loss"}
+
+    def measure_before(self, metrics: Metrics | None, stop: StopSignal) -> bool:
+        """Notes what there is to be retained before the first step. Returns whether that was done, not stopped."""
+        self.retained_before = self.retention(stop)
+        if self.retained_before:
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in self.retained_before.items())
+            logger.info("before the first step: %s", figures)
+            if metrics:
+                metrics.write("retention", self.step, {"epoch": self.epoch, **self.retained_before})
+        return self.retained_before is not None
+
+    def _scores(self, data: EvalDataset, stop: StopSignal, pictures: Pictures | None = None) -> dict | None:
+        """Those of `evaluate`, in all processes; None after a stop."""
+        set_seed(self.arguments.optimization.seed)  # mask losses sample points: the same ones each time
+        with self.weights_to_judge():
+            scores = evaluate(
+                self.accelerator,
+                self.model,
+                self.processor,
+                self.text,
+                data,
+                batch_size=self.arguments.output.eval_batch_size,
+                num_workers=self.arguments.data.num_workers,
+                worker_init_fn=leave_signals_to_the_parent,
+                stop=lambda: any_process(self.accelerator, stop.received is not None),
+                pictures=pictures,
+            )
+        (scores,) = broadcast_object_list([scores])
+        return scores
 
     def weights_to_judge(self) -> AbstractContextManager:
         """Puts the averaged weights, if there are any, into the model for the time of a `with` block."""
@@ -297,6 +326,7 @@ class Run:
                 "hub_id": data if on_hub else None,
             },
             "best": self.best,
+            "retained_before": self.retained_before,
             "arguments": state["arguments"],
         }
 

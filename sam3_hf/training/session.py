@@ -70,6 +70,8 @@ def _start(arguments: Arguments) -> Run:
 
 def train(run: Run, metrics: Metrics | None, stop: StopSignal) -> None:
     """Takes the steps that are left, or those until a signal; reports, saves and evaluates on the way."""
+    if run.step == 0 and not run.measure_before(metrics, stop):
+        return
     if run.evaluation_due():  # the run was stopped before it
         run.save()
         if not run.evaluate(metrics, stop):
