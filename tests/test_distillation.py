@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_labels, micro_config, shake
 from PIL import Image
+from torch.distributed.fsdp import fully_shard
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.data.collate import PromptCollator
@@ -160,6 +161,57 @@ def test_labels_are_looked_at_only_with_a_weight():
     sampled = {"loss_mask_focal", "loss_mask_dice"}  # at random points
     for name in expected.keys() - sampled:
         assert own[name].item() == pytest.approx(expected[name].item() / 2, rel=1e-4), name
+
+
+@pytest.mark.parametrize("label_weight", [0.0, 1.0])
+def test_under_autocast_terms_are_float32(label_weight):
+    """Nearly those of float32, with the teacher in half precision as well."""
+    model, teacher, batch = shake(micro_model(), 1), teacher_of(micro_model()), batch_of()
+    settings = {"label_loss_weight": label_weight, "distill_masks_weight": 0.0}  # masks meet at random points
+    _, exact = loss_of(objective_for(model, teacher, **settings), model, batch)
+    teacher.model.to(torch.bfloat16)
+    objective = objective_for(model, teacher, **settings)
+    assert objective.by_number
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, terms = loss_of(objective, model, batch)
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    for name in ("distill_features", "distill_encoder", "distill_boxes", "distill_semantic"):
+        assert terms[name].dtype == torch.float32
+        assert terms[name].item() == pytest.approx(exact[name].item(), rel=0.1), name
+
+
+def test_over_sharded_weights():
+    """As under FSDP, in steps of features alone and in others: the loss and the gradients of whole weights."""
+    model, teacher, batch = shake(micro_model(), 1), teacher_of(micro_model()), batch_of()
+    objective = objective_for(model, teacher, feature_steps=0.5)
+    expected = []
+    for step in (1, 2):
+        objective.start_step(step, 2)
+        loss, _ = loss_of(objective, model, batch)
+        expected.append((loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for layer in model.detr_decoder.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        for step, (loss, gradients) in zip((1, 2), expected, strict=True):
+            objective.start_step(step, 2)
+            found, _ = loss_of(objective, model, batch)
+            assert found.item() == pytest.approx(loss, rel=1e-5)
+            own = {name: p.grad.to_local() for name, p in model.named_parameters() if p.grad is not None}
+            assert own.keys() == gradients.keys()
+            assert all(torch.allclose(own[name], gradients[name], atol=1e-4, rtol=1e-3) for name in own)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_teacher_that_overflows_is_named():
+    model, teacher = micro_model(1), teacher_of(micro_model())
+    teacher.model.half()
+    with torch.no_grad():
+        teacher.model.vision_encoder.neck.fpn_layers[0].proj2.weight.fill_(6e4)
+    with pytest.raises(ValueError, match="what the teacher says is not finite in float16: use --mixed_precision bf16"):
+        loss_of(objective_for(model, teacher), model, batch_of())
 
 
 def test_other_numbers_of_queries_and_layers():

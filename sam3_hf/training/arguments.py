@@ -424,7 +424,7 @@ class Arguments:
     @property
     def source(self) -> str | None:
         """Where the first weights come from: --init, or else --teacher; None if they are random."""
-        return self.model.init or self.distillation.teacher
+        return self.distillation.teacher if self.model.init is None else self.model.init
 
     def flat(self) -> dict:
         """All fields in one dict, as a YAML file would hold them."""

@@ -80,12 +80,22 @@ class Teacher:
 
         Returns:
             The feature pyramid, three maps `(images, hidden, h, w)` from fine to coarse, and the answers.
+
+        Raises:
+            ValueError: they are not finite.
         """
         shown = {name: values for name, values in batch.items() if name != "labels"}
         inputs = model_inputs(shown, self.text, self.model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         with torch.autocast(self.model.device.type, enabled=False):
-            return self.model(**inputs, criterion=partial(self._answer, device, detector, masks))
+            levels, answers = self.model(**inputs, criterion=partial(self._answer, device, detector, masks))
+        said = levels if answers is None else (*levels, answers.found.logits, answers.found.boxes, answers.trust)
+        if not torch.stack([values.isfinite().all() for values in said]).all():
+            raise ValueError(
+                f"what the teacher says is not finite in {str(self.model.dtype).removeprefix('torch.')}: use "
+                "--mixed_precision bf16, in which it does not overflow, or --teacher_device cpu"
+            )
+        return levels, answers
 
     def _answer(self, device: torch.device, detector: bool, masks: bool, asked: TrainingPass) -> tuple:
         levels = tuple(level.to(device) for level in asked.levels)
