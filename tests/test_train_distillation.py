@@ -88,7 +88,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(folder, data):
     (before,) = [line for line in lines if line["kind"] == "retention"]
     (evaluation,) = [line for line in lines if line["kind"] == "eval"]
     retained = {name: value for name, value in before.items() if name.startswith("retention_")}
-    assert "retention_segm_AP" in retained and retained.keys() <= evaluation.keys()
+    assert "retention_bbox_AP" in retained and retained.keys() <= evaluation.keys()
     provenance = json.loads((folder / "run" / "final" / "provenance.json").read_text())
     assert provenance["retained_before"] == retained
     report = json.loads((folder / "run" / "final" / "mapping_report.json").read_text())
@@ -139,7 +139,7 @@ def test_pictures_without_labels_killed_and_resumed(folder, pictures):
     settings = {**SETTINGS, **pictures, "max_steps": 10, "feature_steps": 0.0}
     finished = train(folder, "pictures", **settings, output_dir="whole")
     assert finished.returncode == 0, finished.stderr
-    assert "validation: 3 pictures without labels, 4 phrases; the teacher finds" in finished.stderr
+    assert "validation: 3 pictures, 4 phrases; the teacher finds" in finished.stderr
     killed = train(folder, "pictures", program=launcher(folder, KILLED), **settings)
     assert killed.returncode == -signal.SIGKILL
     finished = train(folder, "pictures", "--resume", "auto", **settings)

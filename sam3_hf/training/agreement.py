@@ -65,8 +65,10 @@ def agreement_data(
     for row in bare:
         row["objects"] = objects.get(row["image_id"], [])
     count = sum(map(len, objects.values()))
-    text = "validation: %d pictures without labels, %d phrases; the teacher finds %d objects, which count as truth"
+    text = "validation: %d pictures, %d phrases; the teacher finds %d objects, which count as truth"
     logger.info(text, len(bare), len(concepts), count)
+    if not count:
+        logger.warning("the teacher finds nothing there: how far the model agrees with it cannot be measured")
     return EvalDataset(build_dataset(split, concepts, numbers), image_size)
 
 
