@@ -83,6 +83,8 @@ def label(
             from ..prediction.label_folder import LabelFolder
 
             settings = PredictionSettings(threshold, mask_threshold, max_detections, nms_iou, tile_size, tile_overlap)
+            if not 0 <= valid_share < 1:
+                raise ValueError(f"--valid-share {valid_share} must be 0 or more and less than 1.")
             words = distinct_phrases(prompt)
             thresholds = read_thresholds(phrase_threshold or [], words)
             prompts = [Prompt(word, threshold=thresholds.get(word)) for word in words]

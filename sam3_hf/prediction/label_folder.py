@@ -61,14 +61,12 @@ class LabelFolder(PredictionFolder):
         seed: of the split.
 
     Raises:
-        ValueError: as there, or the share is out of its range.
+        ValueError: as there.
     """
 
     def __init__(
         self, folder: Path, settings: dict, overlays: bool, *, images: str, masks: str, valid_share: float, seed: int
     ):
-        if not 0 <= valid_share < 1:
-            raise ValueError(f"--valid-share {valid_share} must be 0 or more and less than 1.")
         choices = {"images": images, "masks": masks, "valid_share": valid_share, "seed": seed}
         super().__init__(folder, {**settings, **choices}, overlays, masks=False)
         self.images, self.polygons = images, masks == "polygon"
