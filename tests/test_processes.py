@@ -111,6 +111,20 @@ def test_a_process_that_is_gone_is_not_waited_for(tmp_path):
     assert not (tmp_path / FOLDER).exists()
 
 
+def test_a_second_command_stops_at_once(tmp_path):
+    first = Processes()
+    first.enter(tmp_path)
+    if not (child := os.fork()):
+        try:
+            Processes().enter(tmp_path)
+        except OSError as error:
+            os._exit(7 if "another command writes into" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    first.gather(tmp_path, Outcome())
+    Processes().enter(tmp_path)
+
+
 def test_every_picture_is_in_one_share():
     shares = [Processes(index, 3).share(range(10)) for index in range(3)]
     assert sorted(sum(shares, [])) == list(range(10)) and max(map(len, shares)) == 4

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +24,8 @@ except ImportError:  # not on Windows
 
 T = TypeVar("T")
 
-FOLDER = ".processes"  # in the folder that is written, while several processes do it
+FOLDER = ".processes"  # in the folder that is written, while it is
+LONGEST_START = timedelta(hours=2)  # in which the main process may have to download a model
 PAUSE = 0.2  # seconds between two looks at what the others have done
 
 
@@ -78,7 +80,7 @@ class Processes:
         from accelerate.utils import parse_flag_from_env
 
         without_gpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-        state = PartialState(cpu=without_gpu or device == "cpu")
+        state = PartialState(cpu=without_gpu or device == "cpu", timeout=LONGEST_START)
         return cls(state.process_index, state.num_processes, state)
 
     @property
@@ -120,18 +122,24 @@ class Processes:
 
     def enter(self, folder: Path) -> None:
         """
-        Shows the others that this process is at work, until it ends; removes what an earlier command left of its own.
-        To be called within `in_turn`.
+        Holds a lock in the folder until this process ends, which the others look at; removes what an earlier command
+        left there of its own. To be called within `in_turn`.
 
         Args:
             folder: that all write into.
+
+        Raises:
+            OSError: another command writes into it.
         """
+        lock = _lock_of(folder, self.index)
+        lock.parent.mkdir(exist_ok=True)
+        self._lock = lock.open("a")
+        if not _take(self._lock, without_locks=True):
+            raise OSError(f"another command writes into {folder}: wait for its end, or choose another --output")
         if self.is_main:
-            shutil.rmtree(folder / FOLDER, ignore_errors=True)
-        if self.count > 1:
-            (folder / FOLDER).mkdir(exist_ok=True)
-            self._lock = _lock_of(folder, self.index).open("a")
-            _take(self._lock)
+            for path in lock.parent.iterdir():
+                if path != lock:
+                    path.unlink()
 
     def share(self, items: Sequence[T]) -> list[T]:
         """Those of this process; each item is in the share of one."""
@@ -175,18 +183,25 @@ def _wait_for(folder: Path, index: int, count: int) -> None:
 
 def _is_gone(folder: Path, index: int) -> bool:
     with _lock_of(folder, index).open("a") as file:
-        return _take(file)
+        return _take(file, without_locks=False)
 
 
-def _take(file) -> bool:
-    """Takes the lock of a file, for as long as it is open; False if another process has it, or there are no locks."""
+def _take(file, without_locks: bool) -> bool:
+    """
+    Takes the lock of a file, for as long as it is open; whether it was free.
+
+    Args:
+        without_locks: what to say where there are no locks.
+    """
     if fcntl is None:
-        return False
+        return without_locks
     try:
         # Unlike that of flock, this lock is not handed down to forked processes, and network file systems have it.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         return False
+    except OSError:
+        return without_locks
     return True
 
 
