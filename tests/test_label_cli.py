@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import shake
 from PIL import Image
+from test_conversion import native_config, native_file
 from train_cases import train
 from typer.testing import CliRunner
 
-from sam3_hf import Prompt, Sam3LitePipeline, Sam3LiteProcessor
+from sam3_hf import Prompt, Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.cli import app
 from sam3_hf.data import concept_names, load_dataset_splits, segmentation_of
 from sam3_hf.prediction.output_folder import PredictionFolder
@@ -42,9 +44,9 @@ def pictures(tmp_path) -> Path:
 def label(saved, tmp_path):
     """Runs the command with two prompts, without worker processes; 20 detections per picture if nothing is said."""
 
-    def run(*arguments, output=tmp_path / "out", prompts=PROMPTS, threshold=0.0):
+    def run(*arguments, output=tmp_path / "out", prompts=PROMPTS, threshold=0.0, model=saved):
         words = [word for prompt in prompts for word in ("--prompt", prompt)]
-        options = ["--model", saved, "--output", output, "--threshold", threshold, "--mask-threshold", 0.4]
+        options = ["--model", model, "--output", output, "--threshold", threshold, "--mask-threshold", 0.4]
         options += ["--workers", 0, *words]  # of random weights, most masks are empty at 0.5
         limit = [] if "--max-detections" in arguments else ["--max-detections", 20]
         return CliRunner().invoke(app, ["label", *map(str, [*arguments, *options, *limit])])
@@ -108,6 +110,13 @@ def test_what_is_labelled_trains_with_no_further_step(label, pictures, tmp_path)
     finished = train(tmp_path, tmp_path / "out", max_steps=2, num_workers=0)
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
+def test_a_native_checkpoint_labels(label, pictures, tmp_path):
+    torch.manual_seed(0)
+    torch.save(native_file(shake(Sam3LiteModel(native_config()))), tmp_path / "sam3.pt")
+    assert label(pictures, model=tmp_path / "sam3.pt").exit_code == 0
+    assert coco(tmp_path / "out", "train")["images"]
 
 
 def test_pictures_without_detections_stay_as_negatives(label, pictures, tmp_path):

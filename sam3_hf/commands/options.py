@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 Inputs = Annotated[list[str], typer.Argument(help="Pictures: files, folders (to any depth), globs.")]
-Model = Annotated[str, typer.Option(help="Folder or Hub id of a model with its processor.")]
+Model = Annotated[str, typer.Option(help="Folder or Hub id of a model with its processor, or a .pt of Meta's.")]
 Prompts = Annotated[list[str], typer.Option(help="What to look for; several times for several things.")]
 Overlays = Annotated[bool, typer.Option("--overlays", help="Draw the detections over the pictures.")]
 Threshold = Annotated[float, typer.Option(help="Lowest score.")]

@@ -192,7 +192,7 @@ class Sam3LitePipeline:
     ) -> Sam3LitePipeline:
         """
         Args:
-            pretrained_model_name_or_path: folder or Hub id of a saved model and processor.
+            pretrained_model_name_or_path: folder or Hub id of a saved model and processor, or a `.pt` of Meta's.
             device: default: the GPU if there is one.
             dtype: default: float16 on a GPU, float32 on a CPU, which is slow in float16.
             kwargs: those of [`Sam3LiteModel.from_pretrained`]. Sizes are those of the checkpoint unless told.
@@ -202,6 +202,8 @@ class Sam3LitePipeline:
         kwargs.setdefault("preset", None if kwargs.get("config") is not None else "same")
         model = Sam3LiteModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs).to(device)
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        if os.path.isfile(pretrained_model_name_or_path):  # a checkpoint of Meta's
+            return cls(model, Sam3LiteProcessor.from_config(model.config))
         processor = Sam3LiteProcessor.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
         if "image_size" in kwargs:
             processor.image_processor = Sam3LiteProcessor.from_config(model.config).image_processor
