@@ -45,7 +45,7 @@ class Outcome:
 
     def add(self, other: Outcome) -> None:
         self.new, self.before = self.new + other.new, self.before + other.before
-        self.failures = dict(sorted((self.failures | other.failures).items()))
+        self.failures |= other.failures
 
 
 class Processes:
@@ -168,6 +168,7 @@ class Processes:
             failures = {int(position): message for position, message in found.pop("failures").items()}
             outcome.add(Outcome(**found, failures=failures))
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        outcome.failures = dict(sorted(outcome.failures.items()))
         return outcome
 
 
