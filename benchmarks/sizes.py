@@ -8,7 +8,7 @@ import sys
 import torch
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.configuration_sam3_lite import PRESETS
+from sam3_hf.presets_sam3_lite import PRESETS
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.configuration_sam3_lite import PRESETS
+from sam3_hf.presets_sam3_lite import PRESETS
 from sam3_hf.sharing.model_card import preset_card
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, Sam3Config
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
-from .limits_sam3_lite import check_multiple, check_values, read_config
+from .limits_sam3_lite import check_multiple, check_values, did_you_mean, read_config
+from .presets_sam3_lite import MLP_RATIO, PRESETS, preset_fields, spread_global_layers
 
 logger = logging.get_logger(__name__)
 
@@ -21,30 +21,6 @@ MAX_TOKENS = 32
 BOX_PADDING_LABEL = -10
 # Stands in for the text of a prompt that has only boxes.
 VISUAL_PHRASE = "visual"
-
-# Width of the ViT MLP relative to its hidden size: 4736 / 1024 in `facebook/sam3`.
-MLP_RATIO = 4.625
-
-# Epsilon of the ViT's LayerNorms in Meta's code (`sam3/model_builder.py`); Transformers' converter wrote 1e-6.
-VIT_LAYER_NORM_EPS = 1e-5
-
-# One row per preset: ViT width, depth, heads, global attention layers, DETR encoder and decoder depth.
-_FULL_SIZE_PRESETS = {
-    "standard": (1024, 32, 16, [7, 15, 23, 31], 6, 6),
-    "medium": (896, 28, 14, [6, 13, 20, 27], 4, 4),
-    "depth16": (1024, 16, 16, [6, 11, 13, 15], 4, 4),
-    "lite-plus": (768, 24, 12, [5, 11, 17, 23], 4, 6),
-    "lite": (768, 24, 12, [5, 11, 17, 23], 4, 4),
-    "small-plus": (512, 16, 8, [3, 7, 11, 15], 4, 6),
-    "small": (512, 16, 8, [3, 7, 11, 15], 4, 4),
-}
-# The same two-sided family in miniature: tiny is to tiny-standard what lite is to standard.
-_MINIATURE_PRESETS = {
-    "tiny-standard": (128, 8, 4, [3, 7], 6, 6),
-    "tiny-plus": (96, 6, 3, [2, 5], 4, 6),
-    "tiny": (96, 6, 3, [2, 5], 4, 4),
-}
-PRESETS = (*_FULL_SIZE_PRESETS, *_MINIATURE_PRESETS)
 
 # Names that `from_preset` takes beside the fields of the config itself, and where each one lives.
 _SHORT_NAMES = {
@@ -411,20 +387,6 @@ def check_vocabulary(classes: list[str]):
         raise ValueError(f"`vocabulary` has phrases more than once: {', '.join(map(repr, twice))}.")
 
 
-def preset_fields(name: str) -> dict:
-    """
-    The nested fields of a preset, as keyword arguments of [`Sam3LiteConfig`].
-
-    Raises:
-        ValueError: no preset of that name.
-    """
-    if name in _FULL_SIZE_PRESETS:
-        return _full_size_fields(*_FULL_SIZE_PRESETS[name])
-    if name in _MINIATURE_PRESETS:
-        return _miniature_fields(*_MINIATURE_PRESETS[name])
-    raise ValueError(f"There is no preset {name!r}{_did_you_mean(name, PRESETS)}. Presets: {', '.join(PRESETS)}.")
-
-
 def parameter_sizes(config: Sam3LiteConfig) -> tuple:
     """The fields that decide which parameters a model has and of which shapes."""
     vit, text = config.vision_config.backbone_config, config.text_config
@@ -442,81 +404,6 @@ def parameter_sizes(config: Sam3LiteConfig) -> tuple:
         config.detr_decoder_config.num_attention_heads,
         None if config.vocabulary is None else tuple(config.vocabulary),
     )
-
-
-def spread_global_layers(num_hidden_layers: int, num_global: int) -> list[int]:
-    """Indices of `num_global` global attention layers at the ends of equal periods, e.g. 24, 4 -> [5, 11, 17, 23]."""
-    count = min(num_global, num_hidden_layers)
-    return [(i + 1) * num_hidden_layers // count - 1 for i in range(count)]
-
-
-def _full_size_fields(width, depth, heads, global_layers, encoder_layers, decoder_layers) -> dict:
-    vit = {
-        "model_type": "sam3_vit_model",
-        "hidden_size": width,
-        "intermediate_size": round(width * MLP_RATIO),
-        "num_hidden_layers": depth,
-        "num_attention_heads": heads,
-        "global_attn_indexes": list(global_layers),
-        "layer_norm_eps": VIT_LAYER_NORM_EPS,
-    }
-    text = {
-        "model_type": "clip_text_model",
-        "vocab_size": 49408,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "projection_dim": 512,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "max_position_embeddings": 32,
-        "hidden_act": "gelu",
-    }
-    return {
-        "vision_config": {"backbone_config": vit},
-        "text_config": text,
-        "geometry_encoder_config": {},
-        "detr_encoder_config": {"num_layers": encoder_layers},
-        "detr_decoder_config": {"num_layers": decoder_layers},
-        "mask_decoder_config": {},
-        "loss_config": {},
-    }
-
-
-def _miniature_fields(width, depth, heads, global_layers, encoder_layers, decoder_layers) -> dict:
-    fields = _full_size_fields(width, depth, heads, global_layers, encoder_layers, decoder_layers)
-    fields["vision_config"]["fpn_hidden_size"] = 64
-    fields["vision_config"]["backbone_config"].update(
-        image_size=128, patch_size=8, pretrain_image_size=128, window_size=8
-    )
-    fields["text_config"].update(
-        vocab_size=1024,
-        hidden_size=64,
-        intermediate_size=256,
-        projection_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=1022,
-        eos_token_id=1023,
-        pad_token_id=1023,
-    )
-    transformer = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256, "dropout": 0.0}
-    fields["geometry_encoder_config"] = {**transformer, "num_layers": 2, "roi_size": 3}
-    fields["detr_encoder_config"].update(transformer)
-    fields["detr_decoder_config"].update(transformer, num_queries=50)
-    fields["mask_decoder_config"].update(hidden_size=64, num_attention_heads=4)
-    # The usual 0.02 suits a width of 1024; a narrow model would start with next to no signal in its branches.
-    for part in ("geometry_encoder_config", "detr_encoder_config", "detr_decoder_config", "mask_decoder_config"):
-        fields[part]["initializer_range"] = 0.1
-    fields["vision_config"]["backbone_config"]["initializer_range"] = 0.05
-    fields["initializer_range"] = 0.1
-    # Masks and classes have to be learnt from nothing here, and the class loss is divided by at least 200 queries.
-    fields["loss_config"] = {
-        "mask_num_points": 1024,
-        "class_loss_weight": 300.0,
-        "mask_focal_loss_weight": 600.0,
-        "mask_dice_loss_weight": 30.0,
-    }
-    return fields
 
 
 def _complete_vision_sizes(fields: dict, short: dict) -> dict:
@@ -596,12 +483,7 @@ def _check_keywords(config_class, keywords: dict, path: str, saved_version: str 
 
 
 def _unknown_field_message(field: str, known) -> str:
-    return f"`{field}` is no field of the configuration{_did_you_mean(field.rsplit('.', 1)[-1], known)}."
-
-
-def _did_you_mean(word: str, known) -> str:
-    close = difflib.get_close_matches(word, sorted(known), n=1)
-    return f"; did you mean `{close[0]}`?" if close else ""
+    return f"`{field}` is no field of the configuration{did_you_mean(field.rsplit('.', 1)[-1], known)}."
 
 
 def _valid_head_counts(hidden_size: int) -> list[int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from huggingface_hub import HfApi
@@ -14,10 +16,14 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError)  # what a user can mend; the type of others is named
+
+# Why a file of a repository was not had, as Transformers gives it as the cause of its own error.
+_NOT_HAD = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 
 
 def one_line(error: BaseException, memory_option: str = "--batch_size") -> str:
@@ -46,11 +52,28 @@ def joined(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in result)
 
 
-def missing_source(source: str | os.PathLike) -> OSError:
+@contextmanager
+def named_source(source: str | os.PathLike, token: str | bool | None = None) -> Iterator[None]:
+    """Raises what `missing_source` says instead of an error of the Hub, or of what lies on the way there."""
+    try:
+        yield
+    except OSError as error:
+        cause = error.__cause__
+        if os.path.exists(source) or not isinstance(cause, _NOT_HAD) or isinstance(cause, RevisionNotFoundError):
+            raise
+        raise missing_source(source, token) from error
+
+
+def missing_source(source: str | os.PathLike, token: str | bool | None = None) -> OSError:
     """
-    Why there is no model under this name, which is neither a folder nor a file here: no name of a repository, none
-    there, no access, or no network. Asks the Hub once.
+    Why there is no model under this name: a folder without one; or no name of a repository, none there, no access, or
+    no network. Asks the Hub once.
+
+    Args:
+        token: as in `from_pretrained`.
     """
+    if os.path.exists(source):
+        return FileNotFoundError(f"{source} has neither a config.json nor a .pt file of Meta's")
     try:
         validate_repo_id(os.fspath(source))
     except HFValidationError:
@@ -59,7 +82,7 @@ def missing_source(source: str | os.PathLike) -> OSError:
         )
     page = f"https://huggingface.co/{source}"
     try:
-        HfApi().auth_check(os.fspath(source))
+        HfApi(token=token).auth_check(os.fspath(source))
     except GatedRepoError:
         return PermissionError(f"no access to {source}: ask for it at {page}, then log in with 'hf auth login'")
     except RepositoryNotFoundError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -55,20 +58,32 @@ def check_multiple(field: str, value: int, divisor_name: str, divisor: int) -> N
         )
 
 
-def read_config(from_dict, fields: dict, **kwargs):
+def read_config(from_dict, fields: dict, source: str | os.PathLike | None = None, **kwargs):
     """
     `from_dict(fields, **kwargs)`, for the content of a file.
 
+    Args:
+        source: the folder or repository that it is of, for messages.
+
     Raises:
-        ValueError: whatever it raises.
+        ValueError: whatever it raises; the message names the source.
     """
+    where = "" if source is None else f"{source}: "
     try:
         return from_dict(fields, **kwargs)
-    except ValueError:
-        raise
+    except ValueError as error:
+        if source is None:
+            raise
+        raise ValueError(f"{where}{error}") from error
     except Exception as error:  # of any type, as the values of a damaged or foreign file may be
         reason = " ".join(str(error).split())
-        raise ValueError(f"config.json has a value that cannot be: {type(error).__name__}: {reason}.") from error
+        message = f"{where}config.json has a value that cannot be: {type(error).__name__}: {reason}."
+        raise ValueError(message) from error
 
 
 __all__ = ["check_multiple", "check_values", "read_config"]
+
+
+def did_you_mean(word: str, known) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""

@@ -15,7 +15,15 @@ from transformers.models.sam3.modeling_sam3 import Sam3PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_sam3_lite import SIZE_KEYWORDS, Sam3LiteConfig, parameter_sizes
-from .sources_sam3_lite import HUB_ARGUMENTS, config_fields, is_training_checkpoint, listed, safe_weights
+from .limits_sam3_lite import read_config
+from .sources_sam3_lite import (
+    HUB_ARGUMENTS,
+    check_pickled_index,
+    config_fields,
+    is_training_checkpoint,
+    listed,
+    safe_weights,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +39,16 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def _is_saved_model(source: str | os.PathLike | None, fields: dict | None) -> bool:
     """Whether the source is what `save_pretrained` of a lite model wrote, by its `config.json`."""
     return fields is not None and fields.get("model_type") == "sam3_lite" and not is_training_checkpoint(source)
+
+
+def _fields_of(source: str | os.PathLike, hub_arguments: dict) -> dict | None:
+    """`config_fields`, whose errors the package says more of where it is installed."""
+    try:
+        from sam3_hf.errors import named_source
+    except ImportError:
+        return config_fields(source, **hub_arguments)
+    with named_source(source, hub_arguments.get("token")):
+        return config_fields(source, **hub_arguments)
 
 
 class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
@@ -108,12 +126,12 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
             kwargs["use_safetensors"] = True  # else Transformers falls back to pickles
         source = pretrained_model_name_or_path
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        fields = None if source is None or os.path.isfile(source) else config_fields(source, **hub_arguments)
+        fields = None if source is None or os.path.isfile(source) else _fields_of(source, hub_arguments)
         if _is_saved_model(source, fields) and preset in (None, "same") and not SIZE_KEYWORDS & set(kwargs):
-            saved = cls.config_class.from_dict(fields)
+            saved = read_config(cls.config_class.from_dict, fields, source)
             if config is None or parameter_sizes(config) == parameter_sizes(saved):
-                if kwargs["use_safetensors"]:
-                    safe_weights(source, kwargs.get("variant"), **hub_arguments)
+                check = safe_weights if kwargs["use_safetensors"] else check_pickled_index
+                check(source, kwargs.get("variant"), **hub_arguments)
                 return cls._load(source, *model_args, config=config, **kwargs)
         plan = None
         if source is not None:

@@ -16,7 +16,7 @@ from transformers.utils import cached_file, logging
 
 from .boxes_sam3_lite import pack_boxes, relative_boxes
 from .configuration_sam3_lite import BOX_PADDING_LABEL, MAX_TOKENS, VISUAL_PHRASE
-from .sources_sam3_lite import HUB_ARGUMENTS
+from .sources_sam3_lite import HUB_ARGUMENTS, config_fields
 from .vocabulary_sam3_lite import check_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -111,7 +111,7 @@ class Sam3LiteProcessor(Sam3Processor):
             OSError: there is no such folder or repository, or it has no tokenizer.
         """
         source = pretrained_model_name_or_path
-        if not _has_tokenizer(source, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}):
+        if not cls.has_tokenizer(source, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}):
             raise OSError(
                 f"{source} has no tokenizer: tokenizer.json is missing. Copy it from the model that this one was made "
                 "of; CLIP's is written by `Sam3LiteProcessor.from_config(model.config).save_pretrained(folder)`."
@@ -137,13 +137,45 @@ class Sam3LiteProcessor(Sam3Processor):
             hub_arguments: `revision`, `token`, ... as there.
 
         Raises:
-            ValueError: the tokenizer is not that of the model.
+            ValueError: the tokenizer is not that of the model, or damaged.
         """
-        if source is None or os.path.isfile(source) or not _has_tokenizer(source, **hub_arguments):
+        if source is None or os.path.isfile(source) or not cls.has_tokenizer(source, **hub_arguments):
             return cls.from_config(config)
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub_arguments)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **hub_arguments)
+        except Exception as error:  # of any type, as a damaged file may be
+            raise ValueError(
+                f"{source}: its tokenizer cannot be read ({type(error).__name__}: {error}): get its files again."
+            ) from error
         check_tokenizer(tokenizer, config)
         return cls(_image_processor(config), tokenizer)
+
+    @classmethod
+    def of_origin(cls, source: str | os.PathLike | None, config, **hub_arguments) -> Sam3LiteProcessor:
+        """
+        As [`of_source`], for a model that was loaded before: its source may be gone, which gives a warning and CLIP's
+        tokenizer.
+        """
+        try:
+            there = not source or os.path.exists(source) or config_fields(source, **hub_arguments) is not None
+        except (OSError, ValueError):
+            there = False
+        if there:
+            return cls.of_source(source or None, config, **hub_arguments)
+        logger.warning(
+            f"{source}, which the model came from, cannot be read any more: its words are read with CLIP's tokenizer. "
+            "If it had another one, pass or copy that."
+        )
+        return cls.from_config(config)
+
+    @staticmethod
+    def has_tokenizer(source: str | os.PathLike, **hub_arguments) -> bool:
+        """Whether a folder or Hub repository has a tokenizer of its own."""
+
+        def has(name: str) -> bool:
+            return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments) is not None
+
+        return any(all(map(has, names)) for names in _TOKENIZER_FILES)
 
     def __call__(
         self,
@@ -275,13 +307,6 @@ class Sam3LiteProcessor(Sam3Processor):
                 masks = _full_masks(masks, (height, width), mask_threshold)
             results.append({"scores": scores[index][keep], "boxes": boxes, "masks": masks})
         return results
-
-
-def _has_tokenizer(source: str | os.PathLike, **hub_arguments) -> bool:
-    def has(name: str) -> bool:
-        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments) is not None
-
-    return any(all(map(has, names)) for names in _TOKENIZER_FILES)
 
 
 def _image_processor(config) -> Sam3ImageProcessor:

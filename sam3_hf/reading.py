@@ -100,6 +100,23 @@ def to_8_bits(image: Image.Image) -> tuple[Image.Image, str | None]:
     return Image.fromarray((values >> (bits - 8)).astype(np.uint8)), note if 0 < high < 2**12 else None
 
 
+def has_deep_colour(image: Image.Image) -> bool:
+    """Whether an image of a file, not decoded yet, has colour of 16 bits, of which Pillow keeps the upper 8."""
+    return image.mode in ("RGB", "RGBA") and ";16" in str(getattr(image, "tile", ""))
+
+
+def refuse_dark(pixels: np.ndarray) -> None:
+    """
+    Args:
+        pixels: `(height, width, 3)` uint8, the upper 8 bits of 16.
+
+    Raises:
+        ValueError: only the lower 12 of the 16 were used, which left almost black.
+    """
+    if 0 < pixels.max() < 16:
+        raise ValueError("colour of 16 bits that uses 12 at most: save it with 8 bits")
+
+
 def _read_source(source: str, max_pixels: int, private_addresses: bool) -> Tensor:
     if is_url(source):
         file = BytesIO(download(source, private_addresses=private_addresses))
@@ -151,12 +168,16 @@ def _unknown_format(error: Exception) -> str | None:
 
 
 def _from_pil(image: Image.Image) -> Tensor:
+    deep = has_deep_colour(image)
     image.load()  # a file that is cut off is named as such, before its orientation is asked for
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     if not isinstance(orientation, int):
         raise OSError(f"its EXIF orientation is {orientation!r}, no number: save it without EXIF data")
     upright = ImageOps.exif_transpose(image)
-    return torch.from_numpy(np.array(to_rgb(upright))).permute(2, 0, 1)
+    pixels = np.array(to_rgb(upright))
+    if deep:
+        refuse_dark(pixels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _check_pixels(pixels: Tensor, layout: str) -> Tensor:

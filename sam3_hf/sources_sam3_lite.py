@@ -80,9 +80,7 @@ def safe_weights(source: str | os.PathLike, variant: str | None = None, **hub_ar
     def find(name: str) -> str | None:
         return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
 
-    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
-    if variant is not None:
-        names = [f"{stem}.{variant}.{end}" for stem, end in (name.rsplit(".", 1) for name in names)]
+    names = [_of_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
     path = find(names[0]) or find(names[1])
     if path is not None:
         if not path.endswith(".safetensors"):
@@ -96,6 +94,22 @@ def safe_weights(source: str | os.PathLike, variant: str | None = None, **hub_ar
             "tensors and nothing else."
         )
     raise OSError(f"{source} has neither {names[0]} nor {names[1]}.")
+
+
+def check_pickled_index(source: str | os.PathLike, variant: str | None = None, **hub_arguments) -> None:
+    """
+    Raises:
+        ValueError: pickled weights in parts have an index that is none, or names files outside of the folder.
+    """
+    name = _of_variant(WEIGHTS_INDEX_NAME, variant)
+    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    if path is not None:
+        shard_names(path)
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    stem, end = name.rsplit(".", 1)
+    return name if variant is None else f"{stem}.{variant}.{end}"
 
 
 def shard_names(index: str | os.PathLike) -> list[str]:
@@ -125,6 +139,7 @@ __all__ = [
     "FROZEN_TEXT",
     "HUB_ARGUMENTS",
     "TRAINER_STATE",
+    "check_pickled_index",
     "config_fields",
     "is_training_checkpoint",
     "listed",

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # what tests and the processes they start remember of images is not left in the user's cache
@@ -10,8 +11,10 @@ os.environ["HF_DATASETS_CACHE"] = os.path.join(tempfile.gettempdir(), f"sam3-hf-
 import pytest
 import torch
 from transformers import Sam3Config, Sam3Model
+from typer.testing import CliRunner
 
-from sam3_hf import Sam3LiteConfig, Sam3LiteModel
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf.cli import app
 
 HUNG = 3600  # seconds after which a process is taken to hang, far from what any takes on a slow machine
 PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks", "presence_logits", "semantic_seg")
@@ -55,6 +58,22 @@ def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Path:
+    """A folder with a model and its processor, to be read and copied only."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    model = shake(Sam3LiteModel(micro_config())).eval()
+    model.save_pretrained(folder)
+    Sam3LiteProcessor.from_config(model.config).save_pretrained(folder)
+    return folder
+
+
+def run(*arguments):
+    """A command of `sam3-lite` in this process."""
+    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 @pytest.fixture

@@ -13,19 +13,20 @@ import struct
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from conftest import micro_config, shake
+from conftest import micro_config, run
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import GatedRepoError
 from PIL import Image
-from typer.testing import CliRunner
 
-from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf import Sam3LiteModel
 from sam3_hf.checkpoints import weight_files
-from sam3_hf.cli import app
+from sam3_hf.data.generated import write_dataset
 from sam3_hf.downloads import MAX_REDIRECTS, download, is_public, is_url
+from sam3_hf.mapping.calibration import calibrate_mapping
 from sam3_hf.plain_text import markdown, markdown_code, plain, python_literal
 from sam3_hf.reading import read_image
 from sam3_hf.sharing.model_card import model_card, write_card
@@ -57,20 +58,6 @@ def one_line(result) -> str:
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert "Traceback" not in result.output
     return line
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [*map(str, arguments)])
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    model = shake(Sam3LiteModel(micro_config())).eval()
-    model.save_pretrained(folder)
-    Sam3LiteProcessor.from_config(model.config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -201,16 +188,21 @@ def test_names_that_cannot_be_written(predict, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b'{"file": "a', b"[]", b"\xff\xfe", b"", b"{}", b'\xef\xbb\xbf{"file": 1}', b"[" * 100_000, None]
+    "content",
+    [
+        *[b'{"file": "a', b"[]", b"\xff\xfe", b"", b"{}", b'\xef\xbb\xbf{"file": 1}', b"[" * 100_000],
+        *["gone", {"size": [30, 40], "counts": "no counts"}, {"size": [30, 40], "counts": "9"}],
+        *[{"size": [30, 40], "counts": "\u00e9"}, {"size": [30, 40], "counts": ""}],
+    ],
 )
 def test_a_broken_prediction_is_named_and_made_again(predict, tmp_path, caplog, content):
     noise().save(tmp_path / "a.png")
     assert predict(tmp_path / "a.png").exit_code == 0
     path = tmp_path / "out" / "predictions" / "a.png.json"
     whole = path.read_bytes()
-    if content is None:
+    if not isinstance(content, bytes):
         record = json.loads(whole)
-        record["detections"][0]["segmentation"] = "gone"
+        record["detections"][0]["segmentation"] = content
         content = json.dumps(record).encode()
     path.write_bytes(content)
     result = predict(tmp_path / "a.png")
@@ -480,8 +472,10 @@ def test_configurations_that_cannot_be_are_refused_before_anything_is_built(copi
     changed_config(copied, path, value)
     with pytest.raises(ValueError) as caught:
         Sam3LiteModel.from_pretrained(copied)
-    assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    assert words in one_line(run("info", copied))
+    source, _, reason = str(caught.value).partition(": ")
+    assert source == str(copied) and words in reason and "\n" not in reason and len(reason) < 500
+    for command in (["info", copied], ["push", copied, "me/model"]):
+        assert f"Error: {copied}: {reason}" == one_line(run(*command))
     assert not built
 
 
@@ -510,6 +504,70 @@ def test_a_config_file_that_is_none(copied, tmp_path, content, words):
     assert not (tmp_path / "out").exists()
 
 
+def asks(source, folder: Path) -> dict[str, list]:
+    """{command: its arguments}, of all that read a model."""
+    noise().save(folder / "a.png")
+    data = write_dataset(folder / "data", num_train=1, num_valid=1, image_size=64, num_concepts=2)
+    return {
+        "predict": [folder / "a.png", "--model", source, "--prompt", "cat", "--output", folder / "out"],
+        "evaluate": ["--model", source, "--data", data, "--workers", 0],
+        "convert": [source, folder / "converted"],
+        "info": [source],
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("me/model", "no network: me/model is not on this machine, and HF_HUB_OFFLINE is set"),
+        ("no/such/folder", "there is no folder or file no/such/folder, and repositories of the Hub are named"),
+        ("./model.pt", "there is no folder or file ./model.pt, and repositories of the Hub are named"),
+        ("gated/model", "no access to gated/model: ask for it at https://huggingface.co/gated/model, then log in"),
+        ("empty", "empty has neither a config.json nor a .pt file of Meta's"),
+    ],
+)
+def test_a_source_that_is_no_model_is_said_alike_by_all_commands(tmp_path, monkeypatch, source, words):
+    def refuse(*_, **__):
+        raise GatedRepoError("refused", response=SimpleNamespace(status_code=403, headers={}, request=None))
+
+    if source == "gated/model":
+        monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
+        monkeypatch.setattr("sam3_hf.errors.HfApi.auth_check", refuse)
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for command, arguments in asks(source, tmp_path).items():
+        assert one_line(run(command, *arguments)).startswith(f"Error: {words}"), command
+    with pytest.raises(OSError, match=re.escape(words)):
+        calibrate_mapping(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model.safetensors", b"no weights", "SafetensorError|model.safetensors cannot be read"),
+        ("tokenizer.json", b'{"a": 1}', "added_tokens"),
+    ],
+)
+def test_a_model_of_which_a_file_is_damaged_is_named_by_all_commands(copied, tmp_path, name, content, words):
+    (copied / name).write_bytes(content)
+    for command, arguments in asks(copied, tmp_path).items():
+        if (command, name) != ("info", "tokenizer.json"):  # which reads none
+            line = one_line(run(command, *arguments))
+            assert str(copied) in line and re.search(words, line), command
+
+
+def test_a_checkpoint_to_resume_from_is_no_model(copied, tmp_path):
+    """But for `convert`, which makes one of it."""
+    (copied / "trainer_state.json").write_text("{}")
+    for command, arguments in asks(copied, tmp_path).items():
+        if command in ("predict", "evaluate"):
+            line = one_line(run(command, *arguments))
+            assert f"{copied} is a checkpoint to resume from, not a model: take the folder final/" in line
+            assert f"`sam3-lite convert {copied} FOLDER`" in line
+
+
 @pytest.mark.parametrize(
     "shard", ["../other.safetensors", "/etc/passwd", "a/../../b.safetensors", 7, "..\\b.safetensors"]
 )
@@ -522,6 +580,9 @@ def test_an_index_that_points_outside_of_its_folder(copied, shard):
             load(copied)
         assert "do not trust" in str(caught.value) or shard == 7
     one_line(run("info", copied))
+    (copied / "model.safetensors.index.json").rename(copied / "pytorch_model.bin.index.json")
+    with pytest.raises(ValueError, match="pytorch_model.bin.index.json"):
+        Sam3LiteModel.from_pretrained(copied, use_safetensors=False)
 
 
 def test_parts_in_a_folder_of_the_folder_are_found(copied):

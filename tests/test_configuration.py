@@ -6,7 +6,7 @@ from conftest import stock_config
 from transformers import Sam3Model
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
-from sam3_hf.configuration_sam3_lite import PRESETS, spread_global_layers
+from sam3_hf.presets_sam3_lite import PRESETS, spread_global_layers
 
 # Million parameters of the stock modules at these sizes, in all and without the text encoder.
 PRESET_SIZES = {

@@ -288,10 +288,15 @@ def test_deep_grey_of_no_known_range_is_refused(tmp_path, dtype, values):
 
 
 def test_colour_of_16_bits_that_would_be_black_is_refused(tmp_path):
-    bright, _ = images.load_image(save_16_bit_colour(tmp_path / "a.png", 40000), WIDTH, HEIGHT)
-    assert (bright == 40000 >> 8).all()
+    bright, dark = (save_16_bit_colour(tmp_path / f"{name}.png", value) for name, value in (("a", 40000), ("b", 4000)))
+    pixels, _ = images.load_image(bright, WIDTH, HEIGHT)
+    assert (pixels == 40000 >> 8).all()
+    assert torch.equal(read_image(bright["path"]), pixels)  # as `predict` reads it
     with pytest.raises(OSError, match="b.png.*colour of 16 bits"):
-        images.load_image(save_16_bit_colour(tmp_path / "b.png", 4000), WIDTH, HEIGHT)
+        images.load_image(dark, WIDTH, HEIGHT)
+    for read in (read_image, lambda path: read_image(Image.open(path))):
+        with pytest.raises((OSError, ValueError), match="colour of 16 bits that uses 12 at most"):
+            read(dark["path"])
 
 
 def test_first_frame_of_a_gif_is_used_and_said(tmp_path, caplog, untold):

@@ -10,12 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import micro_config, shake
+from conftest import run
 from PIL import Image
-from typer.testing import CliRunner
 
-from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
-from sam3_hf.cli import app
 from sam3_hf.reading import read_image
 
 FORMATS = {
@@ -127,20 +124,6 @@ def damaged_config(text: str, rng: random.Random) -> bytes:
     if rng.random() < 0.3:
         return damaged(text.encode(), [b"\xef\xbb\xbf", b"[" * 60, b"\xff\xfe" * 30], rng)
     return json.dumps(changed_somewhere(json.loads(text), rng)).encode()
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    model = shake(Sam3LiteModel(micro_config())).eval()
-    model.save_pretrained(folder)
-    Sam3LiteProcessor.from_config(model.config).save_pretrained(folder)
-    return folder
-
-
-def run(command: str, *arguments):
-    return CliRunner().invoke(app, [command, *map(str, arguments)])
 
 
 def outcome_of(result) -> str:

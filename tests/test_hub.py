@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.cli import app
-from sam3_hf.configuration_sam3_lite import PRESETS
+from sam3_hf.presets_sam3_lite import PRESETS
 from sam3_hf.sharing.hub import PushError, push_folder
 from sam3_hf.sharing.model_card import (
     RANDOM_WEIGHTS,

@@ -186,6 +186,24 @@ def test_images_and_phrases_are_encoded_once(pipe, images, monkeypatch):
     assert sum(len(args[0]) for args in text) == 2
 
 
+@pytest.mark.parametrize("more", [{}, {"tile_size": 30}])
+def test_masks_before_suppression_have_a_limit(pipe, images, monkeypatch, more):
+    """Where nothing is suppressed, the best are the same as without it."""
+    everything = pipe(images[0], ["cat", "dog"], threshold=0, nms_iou=1.0, **more)
+    made = []
+    find = Sam3LiteModel.find
+
+    def counted(self, *inputs, **options):
+        found = find(self, *inputs, **options)
+        made.append(len(found.mask_logits))
+        return found
+
+    monkeypatch.setattr(Sam3LiteModel, "find", counted)
+    found = pipe(images[0], ["cat", "dog"], threshold=0, nms_iou=1.0, max_detections=2, batch_size=1, **more)
+    assert set(made) == {8}
+    assert torch.allclose(found.scores, everything.scores[:2])
+
+
 def test_max_detections_keeps_the_best_of_an_image(pipe, images, monkeypatch):
     everything = pipe(images, ["cat", "dog"], threshold=0, nms_iou=None)
     masks = count_calls(monkeypatch, pipe.model.mask_decoder, "matched_masks")

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import micro_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -14,11 +15,12 @@ from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LitePipeline, Sam3LitePro
 from sam3_hf.cli import app
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.evaluation import CGF1, prediction_row, reference_row
+from sam3_hf.mapping.calibration import calibrate_mapping
 from sam3_hf.processing_sam3_lite import clip_tokenizer
 from sam3_hf.sharing.model_card import model_card
 from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.model import build_model
-from sam3_hf.training.parts import build_parts
+from sam3_hf.training.parts import build_parts, write_parts
 from sam3_hf.training.reporting import main_scores
 from sam3_hf.training.run import Run
 
@@ -209,6 +211,60 @@ def test_the_scores_are_those_of_the_tokenizer_of_the_folder(folder, data, monke
     command("evaluate", "--model", folder, "--data", data, "--workers", 0)
     expected = Sam3LiteProcessor.from_pretrained(folder)(text=["blue circle", "red circle"])["input_ids"]
     assert torch.equal(asked[0], expected[:, : asked[0].shape[1]])
+
+
+def ids_of(source) -> torch.Tensor:
+    return Sam3LiteProcessor.from_pretrained(source)(text="cat")["input_ids"]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["in the checkpoint", "where the run started"])
+def test_a_resumed_run_goes_on_with_its_tokenizer(folder, data, tmp_path, kept):
+    """Without --init, and the one of an older version without a copy in its checkpoint."""
+    with_letters_only(folder)
+    expected = ids_of(folder)
+    flags = ["--data", str(data), "--output_dir", str(tmp_path / "run"), "--num_workers", "0"]
+    parts = build_parts(parse_arguments([*flags, "--init", str(folder)]), Accelerator(cpu=True), None)
+    write_parts(parts, None)
+    Run(parts).save()
+    last = tmp_path / "run" / "checkpoints" / "last"
+    if kept:
+        shutil.rmtree(folder)
+    else:
+        (last / "tokenizer.json").unlink()
+    parts = build_parts(parse_arguments(flags), Accelerator(cpu=True), last)
+    assert torch.equal(parts.processor(text="cat")["input_ids"], expected)
+    if kept:
+        assert command("convert", last, tmp_path / "converted").exit_code == 0
+        assert torch.equal(ids_of(tmp_path / "converted"), expected)
+
+
+def test_what_is_pushed_from_memory_has_the_tokenizer_of_its_source(folder, monkeypatch, caplog):
+    with_letters_only(folder)
+    pushed = []
+    monkeypatch.setattr("sam3_hf.sharing.hub.push_folder", lambda source, *_: pushed.append(ids_of(source)))
+    model, expected = Sam3LiteModel.from_pretrained(folder), ids_of(folder)
+    model.push_to_hub("me/model")
+    assert torch.equal(pushed[0], expected) and not caplog.text
+    shutil.rmtree(folder)
+    model.push_to_hub("me/model")
+    assert not torch.equal(pushed[1], expected)
+    assert f"{folder}, which the model came from, cannot be read any more" in caplog.text
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_calibration_asks_in_the_words_of_the_source(folder, monkeypatch, loaded):
+    with_letters_only(folder)
+    asked = []
+
+    def stop(model, processor, *_, **__):
+        asked.append(processor(text="cat")["input_ids"])
+        raise LookupError
+
+    monkeypatch.setattr("sam3_hf.mapping.calibration.calibrate.phrase_features", stop)
+    source = Sam3LiteModel.from_pretrained(folder) if loaded else folder
+    with pytest.raises(LookupError):
+        calibrate_mapping(source, config=micro_config(detr_encoder_layers=1), num_images=4)
+    assert torch.equal(asked[0], ids_of(folder))
 
 
 # --- scores --------------------------------------------------------------------------------------------------------

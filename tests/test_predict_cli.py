@@ -192,7 +192,7 @@ def test_errors_are_one_line(command, pictures, saved, tmp_path):
         (command(tmp_path / "missing"), "missing"),
         (command(pictures, threshold=2), "threshold"),
         (command(pictures, prompts=[""]), "text"),
-        (run(pictures, "--model", tmp_path, "--prompt", "cat", "--output", tmp_path / "out"), "model.safetensors"),
+        (run(pictures, "--model", tmp_path, "--prompt", "cat", "--output", tmp_path / "out"), "neither a config.json"),
     ]:
         assert result.exit_code == 1 and word in result.output and result.output.startswith("Error: ")
         assert len(result.output.splitlines()) == 1

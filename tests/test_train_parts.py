@@ -576,7 +576,7 @@ def loop() -> TrainingLoop:
         model=model,
         optimizer=optimizer,
         objective=Rows(),
-        processor=None,
+        processor=SimpleNamespace(tokenizer=None),
         text=lambda phrases: {},
         train_data=None,
         valid_data=None,

@@ -12,20 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import micro_config, shake
 from hub_stand_in import TOKEN, HubStandIn
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train_cases import MICRO, SCRIPT, command, environment
 from typer.testing import CliRunner
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.cli import app
 from sam3_hf.data.generated import write_dataset
 
-SCRIPT = [str(Path(__file__).parents[1] / "training" / "train.py")]
 MODULE = ["-m", "sam3_hf.training"]
 COMMAND = ["-c", "from sam3_hf.cli import app; app(prog_name='sam3-lite')", "train"]
 LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--quiet"]
@@ -48,20 +47,7 @@ TrainingLoop.take_step = take_step_and_signal
 sys.exit(main())
 """
 PATIENCE = 900  # seconds, for what takes some on an idle machine
-MICRO = micro_config(detr_encoder_layers=1).to_dict()
-SETTINGS = {
-    "preset": "tiny",
-    "model_overrides": {name: value for name, value in MICRO.items() if name.endswith("_config")},
-    "prompts_per_image": 3,
-    "num_workers": 0,
-    "epochs": 2,
-    "batch_size": 2,
-    "learning_rate": 1e-3,
-    "log_every_steps": 1,
-    "eval_batch_size": 2,
-    "prediction_images": 2,
-    "output_dir": "run",
-}
+OWN = {"num_workers": 0, "batch_size": 2, "prediction_images": 2}  # of the settings
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +55,10 @@ def data(tmp_path_factory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data"), num_train=12, num_valid=3, image_size=64, num_concepts=3)
 
 
-def command(folder: Path, data: Path, program: list[str], **settings) -> list[str]:
-    (folder / "config.yaml").write_text(yaml.safe_dump({**SETTINGS, "data": str(data), **settings}))
-    return [sys.executable, *program, "config.yaml"]
-
-
-def environment() -> dict:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-
-
 def train(folder: Path, data: Path, *flags: str, program: list[str] = SCRIPT, **settings):
     """Runs to the end; the finished process, with all that it wrote as `stdout`."""
     return subprocess.run(
-        [*command(folder, data, program, **settings), *flags],
+        [*command(folder, data, program, **{**OWN, **settings}), *flags],
         cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -94,7 +71,7 @@ def train(folder: Path, data: Path, *flags: str, program: list[str] = SCRIPT, **
 def start(folder: Path, data: Path, *flags: str, program: list[str] = SCRIPT, **settings) -> subprocess.Popen:
     output = (folder / "output.txt").open("w")
     return subprocess.Popen(
-        [*command(folder, data, program, **settings), *flags],
+        [*command(folder, data, program, **{**OWN, **settings}), *flags],
         cwd=folder,
         env=environment(),
         stdout=output,
@@ -285,6 +262,7 @@ def test_a_stop_during_an_evaluation_ends_it(data, tmp_path):
     assert (tmp_path / "run" / "final" / "config.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's death is Linux's")
 def test_a_run_whose_launcher_is_killed_stops_and_goes_on_later(data, tmp_path):
     """Each step is an epoch: the run stops before an evaluation is due, which the resumed run makes up for."""
@@ -311,6 +289,7 @@ def test_a_run_whose_launcher_is_killed_stops_and_goes_on_later(data, tmp_path):
     assert [line["step"] for line in lines_of(tmp_path, "eval")] == list(range(1, stopped + 2))
 
 
+@pytest.mark.slow
 def test_predictions_that_are_not_finite_name_the_images(whole_run, data, tmp_path):
     final = shutil.copytree(whole_run / "run" / "final", tmp_path / "broken")
     weights = load_file(final / "model.safetensors")

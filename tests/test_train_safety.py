@@ -453,6 +453,12 @@ def test_the_folder_of_a_run_is_no_model(fails, run, data):
     assert f"{run} is the folder of a training run, not of a model" in line and f"{run}/final" in line
 
 
+def test_a_checkpoint_is_no_start_of_another_run(fails, run, data):
+    last = run / "checkpoints" / "last"
+    line = fails("--data", str(data), "--init", str(last), "--overwrite_output_dir")
+    assert line.startswith(f"Error: {last} is a checkpoint to resume from, not a model: take the folder final/")
+
+
 @pytest.mark.parametrize(
     ("kind", "status", "message"),
     [

@@ -250,7 +250,7 @@ def test_a_vocabulary_is_not_made_by_loading(model, tmp_path):
         Sam3LiteModel.from_pretrained(tmp_path, config=micro_config(vocabulary=["cat"]))
 
 
-@pytest.mark.parametrize("with_package", [True, False])
+@pytest.mark.parametrize("with_package", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_saved_folder_loads_in_a_fresh_process(frozen, processor, images, tmp_path, with_package):
     frozen.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)

@@ -35,17 +35,26 @@ def launcher(folder: Path, patch: str) -> list[str]:
     return [str(path)]
 
 
+def command(folder: Path, data: Path | str, program: list[str], **settings) -> list[str]:
+    """Writes config.yaml, and says what to run in the folder."""
+    (folder / "config.yaml").write_text(yaml.safe_dump({**SETTINGS, "data": str(data), **settings}))
+    return [sys.executable, *program, "config.yaml"]
+
+
+def environment() -> dict:
+    """That of a run on the CPU."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+
+
 def train(folder: Path, data: Path | str, *flags: str, program: list[str] = SCRIPT, **settings):
     """
     Runs to the end; the finished process, with `stdout` and `stderr`. Whatever it leaves running is ended, and its
     output then is not all there: pipes stay open as long as there is a process that could write to them.
     """
-    (folder / "config.yaml").write_text(yaml.safe_dump({**SETTINGS, "data": str(data), **settings}))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     process = subprocess.Popen(
-        [sys.executable, *program, "config.yaml", *flags],
+        [*command(folder, data, program, **settings), *flags],
         cwd=folder,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

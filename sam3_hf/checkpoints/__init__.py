@@ -3,7 +3,7 @@
 from .checkpoint import Checkpoint
 from .configs import lite_config, stock_config
 from .names import CLIP, NAME_TABLE, NECK, UNREAD, VIT, from_native, native_state_dict, to_native
-from .opening import open_checkpoint, source_config, weight_files
+from .opening import open_checkpoint, refuse_training_checkpoint, source_config, weight_files
 from .readers import LoadedTensors
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "lite_config",
     "native_state_dict",
     "open_checkpoint",
+    "refuse_training_checkpoint",
     "source_config",
     "stock_config",
     "to_native",

@@ -7,7 +7,8 @@ import re
 
 from transformers import Sam3Config
 
-from ..configuration_sam3_lite import VIT_LAYER_NORM_EPS, Sam3LiteConfig, spread_global_layers
+from ..configuration_sam3_lite import Sam3LiteConfig
+from ..presets_sam3_lite import VIT_LAYER_NORM_EPS, spread_global_layers
 from .names import CLIP, VIT
 
 

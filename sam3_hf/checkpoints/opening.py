@@ -66,6 +66,18 @@ def open_checkpoint(
     return Checkpoint(source, files, config if is_lite else lite_config(config), is_lite)
 
 
+def refuse_training_checkpoint(source: str | os.PathLike) -> None:
+    """
+    Raises:
+        ValueError: the source is a checkpoint folder of a training run, where a model is meant.
+    """
+    if is_training_checkpoint(source):
+        raise ValueError(
+            f"{source} is a checkpoint to resume from, not a model: take the folder final/ of its run, or what "
+            f"`sam3-lite convert {source} FOLDER` makes of it."
+        )
+
+
 def source_config(
     source: str | os.PathLike, fields: dict | None = None, **hub_arguments
 ) -> Sam3LiteConfig | Sam3Config | None:
@@ -83,11 +95,11 @@ def source_config(
         return None
     model_type = fields.get("model_type")
     if model_type == "sam3_lite":
-        return Sam3LiteConfig.from_dict(fields)
+        return read_config(Sam3LiteConfig.from_dict, fields, source)
     if model_type == "sam3":
-        return read_config(Sam3Config.from_dict, fields)
+        return read_config(Sam3Config.from_dict, fields, source)
     if model_type == "sam3_video":
-        return read_config(Sam3VideoConfig.from_dict, fields).detector_config
+        return read_config(Sam3VideoConfig.from_dict, fields, source).detector_config
     raise ValueError(
         f"{source} is a model of type {model_type!r}; a lite model starts from `sam3`, `sam3_video` or `sam3_lite`, "
         f"or from Meta's `{NATIVE_FILE}`."
@@ -160,4 +172,4 @@ def _native_file(source: str, hub_arguments: dict) -> str | None:
     return os.path.join(source, found[0]) if found else None
 
 
-__all__ = ["open_checkpoint", "source_config", "weight_files"]
+__all__ = ["open_checkpoint", "refuse_training_checkpoint", "source_config", "weight_files"]

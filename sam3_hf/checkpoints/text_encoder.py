@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from ..errors import missing_source, named_source
 from ..text_sam3_lite import Sam3LiteTextEncoder
 from ..vocabulary_sam3_lite import Sam3LiteVocabulary
 from .opening import open_checkpoint
@@ -26,9 +27,11 @@ def read_text_encoder(source: str | os.PathLike, model, **hub_arguments) -> tupl
     Returns:
         Encoder and projection, on the device and in the precision of the model.
     """
-    checkpoint = open_checkpoint(source, **hub_arguments)
+    token = hub_arguments.get("token")
+    with named_source(source, token):
+        checkpoint = open_checkpoint(source, **hub_arguments)
     if checkpoint is None:
-        raise OSError(f"{source} has neither a config.json nor a native file of SAM 3.")
+        raise missing_source(source, token)
     if checkpoint.config.vocabulary is not None:
         raise ValueError(f"{source} has a fixed vocabulary and no text encoder either: name a complete model.")
     width, hidden_size = (c.detr_encoder_config.hidden_size for c in (checkpoint.config, model.config))

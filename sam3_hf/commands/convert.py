@@ -16,7 +16,7 @@ from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
 from ..sharing.model_card import origin_of, versions, write_card
 from ..sources_sam3_lite import is_training_checkpoint
-from .errors import one_line_errors
+from .errors import model_errors, one_line_errors
 
 
 def convert(
@@ -61,7 +61,8 @@ def convert(
     with one_line_errors(memory_option="--num-calibration-images"):
         _check(source, target, ema, overwrite)
         if calibration_images is None:
-            model = Sam3LiteModel.from_pretrained(source, mapping=mapping, **wanted, **where)
+            with model_errors(source):
+                model = Sam3LiteModel.from_pretrained(source, mapping=mapping, **wanted, **where)
         else:
             model = calibrate_mapping(
                 source,

@@ -10,10 +10,11 @@ from typing import Annotated
 import torch
 import typer
 
+from ..checkpoints import refuse_training_checkpoint
 from ..files import write_file
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
-from .errors import one_line_errors
+from .errors import model_errors, one_line_errors
 
 COLUMNS = ("AP", "AP50", "AP75", "AR100", "cgF1", "positive_micro_F1", "IL_MCC", "objects")
 
@@ -55,9 +56,11 @@ def _scores(source, data, split, image_folder, category_map, batch_size, workers
     if split not in splits:
         raise ValueError(f"{data} has no split {split}: --split takes {', '.join(splits)}.")
     accelerator = Accelerator(mixed_precision="fp16" if torch.cuda.is_available() else "no")
-    model = Sam3LiteModel.from_pretrained(source, preset="same", dtype="float32", revision=revision)
-    model.to(accelerator.device).eval()
-    processor = Sam3LiteProcessor.of_source(source, model.config, revision=revision)
+    with model_errors(source):
+        refuse_training_checkpoint(source)
+        model = Sam3LiteModel.from_pretrained(source, preset="same", dtype="float32", revision=revision)
+        model.to(accelerator.device).eval()
+        processor = Sam3LiteProcessor.of_source(source, model.config, revision=revision)
     dataset = EvalDataset(splits[split], model.config.image_size)
     if dataset.has_masks and not model.config.mask_supervision:
         typer.echo(f"{source} was trained on boxes alone: its boxes are scored, and no masks.", err=True)

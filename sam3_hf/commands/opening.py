@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import typer
 
+from ..checkpoints import refuse_training_checkpoint
 from ..prediction.pipeline import Sam3LitePipeline
 from ..prediction.processes import Processes
 from .errors import model_errors
@@ -23,6 +24,7 @@ def open_pipeline(
         ValueError: the model cannot be loaded, has no masks where they are asked for, or does not know a word.
     """
     with model_errors(model):
+        refuse_training_checkpoint(model)
         pipe = Sam3LitePipeline.from_pretrained(
             model, device=device or processes.device, dtype=dtype, revision=revision
         )

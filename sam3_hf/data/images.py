@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..reading import to_8_bits, to_rgb
+from ..reading import has_deep_colour, refuse_dark, to_8_bits, to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def load_image(source: dict, width: int, height: int, at_least: tuple[float, flo
     try:
         with open_image(source) as image:
             factor, turned = 1, is_turned(image, width, height)
-            deep = image.mode in ("RGB", "RGBA") and ";16" in str(image.tile)  # Pillow keeps the upper 8 bits
+            deep = has_deep_colour(image)
             if getattr(image, "is_animated", False) and image.format != "MPO":  # photographs and their previews
                 tell_once(source, "has several frames or pages, of which the first is used")
             if at_least is not None:
@@ -118,8 +118,8 @@ def load_image(source: dict, width: int, height: int, at_least: tuple[float, flo
                 image = ImageOps.exif_transpose(image)
             image, note = to_8_bits(image)
             pixels = np.array(to_rgb(image))  # (height, width, 3)
-            if deep and 0 < pixels.max() < 16:
-                raise ValueError(f"colour of 16 bits (mode {image.mode}) that uses 12 at most: save it with 8 bits")
+            if deep:
+                refuse_dark(pixels)
             if note:
                 tell_once(source, note)
     except Exception as error:  # damage makes Pillow's readers raise whatever they run into

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..configuration_sam3_lite import Sam3LiteConfig
+from ..errors import missing_source
 from ..sources_sam3_lite import HUB_ARGUMENTS, listed
 from .mapper import map_checkpoint
 from .report import MappingReport
@@ -78,7 +79,7 @@ def plan_mapping(
         keywords: the other arguments of `from_pretrained`.
 
     Returns:
-        The plan, or `None` if the source has neither a `config.json` nor a native file.
+        The plan, or `None` if the source has neither a `config.json` nor a native file, and there is `config`.
 
     Raises:
         ValueError, OSError: as `from_pretrained`.
@@ -87,7 +88,11 @@ def plan_mapping(
     where = {key: rest.pop(key) for key in HUB_ARGUMENTS if key in rest}
     checkpoint = open_checkpoint(source, rest.pop("variant", None), rest.pop("use_safetensors"), fields, **where)
     if checkpoint is None:
-        return None
+        if config is not None:
+            return None
+        if where.get("local_files_only"):
+            raise FileNotFoundError(f"{source} is not on this machine, where `local_files_only` looks alone")
+        raise missing_source(source, where.get("token"))
     sizes = {key: rest.pop(key) for key in Sam3LiteConfig.keywords() & set(rest) - _LOADING_KEYWORDS}
     preset = preset or ("same" if checkpoint.is_lite else "lite")
     if config is None and preset != "same":

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..files import partial_of, write_file
-from ..rle import decode_mask
+from ..rle import compress, decode_mask
 from ..sources_sam3_lite import read_json
 from ..visualization import draw_instances
 from .detections import Detections
@@ -197,7 +197,7 @@ class PredictionFolder:
             whole = all(isinstance(record[key], int) for key in ("bytes", "modified", "width", "height"))
             size = [record["height"], record["width"]]
             valid = whole and all(_is_row(row, self.prompts, size) for row in record["detections"])
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             valid = False
         if not valid or not isinstance(record.get("file"), str):
             raise ValueError(f"{path} is no prediction of a picture: it is damaged.")
@@ -268,12 +268,12 @@ def state_of(path: Path) -> dict[str, int]:
 
 
 def _is_row(row: dict, prompts: list[str], size: list[int]) -> bool:
-    """Whether this is a detection as `PredictionFolder.write` writes it; KeyError or TypeError also mean that not."""
+    """Whether this is a detection as `PredictionFolder.write` writes it; errors also mean that not."""
     numbers = [row["score"], *row["box"]]
     rle = row["segmentation"]
     return (
         row["label"] in prompts
         and len(numbers) == 5
         and all(isinstance(value, (int, float)) for value in numbers)
-        and (rle is None or (rle["size"] == size and isinstance(rle["counts"], str)))
+        and (rle is None or (rle["size"] == size and isinstance(rle["counts"], str) and bool(compress(rle))))
     )

@@ -25,6 +25,7 @@ from .tiling import Part, Tile, cut_tiles, join_parts
 
 logger = logging.get_logger(__name__)
 
+CANDIDATES_PER_DETECTION = 4  # of an image or tile and PROMPTS_AT_ONCE prompts, before suppression
 PROMPTS_AT_ONCE = 16  # that the detector handles: bounds the memory of many prompts
 
 
@@ -95,7 +96,8 @@ class PredictionSettings:
     Args:
         threshold: detections have a higher score than this, in [0, 1].
         mask_threshold: pixels of a mask have a higher probability than this, in [0, 1].
-        max_detections: of each image, the best so many; default: all.
+        max_detections: of each image, the best so many; default: all. Before suppression and joining, masks are made
+            of the best 4 times as many, so that memory has a limit; fewer are left where more than that coincide.
         nms_iou: of two detections of one label whose masks overlap by more than this, in [0, 1], only the better one
             stays; None: all stay, as SAM 3 does it, which finds more objects twice than such that lie in each other
             (`docs/inference.md` has the scores).
@@ -304,8 +306,9 @@ class Sam3LitePipeline:
     def _parts(self, vision, asked: list[Question], text, settings: PredictionSettings) -> Iterator[tuple[int, Part]]:
         """What is found, each with the place of its image."""
         inputs = self._inputs(asked, text)
-        # What suppression and joining leave is not known before there are masks.
-        limit = settings.max_detections if settings.nms_iou is None and settings.tile_size is None else None
+        limit = settings.max_detections
+        if limit is not None and not (settings.nms_iou is None and settings.tile_size is None):
+            limit *= CANDIDATES_PER_DETECTION  # what suppression and joining leave is not known before there are masks
         threshold = self._threshold(asked, settings.threshold)
         found = self.model.find(vision, **inputs, threshold=threshold, max_detections=limit)
         owners, boxes = found.prompt_index.tolist(), found.boxes.float().cpu()

@@ -145,7 +145,7 @@ def push_model(
 
     Args:
         model: a [`Sam3LiteModel`].
-        processor: default: that of the model's configuration.
+        processor: default: that of the model's configuration, with the tokenizer of what it was loaded from.
         max_shard_size: of the weight files, as in `save_pretrained`.
         kwargs: those of [`push_folder`].
 
@@ -154,13 +154,18 @@ def push_model(
     """
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        (processor or Sam3LiteProcessor.from_config(model.config)).save_pretrained(folder)
+        (processor or _processor_of(model)).save_pretrained(folder)
         write_card(folder, {"origin": asdict(model_origin(model)), "versions": versions()})
         try:
             return push_folder(folder, repo_id, **kwargs)
         except PushError as error:
             reason = str(error).split("\n")[0]
             raise PushError(f"{reason}\nThe model is unchanged in memory: call push_to_hub again.") from error
+
+
+def _processor_of(model: PreTrainedModel) -> Sam3LiteProcessor:
+    commit = getattr(model.config, "_commit_hash", None)  # of the Hub, if it was loaded from there
+    return Sam3LiteProcessor.of_origin(model.name_or_path, model.config, **({"revision": commit} if commit else {}))
 
 
 def model_origin(model: PreTrainedModel) -> Origin:

@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
+from ..errors import missing_source, named_source
 from ..mapping import REPORT_FILE
 from ..modeling_sam3_lite import Sam3LiteGeometryEncoder, Sam3LiteModel
 from ..sources_sam3_lite import read_json
@@ -59,9 +60,11 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
         OSError: there is no such source, or a file is truncated.
     """
     source = os.fspath(source)
-    checkpoint = open_checkpoint(source, **hub_arguments)
+    token = hub_arguments.get("token")
+    with named_source(source, token):
+        checkpoint = open_checkpoint(source, **hub_arguments)
     if checkpoint is None:
-        raise OSError(f"{source} has neither a config.json nor a native file of SAM 3.")
+        raise missing_source(source, token)
     with torch.device("meta"):
         expected = Sam3LiteModel(copy.deepcopy(checkpoint.config)).state_dict()
     missing = checkpoint.check({name: tuple(tensor.shape) for name, tensor in expected.items()})

@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from ..checkpoints import source_config, weight_files
 from ..configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
+from ..errors import missing_source
 from ..mapping import REPORT_FILE
 from ..plain_text import LONGEST, markdown, markdown_code, plain, python_literal
 from ..sources_sam3_lite import read_json
@@ -170,7 +171,9 @@ def model_card(folder: str | os.PathLike) -> ModelCard:
         OSError: the folder has no configuration or no weights.
     """
     folder = Path(folder)
-    config = Sam3LiteConfig.from_pretrained(folder)
+    config = source_config(folder)
+    if config is None:
+        raise missing_source(folder)
     provenance, report = _read(folder / PROVENANCE_FILE), _read(folder / REPORT_FILE)
     provenance = provenance or {"origin": asdict(folder_origin(folder)), "versions": versions()}
     shapes, dtypes, size = _weights(folder)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..configuration_sam3_lite import PRESETS, Sam3LiteConfig, parameter_sizes
+from ..configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
+from ..presets_sam3_lite import PRESETS
 
 
 def preset_of(config: Sam3LiteConfig) -> str | None:

@@ -11,6 +11,7 @@ from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import one_line
 from ..files import link, partial_of, put_in_place, start_folder, sync, write_file
@@ -34,6 +35,7 @@ def save_checkpoint(
     ema: MovingAverage | None,
     state: dict,
     objective: dict | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """
     Writes a checkpoint to resume from; called by every process. An older `target` stays until the new one is whole.
@@ -42,6 +44,7 @@ def save_checkpoint(
         model, optimizer: as returned by `accelerator.prepare`.
         state: what goes to trainer_state.json: step, scores, settings.
         objective: the state of what is minimised, if it has any.
+        tokenizer: that the words of the run are read with.
 
     Raises:
         RuntimeError: weights or moments are not finite, or the checkpoint cannot be written; `target` is as it was.
@@ -57,7 +60,7 @@ def save_checkpoint(
         if accelerator.is_main_process:
             start_folder(target)
         accelerator.wait_for_everyone()
-        _write(accelerator, partial, target.parent / FROZEN, model, optimizer, ema, objective)
+        _write(accelerator, partial, target.parent / FROZEN, model, optimizer, ema, objective, tokenizer)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             sums = file_sums.of_folder(partial, leave_out=STATE)
@@ -73,7 +76,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def _write(accelerator: Accelerator, folder: Path, frozen: Path, model, optimizer, ema, objective) -> None:
+def _write(accelerator: Accelerator, folder: Path, frozen: Path, model, optimizer, ema, objective, tokenizer) -> None:
     if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.save_state(folder)  # each process holds a part of the weights, and writes it
     if not accelerator.is_main_process:
@@ -88,6 +91,8 @@ def _write(accelerator: Accelerator, folder: Path, frozen: Path, model, optimize
     if objective:
         torch.save(objective, folder / OBJECTIVE)
     accelerator.unwrap_model(model).config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     if frozen.is_file():
         link(frozen, folder / FROZEN)
 

@@ -166,7 +166,8 @@ class TrainingLoop:
     def save(self, target: Path, state: dict) -> None:
         """Writes a checkpoint with `state` as its trainer_state.json; called by every process."""
         objective = self.parts.objective.state_dict()
-        save_checkpoint(self.accelerator, target, self.model, self.optimizer, self.ema, state, objective)
+        tokenizer = self.parts.processor.tokenizer
+        save_checkpoint(self.accelerator, target, self.model, self.optimizer, self.ema, state, objective, tokenizer)
 
     def load(self, checkpoint: Path) -> None:
         """Restores weights, their average, and what optimizer and objective remember; called by every process."""

@@ -1,4 +1,4 @@
-"""The model of a run, with the weights that it starts from."""
+"""The model of a run with the weights that it starts from, and its processor."""
 
 import logging
 import os
@@ -10,11 +10,12 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
-from ..checkpoints import Checkpoint, open_checkpoint
+from ..checkpoints import Checkpoint, open_checkpoint, refuse_training_checkpoint
 from ..configuration_sam3_lite import Sam3LiteConfig
-from ..errors import missing_source
+from ..errors import missing_source, named_source
 from ..mapping import REPORT_FILE
 from ..modeling_sam3_lite import Sam3LiteModel
+from ..processing_sam3_lite import Sam3LiteProcessor
 from ..sharing.model_card import RANDOM_WEIGHTS, Origin, origin_of
 from .arguments import Arguments, ModelArguments
 from .checkpoints import FROZEN, read_state
@@ -52,6 +53,25 @@ def build_model(arguments: Arguments, checkpoint: Path | None) -> Sam3LiteModel:
     if model_arguments.compile:
         model.compile()
     return model
+
+
+def build_processor(arguments: Arguments, config: Sam3LiteConfig, checkpoint: Path | None) -> Sam3LiteProcessor:
+    """
+    The processor of a run, with the tokenizer that it started with.
+
+    Args:
+        config: of the model.
+        checkpoint: the run goes on from there.
+
+    Raises:
+        ValueError: the tokenizer is not that of the model.
+    """
+    if checkpoint is None:
+        return Sam3LiteProcessor.of_source(arguments.model.init, config)
+    if Sam3LiteProcessor.has_tokenizer(checkpoint):
+        return Sam3LiteProcessor.of_source(checkpoint, config)
+    started_from = read_state(checkpoint)["arguments"]["init"]  # checkpoints of older versions hold no tokenizer
+    return Sam3LiteProcessor.of_origin(started_from, config)
 
 
 def load_frozen_text(model: Sam3LiteModel, path: Path) -> None:
@@ -134,15 +154,11 @@ def open_initial(init: str) -> Checkpoint:
         OSError: there is none; says whether the name, the access or the network is the reason.
         ValueError: it is no model of a kind that is known here.
     """
-    here = os.path.exists(init)
-    try:
+    refuse_training_checkpoint(init)
+    with named_source(init):
         checkpoint = open_checkpoint(init)
-    except OSError as error:
-        if here:
-            raise
-        raise missing_source(init) from error
     if checkpoint is not None:
         return checkpoint
-    if not here:
-        raise missing_source(init)
-    raise FileNotFoundError(f"--init {init} has neither a config.json nor a .pt file of Meta's")
+    if os.path.exists(init):
+        raise FileNotFoundError(f"--init {init} has neither a config.json nor a .pt file of Meta's")
+    raise missing_source(init)

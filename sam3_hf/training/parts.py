@@ -14,7 +14,7 @@ from .accelerator import prepare
 from .arguments import Arguments
 from .checkpoints import write_frozen
 from .data import load_data, warn_of_crowds
-from .model import build_model, write_mapping_report
+from .model import build_model, build_processor, write_mapping_report
 from .objectives import Labels, Objective
 from .phrases import FrozenText, TokenizedText, build_text
 
@@ -49,7 +49,7 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
         checkpoint: the run goes on from there; only the sizes and frozen weights of its model are read here.
     """
     model = build_model(arguments, checkpoint)
-    processor = Sam3LiteProcessor.of_source(arguments.model.init, model.config)
+    processor = build_processor(arguments, model.config, checkpoint)
     train_data, valid_data = load_data(accelerator, arguments, model.config.image_size)
     warn_of_crowds(train_data, valid_data, model.config.detr_decoder_config.num_queries)
     model.config.mask_supervision = has_some_masks(train_data.rows)

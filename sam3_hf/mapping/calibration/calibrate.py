@@ -113,8 +113,13 @@ def calibrate_mapping(
     device = torch.device(device or teacher.device)
     label = teacher.name_or_path or "the model"
     teacher = _ready(teacher, config.image_size, device)
+    if isinstance(source, Sam3LiteModel):
+        processor = Sam3LiteProcessor.of_origin(source.name_or_path, teacher.config)
+    else:
+        hub_arguments = {key: value for key, value in where.items() if key != "variant"}
+        processor = Sam3LiteProcessor.of_source(source, teacher.config, **hub_arguments)
     return (
-        _Calibration(teacher, label, config, ridge, seed)
+        _Calibration(teacher, processor, label, config, ridge, seed)
         .run(images, prompts or config.vocabulary or PROMPTS, num_images, search_depth, batch_size)
         .to(dtype)
     )
@@ -137,13 +142,22 @@ class _Calibration:
 
     Args:
         teacher: the larger model in float32, at the input size of the smaller.
+        processor: its own.
+        label: what to call it in messages.
         config: sizes of the smaller model.
     """
 
-    def __init__(self, teacher: Sam3LiteModel, label: str, config: Sam3LiteConfig, ridge: float, seed: int):
-        self.teacher, self.config, self.ridge, self.seed = teacher, config, ridge, seed
+    def __init__(
+        self,
+        teacher: Sam3LiteModel,
+        processor: Sam3LiteProcessor,
+        label: str,
+        config: Sam3LiteConfig,
+        ridge: float,
+        seed: int,
+    ):
+        self.teacher, self.processor, self.config, self.ridge, self.seed = teacher, processor, config, ridge, seed
         self.checkpoint = Checkpoint(label, LoadedTensors(teacher), teacher.config, is_lite=True)
-        self.processor = Sam3LiteProcessor.from_config(teacher.config)
 
     def run(self, images, prompts: Sequence[str], num_images, search_depth: bool, batch_size: int) -> Sam3LiteModel:
         if parameter_sizes(self.config) == parameter_sizes(self.teacher.config):
