@@ -5,6 +5,7 @@ import typer
 from .commands.convert import convert
 from .commands.evaluate import evaluate
 from .commands.info import info
+from .commands.label import label
 from .commands.predict import predict
 from .commands.push import push
 from .commands.train import train
@@ -20,6 +21,7 @@ def main():
 app.command()(convert)
 app.command()(evaluate)
 app.command()(info)
+app.command()(label)
 app.command()(predict)
 app.command()(push)
 # Its flags are those of the trainer, which reads them itself.
@@ -27,3 +29,6 @@ app.command(
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
 )(train)
+
+if __name__ == "__main__":  # `accelerate launch -m sam3_hf.cli`
+    app()

@@ -359,7 +359,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         image_index: Tensor,
         input_boxes: Tensor | None = None,
         input_boxes_labels: Tensor | None = None,
-        threshold: float = 0.3,
+        threshold: float | Tensor = 0.3,
         max_detections: int | None = None,
     ) -> Sam3LiteFindings:
         r"""
@@ -367,7 +367,8 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         For inference; see `forward` for the other arguments.
 
         Args:
-            threshold (`float`, *optional*, defaults to 0.3): detections have a higher score than this.
+            threshold (`float` or `(num_prompts, 1)` tensor, *optional*, defaults to 0.3): detections have a higher
+                score than this.
             max_detections (`int`, *optional*): of each image, the best so many over its prompts.
         """
         levels = tuple(vision_embeds.fpn_hidden_states[:3])

@@ -49,6 +49,7 @@ ADDED = {
     "sam3-lite train": ONE_STEP,
     "sam3-lite convert facebook/sam3 sam3-lite-calibrated": "--preset tiny --no-search-depth",
     "sam3-lite convert facebook/sam3 sam3-lite-fp16": "--preset tiny",
+    "sam3-lite label": "--workers 0",
     "sam3-lite predict": "--workers 0",
     "sam3-lite evaluate": "--workers 0",
 }
@@ -94,6 +95,7 @@ PROGRAMS = {"sam3-lite": sam3_lite, "python": python, "accelerate": accelerate}
 # What commands that start so leave behind, as the text around them says.
 WRITTEN = {
     "python training/demo.py": ["outputs/demo/predictions/*/*.png", "outputs/demo/segmented.png"],
+    "sam3-lite label": ["labelled/settings.json", "labelled/predictions/*.json", "labelled/*/_annotations.coco.json"],
     "sam3-lite predict": [
         "found/predictions/*.json",
         "found/coco_results.json",

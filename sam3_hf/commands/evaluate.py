@@ -33,14 +33,10 @@ def evaluate(
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = "main",
 ):
     """Scores a model on a split: COCO AP, cgF1 and presence, for each concept and together. FP16 on a GPU."""
-    try:
-        with one_line_errors():
-            if output is not None:
-                _check_writable(output)  # before the scoring, not after it
-            scores = _scores(model, data, split, image_folder, category_map, batch_size, workers, revision)
-    except ModuleNotFoundError as error:
-        typer.echo(f"Error: {error.name} is not installed; evaluating needs sam3-hf[train].", err=True)
-        raise typer.Exit(1) from error
+    with one_line_errors(task="evaluating"):
+        if output is not None:
+            _check_writable(output)  # before the scoring, not after it
+        scores = _scores(model, data, split, image_folder, category_map, batch_size, workers, revision)
     typer.echo(table(scores))
     if output is not None:
         with one_line_errors():

@@ -85,7 +85,7 @@ class PredictionFolder:
             return False
         masks = len(list(self._masks(picture.name).glob("*.png")))
         return (
-            _state(picture.path) == {key: record[key] for key in ("bytes", "modified")}
+            state_of(picture.path) == {key: record[key] for key in ("bytes", "modified")}
             and (not self.overlays or self._overlay(picture.name).exists())
             and (not self.masks or masks == len(record["detections"]))
         )
@@ -100,7 +100,7 @@ class PredictionFolder:
             FileNotFoundError: the picture is not there any more.
         """
         self._check_name(picture)
-        state = _state(picture.path)
+        state = state_of(picture.path)
         self._json(picture.name).unlink(missing_ok=True)  # what is being replaced is not complete
         if self.overlays:
             drawing = draw_detections(small, found)
@@ -129,6 +129,11 @@ class PredictionFolder:
         }
         write_file(self._json(picture.name), json.dumps(record))
 
+    @property
+    def category_ids(self) -> dict[str, int]:
+        """{prompt: id of it in COCO files}"""
+        return {prompt: index for index, prompt in enumerate(self.prompts, 1)}
+
     def write_coco(self) -> tuple[int, int, list[str]]:
         """
         Exports all predictions of the folder, of earlier runs as well.
@@ -136,14 +141,14 @@ class PredictionFolder:
         Returns:
             How many images and detections, and what is wrong with the files that were left out.
         """
-        category_ids = {prompt: index for index, prompt in enumerate(self.prompts, 1)}
+        category_ids = self.category_ids
         images, count, broken = [], 0, []
 
         def write_results(partial: Path) -> None:
             nonlocal count
             with partial.open("w", encoding="utf-8") as file:
                 file.write("[")
-                for image_id, (name, found) in enumerate(self._read_all(broken), 1):
+                for image_id, (name, _, found) in enumerate(self._read_all(self._names(), broken), 1):
                     height, width = found.size
                     images.append({"id": image_id, "file_name": name, "width": width, "height": height})
                     for entry in found.to_coco(image_id, category_ids):
@@ -157,12 +162,17 @@ class PredictionFolder:
         write_file(self.folder / "coco_images.json", dataset)
         return len(images), count, broken
 
-    def _read_all(self, broken: list[str]) -> Iterator[tuple[str, Detections]]:
-        """Names and detections; adds what is wrong with files that are none to `broken`."""
+    def _names(self) -> list[str]:
+        """Of the pictures that have a prediction, in order."""
         root = self.folder / "predictions"
-        for path in sorted(path for path in root.rglob("*.json") if path.is_file()):
+        paths = sorted(path for path in root.rglob("*.json") if path.is_file())
+        return [path.relative_to(root).as_posix().removesuffix(".json") for path in paths]
+
+    def _read_all(self, names: list[str], broken: list[str]) -> Iterator[tuple[str, str, Detections]]:
+        """Name, file and detections of pictures; adds what is wrong with predictions that are none to `broken`."""
+        for name in names:
             try:
-                record = self._read(path)
+                record = self._read(self._json(name))
             except ValueError as error:
                 broken.append(f"{error} Predict its picture again.")
                 continue
@@ -175,7 +185,7 @@ class PredictionFolder:
                 size=(record["height"], record["width"]),
                 prompts=self.prompts,
             )
-            yield path.relative_to(root).as_posix().removesuffix(".json"), found
+            yield name, record["file"], found
 
     def _read(self, path: Path) -> dict:
         """
@@ -193,10 +203,12 @@ class PredictionFolder:
             raise ValueError(f"{path} is no prediction of a picture: it is damaged.")
         return record
 
+    def _files_of(self, picture: InputFile) -> list[Path]:
+        """What is written for a picture under its name."""
+        return [self._json(picture.name), *([self._overlay(picture.name)] if self.overlays else [])]
+
     def _check_name(self, picture: InputFile) -> None:
-        paths = [self._json(picture.name)]
-        paths += [self._overlay(picture.name)] if self.overlays else []
-        for path in paths:
+        for path in self._files_of(picture):
             spare = LONGEST_NAME - len(os.fsencode(partial_of(path).name))
             if spare < 0:
                 raise UnwritableName(
@@ -249,7 +261,8 @@ def _check_settings(path: Path, settings: dict) -> None:
         raise ValueError(f"{path}: {differences}: choose another --output, or remove this one.")
 
 
-def _state(path: Path) -> dict[str, int]:
+def state_of(path: Path) -> dict[str, int]:
+    """Size in bytes and time in ns of the last change: what tells a file from another of its name."""
     status = path.stat()
     return {"bytes": status.st_size, "modified": status.st_mtime_ns}
 

@@ -39,15 +39,17 @@ class Prompt:
         boxes: examples of it, xyxy in pixels of the (upright) image.
         negative_boxes: things that it is not.
         label: its name in the detections. Default: the text, or "visual".
+        threshold: its detections have a higher score than this, in [0, 1]. Default: that of the settings.
 
     Raises:
-        ValueError: neither text nor an example, or a box that is none.
+        ValueError: neither text nor an example, a box that is none, or a threshold outside of its range.
     """
 
     text: str | None = None
     boxes: Sequence[Sequence[float]] = field(default_factory=list)
     negative_boxes: Sequence[Sequence[float]] = field(default_factory=list)
     label: str | None = None
+    threshold: float | None = None
 
     def __post_init__(self):
         if not (self.text or len(self.boxes)):
@@ -56,6 +58,8 @@ class Prompt:
             if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
                 raise ValueError(f"The box {list(box)} of a prompt is not left < right, top < bottom in pixels.")
         self.label = self.label or self.phrase
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(f"`threshold`={self.threshold} of the prompt {self.label!r} is outside of 0..1.")
 
     @property
     def phrase(self) -> str:
@@ -190,7 +194,7 @@ class Sam3LitePipeline:
     ) -> Sam3LitePipeline:
         """
         Args:
-            pretrained_model_name_or_path: folder or Hub id of a saved model and processor.
+            pretrained_model_name_or_path: folder or Hub id of a saved model and processor, or a `.pt` of Meta's.
             device: default: the GPU if there is one.
             dtype: default: float16 on a GPU, float32 on a CPU, which is slow in float16.
             kwargs: those of [`Sam3LiteModel.from_pretrained`]. Sizes are those of the checkpoint unless told.
@@ -200,6 +204,8 @@ class Sam3LitePipeline:
         kwargs.setdefault("preset", None if kwargs.get("config") is not None else "same")
         model = Sam3LiteModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs).to(device)
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        if os.path.isfile(pretrained_model_name_or_path):  # a checkpoint of Meta's
+            return cls(model, Sam3LiteProcessor.from_config(model.config))
         processor = Sam3LiteProcessor.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
         if "image_size" in kwargs:
             processor.image_processor = Sam3LiteProcessor.from_config(model.config).image_processor
@@ -303,7 +309,8 @@ class Sam3LitePipeline:
         limit = settings.max_detections
         if limit is not None and not (settings.nms_iou is None and settings.tile_size is None):
             limit *= CANDIDATES_PER_DETECTION  # what suppression and joining leave is not known before there are masks
-        found = self.model.find(vision, **inputs, threshold=settings.threshold, max_detections=limit)
+        threshold = self._threshold(asked, settings.threshold)
+        found = self.model.find(vision, **inputs, threshold=threshold, max_detections=limit)
         owners, boxes = found.prompt_index.tolist(), found.boxes.float().cpu()
         *scores, finite = torch.cat([found.scores.float(), found.finite.float()[None]]).tolist()
         if not finite:
@@ -322,6 +329,13 @@ class Sam3LitePipeline:
                 box = box + boxes.new_tensor([tile.left, tile.top, tile.left, tile.top])
                 rle = encode_part(mask, tile.top + top, tile.left + left, size)
                 yield image, Part(asked[owners[row]].prompt.label, scores[row], box, rle, tile)
+
+    def _threshold(self, asked: list[Question], default: float) -> float | Tensor:
+        """The lowest score, or those of each prompt `(prompts, 1)` where one has its own."""
+        own = [question.prompt.threshold for question in asked]
+        if own.count(None) == len(own):
+            return default
+        return torch.tensor([[default if one is None else one] for one in own], device=self.model.device)
 
     def _warn_of_overflow(self):
         if not self._warned:
