@@ -33,6 +33,7 @@ README_SECTIONS = ["Two commands", "Find things", "Start from SAM 3", "Train", "
 SUBSTITUTIONS = {
     "facebook/sam3": str(STANDARD),
     'preset="lite"': 'preset="tiny"',
+    'preset="lite-plus"': 'preset="tiny-plus"',
     "path/to/images": "outputs/demo/data/valid",
     "path/to/dataset": "outputs/demo/data",
 }
