@@ -36,6 +36,8 @@ SUBSTITUTIONS = {
     'preset="lite-plus"': 'preset="tiny-plus"',
     "path/to/images": "outputs/demo/data/valid",
     "path/to/dataset": "outputs/demo/data",
+    "photos/**/*.jpg": "outputs/demo/data/valid/*.png",
+    "phrases.txt": str(ROOT / "training" / "configs" / "other_words.txt"),
 }
 # One step instead of a training run, of the smallest model.
 ONE_STEP = "--preset tiny --max_steps 1 --save_every_epochs 1 --num_workers 0 --prediction_images 1"
