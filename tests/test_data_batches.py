@@ -371,8 +371,9 @@ def test_train_batch(splits):
     samples = [dataset[0, index] for index in (0, 3)]
     batch = PromptCollator()(samples)
     assert set(batch) == {
-        *("pixel_values", "phrases", "image_index", "labels", "image_ids", "input_boxes", "input_boxes_labels")
+        *("pixel_values", "phrases", "image_index", "labels", "image_ids", "input_boxes", "input_boxes_labels", "keys")
     }
+    assert batch["keys"] == [(0, 0), (0, 3)]
     prompts = len(batch["phrases"])
     assert batch["pixel_values"].shape == (2, 3, SIZE, SIZE) and batch["image_ids"] == [1, 4]
     assert batch["image_index"].tolist() == [0] * len(samples[0].phrases) + [1] * len(samples[1].phrases)
