@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from sam3_hf.prediction.detections import Detections
-from sam3_hf.prediction.input_files import find_pictures
+from sam3_hf.picture_files import find_pictures
 from sam3_hf.prediction.label_folder import LabelFolder
 from sam3_hf.prediction.pipeline import PredictionSettings, Prompt
 from sam3_hf.prediction.processes import Processes

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from sam3_hf import Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.cli import app
-from sam3_hf.prediction.input_files import find_pictures
+from sam3_hf.picture_files import find_pictures
 from sam3_hf.rle import decode_mask
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..prediction.input_files import find_pictures
+from ..picture_files import find_pictures
 from ..prediction.pipeline import PredictionSettings, Prompt
 from ..prediction.processes import Outcome, Processes
 from ..prediction.run import fingerprint, predict_files

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..prediction.input_files import find_pictures
+from ..picture_files import find_pictures
 from ..prediction.output_folder import PredictionFolder
 from ..prediction.pipeline import PredictionSettings, Prompt
 from ..prediction.processes import Processes

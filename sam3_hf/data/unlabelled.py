@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 from torch.utils.data import Dataset
 
-from ..prediction.input_files import find_pictures
+from ..picture_files import find_pictures
 from . import transforms
 from .checks import DatasetError, Problems, check_dataset
 from .decoding import decode_images

@@ -16,9 +16,9 @@ import torch
 from ..data.checks import Problems, check_object
 from ..data.coco import ROBOFLOW_FILE, locate_image
 from ..files import partial_of, write_file
+from ..picture_files import InputFile
 from ..rle import mask_areas
 from .detections import Detections
-from .input_files import InputFile
 from .output_folder import PredictionFolder, UnwritableName, state_of
 from .polygons import polygons_of
 

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from ..files import partial_of, write_file
+from ..picture_files import InputFile
 from ..rle import compress, decode_mask
 from ..sources_sam3_lite import read_json
 from ..visualization import draw_instances
 from .detections import Detections
-from .input_files import InputFile
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..picture_files import InputFile
 from ..reading import read_image
 from ..visualization import LONGEST_SIDE
-from .input_files import InputFile
 from .output_folder import PredictionFolder, UnwritableName
 from .pipeline import PredictionSettings, PreparedImage, Prompt, Sam3LitePipeline
 from .processes import Outcome, Processes
