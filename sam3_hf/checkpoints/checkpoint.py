@@ -13,7 +13,7 @@ from torch import Tensor
 from ..configuration_sam3_lite import Sam3LiteConfig
 from ..vocabulary_sam3_lite import BUFFERS
 from .configs import config_from_shapes
-from .names import CLIP, DROPPED, UNREAD, Stored, from_native, to_native
+from .names import CLIP, DROPPED, LITE_TEXT_LAYERS, LITE_TEXT_NAMES, UNREAD, Stored, from_native, to_native
 from .readers import LoadedTensors, PickledTensors, SafetensorsFiles
 
 # A source that holds a smaller share of the tensors it should is refused.
@@ -137,9 +137,10 @@ def _identify(files: Iterable[str]) -> tuple[dict[str, Stored], dict[str, str], 
     best: dict[str, Stored] = {}
     for prefix in _PREFIXES:
         found: dict[str, Stored] = {}
+        lite_text = any(name.startswith(f"{prefix}{LITE_TEXT_LAYERS}.") for name in names)
         for name in names:
             if name.startswith(prefix):
-                found.update(_recognize(name, name[len(prefix) :]))
+                found.update(_recognize(name, name[len(prefix) :], lite_text))
         if len(found) > len(best):
             best = found
     dropped = {
@@ -157,7 +158,9 @@ def _identify(files: Iterable[str]) -> tuple[dict[str, Stored], dict[str, str], 
     return best, dropped, unknown
 
 
-def _recognize(name: str, bare: str) -> dict[str, Stored]:
+def _recognize(name: str, bare: str, lite_text: bool) -> dict[str, Stored]:
+    if lite_text and LITE_TEXT_NAMES.fullmatch(bare):
+        return {bare: Stored(name)}
     # Some versions of Transformers save the text encoder without the name of its inner module.
     bare = re.sub(r"^text_encoder\.(?=embeddings|encoder|final_layer_norm)", f"{CLIP}.", bare)
     if to_native(bare) is not None or bare in BUFFERS:

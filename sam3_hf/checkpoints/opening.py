@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from transformers import Sam3Config, Sam3VideoConfig
+from transformers import Sam3Config, Sam3LiteTextConfig, Sam3VideoConfig
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file
 
 from ..configuration_sam3_lite import Sam3LiteConfig
@@ -32,9 +32,9 @@ def open_checkpoint(
     Opens a checkpoint without reading its tensors.
 
     Args:
-        source: Hub id or folder of model type `sam3`, `sam3_video` or `sam3_lite`, a folder with a single `.pt` file,
-            or a `.pt`, `.pth`, `.bin` or `.safetensors` file. Also a checkpoint folder of `training/train.py`, of
-            which `variant="ema"` gives the averaged weights.
+        source: Hub id or folder of model type `sam3`, `sam3_video`, `sam3_lite_text` or `sam3_lite`, a folder with a
+            single `.pt` file, or a `.pt`, `.pth`, `.bin` or `.safetensors` file. Also a checkpoint folder of
+            `training/train.py`, of which `variant="ema"` gives the averaged weights.
         variant, hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, ... as in `from_pretrained`.
         fields: content of the source's `config.json`, if it was read before.
         use_safetensors: `False` reads `pytorch_model.bin` of a folder or repository, which is refused otherwise;
@@ -80,7 +80,7 @@ def refuse_training_checkpoint(source: str | os.PathLike) -> None:
 
 def source_config(
     source: str | os.PathLike, fields: dict | None = None, **hub_arguments
-) -> Sam3LiteConfig | Sam3Config | None:
+) -> Sam3LiteConfig | Sam3Config | Sam3LiteTextConfig | None:
     """
     The detector's configuration from the `config.json` of a folder or Hub repository, `None` if it has none.
 
@@ -98,11 +98,13 @@ def source_config(
         return read_config(Sam3LiteConfig.from_dict, fields, source)
     if model_type == "sam3":
         return read_config(Sam3Config.from_dict, fields, source)
+    if model_type == "sam3_lite_text":
+        return read_config(Sam3LiteTextConfig.from_dict, fields, source)
     if model_type == "sam3_video":
         return read_config(Sam3VideoConfig.from_dict, fields, source).detector_config
     raise ValueError(
-        f"{source} is a model of type {model_type!r}; a lite model starts from `sam3`, `sam3_video` or `sam3_lite`, "
-        f"or from Meta's `{NATIVE_FILE}`."
+        f"{source} is a model of type {model_type!r}; a lite model starts from `sam3`, `sam3_video`, "
+        f"`sam3_lite_text` or `sam3_lite`, or from Meta's `{NATIVE_FILE}`."
     )
 
 

@@ -10,6 +10,11 @@ from ..vocabulary_sam3_lite import INTEGER_BUFFERS
 from .report import MappingReport
 
 
+def _is_integer(name: str) -> bool:
+    """Whether a tensor holds integers, whatever the precision of the model."""
+    return name in INTEGER_BUFFERS or name.endswith(".num_batches_tracked")
+
+
 class Transfer:
     """
     Reads the tensors of a source, takes those of a target, and notes in a report what became of each.
@@ -26,7 +31,7 @@ class Transfer:
         self.state: dict[str, Tensor] = {}
         # Allocated before any temporary tensor, lest they end up between and fragment the memory.
         self._results = {
-            name: torch.empty(shape, dtype=torch.long if name in INTEGER_BUFFERS else dtype)
+            name: torch.empty(shape, dtype=torch.long if _is_integer(name) else dtype)
             for name, shape in shapes.items()
         }
         self.report = MappingReport(checkpoint.label, strategy, source_is_lite=checkpoint.is_lite)

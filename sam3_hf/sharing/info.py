@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 from yaml import YAMLError
 
 from ..checkpoints import Checkpoint, open_checkpoint
-from ..configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
+from ..configuration_sam3_lite import Sam3LiteConfig, context_length
 from ..errors import missing_source, named_source
 from ..mapping import REPORT_FILE
 from ..modeling_sam3_lite import Sam3LiteGeometryEncoder, Sam3LiteModel
@@ -93,13 +93,14 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
 
 def count_flops(config: Sam3LiteConfig) -> dict[str, int]:
     """
-    FLOPs of each part that computes, for one image, one phrase of 32 tokens, one prompt with text and, for the
-    geometry encoder, one box; and of the summary token of an image, 0 if phrases do not get it. Counted on the meta
-    device, without memory for weights.
+    FLOPs of each part that computes, for one image, one phrase (of as many tokens as the text encoder reads), one
+    prompt with text and, for the geometry encoder, one box; and of the summary token of an image, 0 if phrases do not
+    get it. Counted on the meta device, without memory for weights.
     """
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"  # whose matrix products every version of PyTorch counts
     hidden, size = config.detr_encoder_config.hidden_size, config.image_size
+    tokens = context_length(config.text_config)
     flops = {}
     with torch.device("meta"), torch.no_grad():
         model = Sam3LiteModel(config).eval()
@@ -113,10 +114,10 @@ def count_flops(config: Sam3LiteConfig) -> dict[str, int]:
         if model.vocabulary is None:
             with FlopCounterMode(display=False) as counter:
                 # Not through the text encoder's own forward, which looks at the tokens.
-                states = model.text_encoder.text_model(torch.zeros(1, MAX_TOKENS, dtype=torch.long))
+                states = model.text_encoder.encode(torch.zeros(1, tokens, dtype=torch.long))
                 model.text_projection(states.last_hidden_state)
             flops["text encoder"] = counter.get_total_flops()
-        text, owner = torch.zeros(1, MAX_TOKENS, hidden), torch.zeros(1, dtype=torch.long)
+        text, owner = torch.zeros(1, tokens, hidden), torch.zeros(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
             found = model.detect(levels, owner, text, None, None, None, one_to_many=False, summary=summary)
         for part in ("DETR encoder", "DETR decoder", "scoring"):

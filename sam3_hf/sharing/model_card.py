@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from ..checkpoints import source_config, weight_files
-from ..configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
+from ..configuration_sam3_lite import Sam3LiteConfig, context_length
 from ..errors import missing_source
 from ..mapping import REPORT_FILE
 from ..plain_text import LONGEST, markdown, markdown_code, plain, python_literal
@@ -300,7 +300,7 @@ def _sizes(config: Sam3LiteConfig, shapes: dict[str, tuple[int, ...]], weights: 
         "without_text": f"{(sum(counts.values()) - text) / 1e6:.1f}M",
         "weights": weights,
         "queries": sizes["queries"],
-        "tokens": MAX_TOKENS,
+        "tokens": context_length(config.text_config),
     }
 
 
