@@ -36,6 +36,8 @@ class Checkpoint:
         ValueError: no tensor of SAM 3 was recognised; the message shows what the file holds.
     """
 
+    text_source: str | None = None  # where its words come from, if not from where all else does
+
     def __init__(
         self,
         label: str,
@@ -73,6 +75,14 @@ class Checkpoint:
             return stored.take(self._files.read(stored.name))
         except SafetensorError as error:
             raise OSError(f"{self.label}: `{stored.name}` cannot be read ({error}).") from error
+
+    def note(self, name: str) -> str:
+        """What a report should say of a tensor beside what became of it."""
+        return ""
+
+    def config_at(self, preset: str, **sizes) -> Sam3LiteConfig:
+        """Its configuration at the sizes of a preset, see [`~Sam3LiteConfig.at_preset`]."""
+        return self.config.at_preset(preset, **sizes)
 
     @property
     def size(self) -> int:

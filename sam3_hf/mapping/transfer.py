@@ -34,7 +34,9 @@ class Transfer:
             name: torch.empty(shape, dtype=torch.long if _is_integer(name) else dtype)
             for name, shape in shapes.items()
         }
-        self.report = MappingReport(checkpoint.label, strategy, source_is_lite=checkpoint.is_lite)
+        self.report = MappingReport(
+            checkpoint.label, strategy, source_is_lite=checkpoint.is_lite, text_source=checkpoint.text_source
+        )
         self._used: set[str] = set()
 
     def read(self, name: str) -> Tensor:
@@ -67,6 +69,7 @@ class Transfer:
             raise ValueError(f"`{source}` does not fit into {self.dtype} or is not finite: use another `dtype`.")
         self.state[name] = result
         self._used.add(source)
+        reason = reason or self.checkpoint.note(source)
         self.report.add(name, action, self.checkpoint.shape(source), tuple(tensor.shape), energy, reason)
 
     def put_pair(

@@ -351,6 +351,8 @@ def _origin_text(origin: Origin, trained: bool, preset: str | None, report: dict
         return "It is not recorded where the weights come from."
     text = f"They started from {_shown(origin)}."
     if report is not None:
+        if report.get("text_source"):
+            text += f" Their text encoder is that of {markdown_code(Path(report['text_source']).name)}."
         data = "on unlabelled images" if report["strategy"] == "calibrated" else "without data"
         text += f" To fit these sizes they were mapped with the strategy {markdown_code(report['strategy'])}, {data}:"
     return text
