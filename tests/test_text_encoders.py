@@ -1,5 +1,7 @@
 """Text encoders of SAM3-LiteText in the place of CLIP's: sizes, equality with Transformers, phrases one by one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import largest_difference, micro_config, shake, with_padding_box
@@ -7,6 +9,7 @@ from transformers import Sam3LiteTextModel
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.configuration_sam3_lite import context_length
+from sam3_hf.sharing.sizes import preset_of, text_encoder_of
 
 PHRASES = ["red blood cell", "cat", "a very long phrase about the little white dog", "visual"]
 KINDS = ["s0", "s1"]  # with convolutions, and without
@@ -48,6 +51,30 @@ def test_sizes_are_those_of_the_published_text_encoders(kind, published):
     shapes = {name: tensor.shape for name, tensor in text.state_dict().items() if name != "projection.weight"}
     assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == shapes
     assert context_length(model.config.text_config) == 16
+
+
+# Million parameters, and without the text encoder.
+PRESET_SIZES = {
+    ("lite", "s0"): (260.9, 218.8),
+    ("lite", "s1"): (281.9, 218.8),
+    ("lite", "l"): (341.9, 218.9),
+    ("small", "s0"): (126.9, 84.8),
+    ("small", "s1"): (147.9, 84.8),
+    ("small", "l"): (207.9, 84.8),
+}
+
+
+@pytest.mark.parametrize(("preset", "kind"), PRESET_SIZES)
+def test_presets_have_text_encoders_as_an_axis(preset, kind):
+    with torch.device("meta"):
+        model = Sam3LiteModel(Sam3LiteConfig.from_preset(preset, text=kind))
+    total, text = (part.num_parameters() / 1e6 for part in (model, model.text_encoder))
+    sizes = PRESET_SIZES[preset, kind]
+    assert (round(total, 1), round(total - text, 1)) == sizes
+    row = f"| {sizes[0]}M | {sizes[1]}M | {2 * total:.0f} MB |"
+    table = (Path(__file__).parents[1] / "docs/mapping.md").read_text(encoding="utf-8")
+    assert row in next(line for line in table.splitlines() if line.startswith(f"| {preset}, text {kind} |"))
+    assert (preset_of(model.config), text_encoder_of(model.config)) == (preset, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

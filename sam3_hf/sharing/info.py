@@ -18,7 +18,7 @@ from ..errors import missing_source, named_source
 from ..mapping import REPORT_FILE
 from ..modeling_sam3_lite import Sam3LiteGeometryEncoder, Sam3LiteModel
 from ..sources_sam3_lite import read_json
-from .sizes import preset_of, sizes_of
+from .sizes import preset_of, sizes_of, text_encoder_of
 
 # The parts of a model, by the modules they consist of.
 PARTS = {
@@ -45,6 +45,7 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
         A dict that `json` can write:
 
         - `source`, `license` ("unknown" where no model card says it), `preset` (None where the sizes are no preset's),
+          `text_encoder` (what [`~Sam3LiteConfig.from_preset`] calls its `text`, None where there is no preset),
           `dtype`, `vocabulary` (None for a model with a text encoder), `sizes`;
         - `parts`: for each part `parameters`, `bytes` as stored, and, where it computes, `flops` and what they are
           `per`: "image", "prompt", "phrase" or "prompt with a box" (one box);
@@ -79,6 +80,7 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
         "source": source,
         "license": _license(source, hub_arguments),
         "preset": preset_of(checkpoint.config),
+        "text_encoder": text_encoder_of(checkpoint.config),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "vocabulary": checkpoint.config.vocabulary,
         "sizes": sizes_of(checkpoint.config),

@@ -23,7 +23,7 @@ from ..mapping import REPORT_FILE
 from ..plain_text import LONGEST, markdown, markdown_code, plain, python_literal
 from ..sources_sam3_lite import read_json
 from ..version import __version__
-from .sizes import preset_of, sizes_of
+from .sizes import preset_of, sizes_of, text_encoder_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PROVENANCE_FILE = "provenance.json"
@@ -291,8 +291,10 @@ def _sizes(config: Sam3LiteConfig, shapes: dict[str, tuple[int, ...]], weights: 
     preset, sizes = preset_of(config), sizes_of(config)
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     text = sum(count for name, count in counts.items() if name.startswith("text_encoder."))
+    other = text_encoder_of(config) if text else None
+    text_encoder = f" with text encoder `{other}`" if other not in (None, "standard") else ""
     return {
-        "preset": f"`{preset}`" if preset else "none, own sizes",
+        "preset": f"`{preset}`{text_encoder}" if preset else "none, own sizes",
         "vit": f"{sizes['vision_width']} × {sizes['vision_layers']} × {sizes['vision_heads']}",
         "detr": f"{sizes['detr_encoder_layers']} + {sizes['detr_decoder_layers']}",
         "pixels": sizes["image_size"],

@@ -67,7 +67,7 @@ def build_processor(arguments: Arguments, config: Sam3LiteConfig, checkpoint: Pa
         ValueError: the tokenizer is not that of the model.
     """
     if checkpoint is None:
-        return Sam3LiteProcessor.of_source(arguments.model.init, config)
+        return Sam3LiteProcessor.of_source(arguments.model.text_encoder or arguments.model.init, config)
     if Sam3LiteProcessor.has_tokenizer(checkpoint):
         return Sam3LiteProcessor.of_source(checkpoint, config)
     started_from = read_state(checkpoint)["arguments"]["init"]  # checkpoints of older versions hold no tokenizer
@@ -102,7 +102,11 @@ def load_initial(arguments: ModelArguments) -> Sam3LiteModel:
         ValueError: the source does not hold all weights of the model.
     """
     model, info = Sam3LiteModel.from_pretrained(
-        arguments.init, config=initial_config(arguments), dtype=torch.float32, output_loading_info=True
+        arguments.init,
+        config=initial_config(arguments),
+        text_encoder=arguments.text_encoder,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     kinds = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
     if any(kinds.values()):
@@ -138,25 +142,26 @@ def initial_config(arguments: ModelArguments) -> Sam3LiteConfig:
     given = {name: value for name, value in given.items() if value is not None}
     if arguments.init is None:
         return Sam3LiteConfig.from_preset(arguments.preset, **arguments.model_overrides | given)
-    checkpoint = open_initial(arguments.init)
+    checkpoint = open_initial(arguments.init, arguments.text_encoder)
     if not checkpoint.is_lite:
-        return checkpoint.config.at_preset(arguments.preset, **arguments.model_overrides | given)
+        return checkpoint.config_at(arguments.preset, **arguments.model_overrides | given)
     if arguments.model_overrides:
         raise ValueError("model_overrides changes a preset; with --init the sizes are those of the checkpoint")
     return checkpoint.config.changed(**given) if given else checkpoint.config
 
 
-def open_initial(init: str) -> Checkpoint:
+def open_initial(init: str, text_encoder: str | None = None) -> Checkpoint:
     """
-    The checkpoint that --init names.
+    The checkpoint that --init names, with the words of the one that --text_encoder names.
 
     Raises:
         OSError: there is none; says whether the name, the access or the network is the reason.
         ValueError: it is no model of a kind that is known here.
     """
-    refuse_training_checkpoint(init)
+    for source in filter(None, (init, text_encoder)):
+        refuse_training_checkpoint(source)
     with named_source(init):
-        checkpoint = open_checkpoint(init)
+        checkpoint = open_checkpoint(init, text_encoder=text_encoder)
     if checkpoint is not None:
         return checkpoint
     if os.path.exists(init):
