@@ -105,7 +105,8 @@ def count_flops(config: Sam3LiteConfig) -> dict[str, int]:
     tokens = context_length(config.text_config)
     flops = {}
     with torch.device("meta"), torch.no_grad():
-        model = Sam3LiteModel(config).eval()
+        # The counter follows gradients, and stumbles over a module that returns its parameter.
+        model = Sam3LiteModel(config).eval().requires_grad_(False)
         with FlopCounterMode(display=False) as counter:
             vision = model.vision_encoder(torch.zeros(1, 3, size, size))
         flops["vision encoder"] = counter.get_total_flops()
