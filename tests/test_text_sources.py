@@ -9,7 +9,7 @@ from test_text_encoders import lite_text_model
 from transformers import Sam3LiteTextModel
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
-from sam3_hf.checkpoints import open_checkpoint
+from sam3_hf.checkpoints import native_state_dict, open_checkpoint
 from sam3_hf.configuration_sam3_lite import parameter_sizes
 from sam3_hf.mapping.calibration import calibrate_mapping
 
@@ -160,3 +160,16 @@ def test_calibration_asks_in_the_words_of_the_other_model(lite_text, eyes, tmp_p
         search_depth=False,
     )
     assert same_text(model, words)
+
+
+def test_files_of_efficientsam3_are_refused_with_the_reason(tmp_path):
+    state = native_state_dict(Sam3LiteModel(micro_config()).state_dict())
+    state = {name: tensor for name, tensor in state.items() if "language_backbone" not in name}
+    text = "backbone.language_backbone"
+    state |= {
+        f"{text}.encoder.embedding_layer.weight": torch.zeros(8, 4),
+        f"{text}.projector.weight": torch.zeros(4, 4),
+    }
+    torch.save({"model": {f"detector.{name}": tensor for name, tensor in state.items()}}, tmp_path / "efficient.pt")
+    with pytest.raises(ValueError, match="EfficientSAM3.*take it as Transformers has it.*vil-uob/sam3-litetext-s0"):
+        Sam3LiteModel.from_pretrained(tmp_path / "efficient.pt")

@@ -185,6 +185,8 @@ def _examples(names: list[str], count: int = 4) -> str:
 def _guess(names: list[str]) -> str:
     """What a foreign checkpoint probably is, from names that only it has."""
     foreign = {
+        r".*language_backbone\.(projector|encoder\.embedding_layer)\.": "a file of EfficientSAM3 with SAM3-LiteText's "
+        "text encoder: take it as Transformers has it, such as vil-uob/sam3-litetext-s0",
         r"(model\.)?(sam_mask_decoder|memory_attention|image_encoder\.trunk)\.": "a SAM 2 checkpoint",
         r"(image_encoder\.blocks|mask_decoder\.transformer|vision_encoder\.layers)\.": "a SAM checkpoint",
         r"(model\.)?(layers\.\d+\.self_attn|embed_tokens|h\.\d+\.attn)\b|lm_head\.": "a language model",
