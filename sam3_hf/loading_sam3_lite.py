@@ -62,8 +62,6 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
     _no_split_modules = [
         "Sam3LiteViTLayer",
         "CLIPEncoderLayer",
-        "Sam3LiteTextTextEncoderLayer",
-        "Sam3LiteTextRepMixerBlock",
         "Sam3LiteDetrEncoderLayer",
         "Sam3LiteDetrDecoderLayer",
     ]

@@ -71,6 +71,8 @@ class Sam3LiteMobileTextEncoder(Sam3LiteTextTextModel):
     what it says of a phrase does not depend on how, or with which other phrases, that was padded.
     """
 
+    _no_split_modules = ["Sam3LiteTextTextEncoderLayer", "Sam3LiteTextRepMixerBlock"]
+
     def __init__(self, config):
         super().__init__(config)
         self.projection = nn.Identity()

@@ -118,6 +118,13 @@ def test_padding_of_any_kind_and_length_reads_the_same(kind):
         torch.testing.assert_close(found[:, :16], expected, rtol=0, atol=1e-6)
 
 
+def test_layers_that_stay_on_one_device_exist():
+    model = lite_text_model()
+    classes = {type(module).__name__ for module in model.text_encoder.modules()}
+    assert set(model.text_encoder._no_split_modules) <= classes
+    assert set(model.text_encoder._no_split_modules) <= set(model._no_split_modules)
+
+
 def test_more_tokens_than_the_encoder_reads_are_refused():
     model = lite_text_model()
     with pytest.raises(ValueError, match="has 17 tokens, this text encoder reads 16"):
