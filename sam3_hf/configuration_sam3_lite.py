@@ -11,12 +11,21 @@ from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
 from .limits_sam3_lite import check_multiple, check_values, did_you_mean, read_config
-from .presets_sam3_lite import MLP_RATIO, PRESETS, preset_fields, spread_global_layers
+from .presets_sam3_lite import (
+    CLIP_TEXT,
+    LITE_TEXT,
+    MLP_RATIO,
+    PRESETS,
+    TEXT_ENCODERS,
+    preset_fields,
+    spread_global_layers,
+)
 
 logger = logging.get_logger(__name__)
 
-# Tokens that a phrase is padded or cut to.
+# Tokens that a phrase is padded or cut to, by SAM 3 and by the text encoders of SAM3-LiteText; see `context_length`.
 MAX_TOKENS = 32
+LITE_TEXT_TOKENS = 16
 # Label of a padded box, as `Sam3Processor` writes it.
 BOX_PADDING_LABEL = -10
 # Stands in for the text of a prompt that has only boxes.
@@ -41,7 +50,7 @@ _SHORT_NAMES = {
 }
 
 # Those of them that change which parameters a model has, or their shapes.
-SIZE_KEYWORDS = frozenset(_SHORT_NAMES) - {"image_size"}
+SIZE_KEYWORDS = frozenset(_SHORT_NAMES) - {"image_size"} | {"text"}
 
 # The smallest value of each size that the model cannot do without. Widths and resolutions must be multiples besides.
 _TRANSFORMER_MINIMUMS = {"intermediate_size": 1, "num_attention_heads": 1}
@@ -58,7 +67,8 @@ _MINIMUMS = {
         "num_hidden_layers": 1,
         "vocab_size": 1,
         "projection_dim": 1,
-        "max_position_embeddings": MAX_TOKENS,
+        "max_position_embeddings": 1,
+        "repmixer_kernel_size": 1,
     },
     ("geometry_encoder_config",): {**_TRANSFORMER_MINIMUMS, "num_layers": 1, "roi_size": 1},
     ("detr_encoder_config",): {**_TRANSFORMER_MINIMUMS, "num_layers": 1},
@@ -167,7 +177,9 @@ class Sam3LiteConfig(Sam3Config):
 
     Args:
         vision_config, text_config, geometry_encoder_config, detr_encoder_config, detr_decoder_config,
-        mask_decoder_config (`dict` or `PreTrainedConfig`, *optional*): the parts, as in [`Sam3Config`].
+        mask_decoder_config (`dict` or `PreTrainedConfig`, *optional*): the parts, as in [`Sam3Config`]. `text_config`
+            can also be a [`Sam3LiteTextTextConfig`], or a dict whose `model_type` is `sam3_lite_text_text_model`:
+            the text encoder is then that of SAM3-LiteText.
         loss_config (`dict` or [`Sam3LiteLossConfig`], *optional*): weights of the training loss.
         summary_token (`bool`, *optional*, defaults to `True`): whether every prompt gets the token by which the box
             encoder sums up the image, as in Meta's SAM 3, or only prompts with boxes, as in [`Sam3Model`]. `False`
@@ -201,12 +213,15 @@ class Sam3LiteConfig(Sam3Config):
     def __post_init__(self, **kwargs):
         _check_keywords(type(self), kwargs, "", self.transformers_version)
         sub_config_classes = {**type(self).sub_configs, "loss_config": Sam3LiteLossConfig}
-        for name, default in preset_fields("lite").items():
+        defaults = preset_fields("lite")
+        for name in defaults:
             given = getattr(self, name)
             if isinstance(given, PreTrainedConfig):
                 setattr(self, name, copy.deepcopy(given))
             else:
-                fields = _merge(default, given or {})
+                fields = _merge(defaults, {name: given or {}})[name]
+                if name == "text_config":
+                    _check_text_encoder(fields.get("model_type"))
                 _check_sub_config(name, fields, sub_config_classes[name], self.transformers_version)
                 setattr(self, name, fields)
         if isinstance(self.loss_config, dict):
@@ -231,7 +246,7 @@ class Sam3LiteConfig(Sam3Config):
         return read_config(super().from_dict, {"summary_token": False, **config_dict}, **kwargs)
 
     @classmethod
-    def from_preset(cls, name: str, **overrides) -> Sam3LiteConfig:
+    def from_preset(cls, name: str, text: str = "standard", **overrides) -> Sam3LiteConfig:
         r"""
         A config by name, with any size changed.
 
@@ -239,6 +254,7 @@ class Sam3LiteConfig(Sam3Config):
             name (`str`): `standard`, `medium`, `depth16`, `lite-plus`, `lite`, `small-plus`, `small`, or, for tests
                 and demonstrations, `tiny-standard`, `tiny-plus` and `tiny`. Those with `-plus` keep all six layers of
                 the DETR decoder.
+            text (`str`): the text encoder: `standard`, that of SAM 3, or one of SAM3-LiteText: `s0`, `s1` or `l`.
             overrides: fields of this config (nested dicts are merged), or the short names `image_size`,
                 `patch_size`, `vision_hidden_size`, `vision_intermediate_size`, `vision_num_hidden_layers`,
                 `vision_num_attention_heads`, `vision_global_attn_indexes`, `vision_window_size`,
@@ -247,15 +263,15 @@ class Sam3LiteConfig(Sam3Config):
                 a new depth spreads its global layers evenly, unless those are given as well.
 
         Raises:
-            ValueError: no such preset or field, or the sizes do not fit together.
+            ValueError: no such preset, text encoder or field, or the sizes do not fit together.
         """
-        return cls._changed(preset_fields(name), overrides)
+        return cls._changed(preset_fields(name, text), overrides)
 
     def at_preset(self, name: str, **overrides) -> Sam3LiteConfig:
         """
         The sizes of a preset for what this configuration is used for: its input resolution, patches and windows,
-        number of queries, summary token, mask supervision, epsilon of the ViT and vocabulary stay. `overrides` as in
-        [`~Sam3LiteConfig.from_preset`].
+        number of queries, summary token, mask supervision, epsilon of the ViT and vocabulary stay, and so does a text
+        encoder of SAM3-LiteText. `overrides` as in [`~Sam3LiteConfig.from_preset`].
 
         Raises:
             ValueError: no such preset or field, or the sizes do not fit together.
@@ -273,6 +289,8 @@ class Sam3LiteConfig(Sam3Config):
                 }
             },
         }
+        if self.text_config.model_type == LITE_TEXT and "text" not in overrides:
+            kept["text_config"] = self.text_config.to_dict()
         return self.from_preset(name, **_merge(kept, overrides))
 
     def changed(self, **overrides) -> Sam3LiteConfig:
@@ -284,7 +302,10 @@ class Sam3LiteConfig(Sam3Config):
         """
         fields = self.to_dict()
         kept = (*preset_fields("lite"), "initializer_range", "summary_token", "mask_supervision", "vocabulary")
-        return self._changed({name: fields[name] for name in kept}, overrides)
+        fields = {name: fields[name] for name in kept}
+        if "text" in overrides:
+            fields["text_config"] = preset_fields("lite", overrides.pop("text"))["text_config"]
+        return self._changed(fields, overrides)
 
     @classmethod
     def _changed(cls, fields: dict, overrides: dict) -> Sam3LiteConfig:
@@ -303,13 +324,14 @@ class Sam3LiteConfig(Sam3Config):
     @classmethod
     def keywords(cls) -> set[str]:
         """Names that [`~Sam3LiteConfig.from_preset`] takes."""
-        return {field.name for field in dataclasses.fields(cls)} | _COMMON_KEYWORDS | set(_SHORT_NAMES)
+        return {field.name for field in dataclasses.fields(cls)} | _COMMON_KEYWORDS | set(_SHORT_NAMES) | {"text"}
 
     def validate_architecture(self):
         """
         Raises:
             ValueError: sizes that no model can have, naming the field and a valid value.
         """
+        _check_text_encoder(self.text_config.model_type)
         self._validate_ranges()
         if not isinstance(self.summary_token, bool):
             raise ValueError(f"`summary_token` must be true or false, got {self.summary_token!r}.")
@@ -354,6 +376,18 @@ class Sam3LiteConfig(Sam3Config):
         width, heads = (_field(self.text_config, field) for field in ("hidden_size", "num_attention_heads"))
         if isinstance(width, int) and isinstance(heads, int):
             check_multiple("text_config.hidden_size", width, "num_attention_heads", heads)
+        self._validate_tokens()
+
+    def _validate_tokens(self):
+        """What the two kinds of text encoder need of their tokens: positions, and windows with a middle."""
+        if _field(self.text_config, "model_type") == LITE_TEXT:
+            kernel = _field(self.text_config, "repmixer_kernel_size")
+            if isinstance(kernel, int) and kernel % 2 == 0:
+                raise ValueError(f"`text_config.repmixer_kernel_size` must be odd, got {kernel}.")
+            return
+        positions = _field(self.text_config, "max_position_embeddings")
+        if isinstance(positions, int) and positions < MAX_TOKENS:
+            raise ValueError(f"`text_config.max_position_embeddings` must be at least {MAX_TOKENS}, got {positions}.")
 
     def _validate_detector_width(self):
         width = self.detr_decoder_config.hidden_size
@@ -387,6 +421,25 @@ def check_vocabulary(classes: list[str]):
         raise ValueError(f"`vocabulary` has phrases more than once: {', '.join(map(repr, twice))}.")
 
 
+def context_length(text_config: PreTrainedConfig) -> int:
+    """
+    How many tokens a text encoder reads: it was trained with so many, padding included. Those of SAM3-LiteText resize
+    their table of positions to that; a table of at most 32 positions was saved at the length that it is used at.
+    """
+    if text_config.model_type != LITE_TEXT:
+        return MAX_TOKENS
+    positions = text_config.max_position_embeddings
+    return positions if positions <= MAX_TOKENS else LITE_TEXT_TOKENS
+
+
+def _check_text_encoder(model_type) -> None:
+    if model_type not in (CLIP_TEXT, LITE_TEXT):
+        raise ValueError(
+            f"`text_config.model_type` must be {CLIP_TEXT!r} (SAM 3) or {LITE_TEXT!r} (SAM3-LiteText), got "
+            f"{model_type!r}."
+        )
+
+
 def parameter_sizes(config: Sam3LiteConfig) -> tuple:
     """The fields that decide which parameters a model has and of which shapes."""
     vit, text = config.vision_config.backbone_config, config.text_config
@@ -395,7 +448,8 @@ def parameter_sizes(config: Sam3LiteConfig) -> tuple:
     return (
         *(getattr(tower, name) for tower in (vit, text) for name in layers),
         *(getattr(vit, name) for name in ("num_channels", "patch_size", "pretrain_image_size")),
-        *(getattr(text, name) for name in ("vocab_size", "max_position_embeddings")),
+        *(getattr(text, name) for name in ("model_type", "vocab_size", "max_position_embeddings")),
+        *(getattr(text, name, None) for name in ("use_repmixer_blocks", "repmixer_kernel_size")),
         *(getattr(part, name) for part in parts for name in ("hidden_size", "intermediate_size", "num_layers")),
         config.vision_config.fpn_hidden_size,
         config.mask_decoder_config.hidden_size,
@@ -430,13 +484,20 @@ def _complete_vision_sizes(fields: dict, short: dict) -> dict:
 
 
 def _merge(base: dict, update: dict) -> dict:
+    """Both, nested dicts merged as well, unless they are of different kinds, as two text encoders can be."""
     merged = copy.deepcopy(base)
     for key, value in update.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
+        known = merged.get(key)
+        if isinstance(value, dict) and isinstance(known, dict) and not _differ_in_kind(known, value):
+            merged[key] = _merge(known, value)
         else:
             merged[key] = copy.deepcopy(value)
     return merged
+
+
+def _differ_in_kind(base: dict, update: dict) -> bool:
+    kinds = base.get("model_type"), update.get("model_type")
+    return None not in kinds and kinds[0] != kinds[1]
 
 
 def _set_path(fields: dict, path: tuple[str, ...], value) -> None:
@@ -490,4 +551,12 @@ def _valid_head_counts(hidden_size: int) -> list[int]:
     return [n for n in range(1, hidden_size + 1) if hidden_size % n == 0 and (hidden_size // n) % 4 == 0][:12]
 
 
-__all__ = ["PRESETS", "SIZE_KEYWORDS", "Sam3LiteConfig", "Sam3LiteLossConfig", "parameter_sizes"]
+__all__ = [
+    "PRESETS",
+    "SIZE_KEYWORDS",
+    "TEXT_ENCODERS",
+    "Sam3LiteConfig",
+    "Sam3LiteLossConfig",
+    "context_length",
+    "parameter_sizes",
+]

@@ -25,6 +25,7 @@ _MAXIMUMS = {
     "patch_size": 1024,
     "pretrain_image_size": 16_384,
     "projection_dim": 16_384,
+    "repmixer_kernel_size": 1023,
     "roi_size": 256,
     "vocab_size": 10_000_000,
     "window_size": 16_384,

@@ -75,6 +75,7 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
         *model_args,
         preset: str | None = None,
         mapping: str = "auto",
+        text_encoder: str | os.PathLike | None = None,
         config: Sam3LiteConfig | str | os.PathLike | None = None,
         **kwargs,
     ) -> Sam3LitePreTrainedModel:
@@ -82,13 +83,15 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
         Loads a lite checkpoint as Transformers does, or makes a lite model from any other SAM 3 checkpoint.
 
         Args:
-            pretrained_model_name_or_path: Hub id or folder of a model of type `sam3_lite`, `sam3` or `sam3_video`, or
-                a native `.pt` file of Meta's (also as written by its trainer). Also a checkpoint folder of
-                `training/train.py`, whose averaged weights are those of `variant="ema"`.
+            pretrained_model_name_or_path: Hub id or folder of a model of type `sam3_lite`, `sam3`, `sam3_video` or
+                `sam3_lite_text`, or a native `.pt` file of Meta's (also as written by its trainer). Also a checkpoint
+                folder of `training/train.py`, whose averaged weights are those of `variant="ema"`.
             preset (`str`, *optional*): sizes of the model, see [`~Sam3LiteConfig.at_preset`], or `"same"` for those
                 of the source. Default: `"lite"` for a standard source, `"same"` for a lite one.
             mapping (`str`, *optional*, defaults to `"auto"`): how weights are carried to smaller sizes: `"isometry"`,
                 `"select"` or `"skip"`, see [`map_checkpoint`]; `"auto"` is the best of them. Equal sizes are copied.
+            text_encoder (`str`, *optional*): another source, of any of these kinds, that words are taken from: its
+                text encoder and projection are copied, its other tensors not read.
             config (`Sam3LiteConfig` or path, *optional*): sizes of the model, instead of `preset`.
             kwargs: those of [`~PreTrainedModel.from_pretrained`] (`dtype`, `device_map`, `revision`, `token`, ...),
                 and fields of the config such as `image_size`, or `num_queries`: queries beyond those of the source
@@ -127,7 +130,8 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
         source = pretrained_model_name_or_path
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         fields = None if source is None or os.path.isfile(source) else _fields_of(source, hub_arguments)
-        if _is_saved_model(source, fields) and preset in (None, "same") and not SIZE_KEYWORDS & set(kwargs):
+        as_saved = preset in (None, "same") and text_encoder is None and not SIZE_KEYWORDS & set(kwargs)
+        if as_saved and _is_saved_model(source, fields):
             saved = read_config(cls.config_class.from_dict, fields, source)
             if config is None or parameter_sizes(config) == parameter_sizes(saved):
                 check = safe_weights if kwargs["use_safetensors"] else check_pickled_index
@@ -139,7 +143,7 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
                 from sam3_hf.mapping.plan import plan_mapping
             except ImportError as error:
                 raise needs_package("A model of other sizes, or of another kind,") from error
-            plan = plan_mapping(source, fields, preset, config, kwargs)
+            plan = plan_mapping(source, fields, preset, config, kwargs, text_encoder)
         if plan is None:
             return cls._load(source, *model_args, config=config, **kwargs)
         state_dict, report = plan.map(cls.parameter_shapes, mapping)

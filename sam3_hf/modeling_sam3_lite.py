@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers import Sam3LiteTextModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.sam3.modeling_sam3 import (
     Sam3DotProductScoring,
@@ -17,7 +18,7 @@ from transformers.models.sam3.modeling_sam3 import (
 )
 from transformers.utils import can_return_tuple
 
-from .configuration_sam3_lite import BOX_PADDING_LABEL, Sam3LiteConfig, check_vocabulary
+from .configuration_sam3_lite import BOX_PADDING_LABEL, Sam3LiteConfig, check_vocabulary, context_length
 from .detr_sam3_lite import Sam3LiteDetrDecoder, Sam3LiteDetrEncoder, Sam3LiteGeometryEncoder, additive_mask
 from .loading_sam3_lite import Sam3LitePreTrainedModel, needs_package
 from .masks_sam3_lite import Sam3LiteMaskDecoder
@@ -32,7 +33,7 @@ from .outputs_sam3_lite import (
     refuse_arguments,
 )
 from .passes_sam3_lite import TrainingPass
-from .text_sam3_lite import Sam3LiteTextEncoder
+from .text_sam3_lite import build_text_encoder
 from .vision_sam3_lite import Sam3LiteVisionModel
 from .vocabulary_sam3_lite import Sam3LiteVocabulary
 
@@ -45,7 +46,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
     Finds and segments every instance of a concept named by text or shown by boxes.
 
     Parameter names are those of [`Sam3Model`]. Parameters that no output of SAM 3 depends on (the fourth FPN level,
-    CLIP's own projection, the third stage of the pixel decoder) do not exist here.
+    the text encoder's own projection, the third stage of the pixel decoder) do not exist here.
 
     With a fixed vocabulary (`config.vocabulary`, see [`~Sam3LiteModel.freeze_vocabulary`]) there is no text encoder,
     but `vocabulary`: prompts are then its phrases or their ids, and all inputs of the full model stay valid.
@@ -73,10 +74,11 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         hidden_size = config.detr_encoder_config.hidden_size
         self.text_encoder = self.text_projection = self.vocabulary = None
         if config.vocabulary is None:
-            self.text_encoder = Sam3LiteTextEncoder(config.text_config)
+            self.text_encoder = build_text_encoder(config.text_config)
             self.text_projection = nn.Linear(config.text_config.hidden_size, hidden_size)
         else:
-            self.vocabulary = Sam3LiteVocabulary(config.vocabulary, hidden_size)
+            num_tokens = context_length(config.text_config)
+            self.vocabulary = Sam3LiteVocabulary(config.vocabulary, hidden_size, num_tokens)
 
         parts = ("geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
         for part in parts:
@@ -90,10 +92,11 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         self._compiled_detect: Callable | None = None
         self.post_init()
 
-    def to_sam3(self) -> Sam3Model:
+    def to_sam3(self) -> Sam3Model | Sam3LiteTextModel:
         """
-        The same model as a stock [`Sam3Model`], whose saved folder Transformers loads without this package. The few
-        parameters that only the stock model has, and nothing reads, are freshly initialised.
+        The same model as a stock [`Sam3Model`], or with a text encoder of SAM3-LiteText [`Sam3LiteTextModel`], whose
+        saved folder Transformers loads without this package. The few parameters that only the stock model has, and
+        nothing reads, are freshly initialised.
 
         Outputs are equal but for prompts without boxes of a model with `config.summary_token`: the stock class leaves
         their summary token out, which a warning says. There, a box of label -10 (padding) brings it back.

@@ -28,19 +28,48 @@ _MINIATURE_PRESETS = {
 }
 PRESETS = (*_FULL_SIZE_PRESETS, *_MINIATURE_PRESETS)
 
+# Model types of the two kinds of text encoder: that of SAM 3, and that of SAM3-LiteText.
+CLIP_TEXT, LITE_TEXT = "clip_text_model", "sam3_lite_text_text_model"
+# One row per text encoder of SAM3-LiteText (vil-uob/sam3-litetext-s0, -s1, -l): width, layers, heads, whether the
+# first and the last layer are convolutions; in miniature beside it. As Transformers' conversion script reads them off
+# those checkpoints (`convert_sam3_lite_text_to_hf.py`: MLP 4 times the width, heads of 64 channels). With 16 positions
+# and the projection to 256 channels they have the parameters of its `model_doc/sam3_lite_text.md`, 42.54M, 63.53M and
+# 123.80M.
+_LITE_TEXT_SIZES = {
+    "s0": ((512, 6, 8, True), (32, 3, 2, True)),
+    "s1": ((512, 12, 8, False), (32, 2, 2, False)),
+    "l": ((768, 12, 12, False), (48, 2, 3, False)),
+}
+# `standard` is that of SAM 3.
+TEXT_ENCODERS = ("standard", *_LITE_TEXT_SIZES)
 
-def preset_fields(name: str) -> dict:
+
+def preset_fields(name: str, text: str = "standard") -> dict:
     """
     The nested fields of a preset, as keyword arguments of [`Sam3LiteConfig`].
 
+    Args:
+        text: its text encoder, one of `TEXT_ENCODERS`.
+
     Raises:
-        ValueError: no preset of that name.
+        ValueError: no preset or text encoder of that name.
     """
     if name in _FULL_SIZE_PRESETS:
-        return _full_size_fields(*_FULL_SIZE_PRESETS[name])
-    if name in _MINIATURE_PRESETS:
-        return _miniature_fields(*_MINIATURE_PRESETS[name])
-    raise ValueError(f"There is no preset {name!r}{did_you_mean(name, PRESETS)}. Presets: {', '.join(PRESETS)}.")
+        fields = _full_size_fields(*_FULL_SIZE_PRESETS[name])
+    elif name in _MINIATURE_PRESETS:
+        fields = _miniature_fields(*_MINIATURE_PRESETS[name])
+    else:
+        raise ValueError(f"There is no preset {name!r}{did_you_mean(name, PRESETS)}. Presets: {', '.join(PRESETS)}.")
+    if text in _LITE_TEXT_SIZES:
+        full, miniature = _LITE_TEXT_SIZES[text]
+        vocab_size = fields["text_config"]["vocab_size"]
+        fields["text_config"] = _lite_text_fields(*(full if name in _FULL_SIZE_PRESETS else miniature), vocab_size)
+    elif text != "standard":
+        raise ValueError(
+            f"There is no text encoder {text!r}{did_you_mean(str(text), TEXT_ENCODERS)}. Text encoders: "
+            f"{', '.join(TEXT_ENCODERS)}."
+        )
+    return fields
 
 
 def spread_global_layers(num_hidden_layers: int, num_global: int) -> list[int]:
@@ -60,7 +89,7 @@ def _full_size_fields(width, depth, heads, global_layers, encoder_layers, decode
         "layer_norm_eps": VIT_LAYER_NORM_EPS,
     }
     text = {
-        "model_type": "clip_text_model",
+        "model_type": CLIP_TEXT,
         "vocab_size": 49408,
         "hidden_size": 1024,
         "intermediate_size": 4096,
@@ -78,6 +107,20 @@ def _full_size_fields(width, depth, heads, global_layers, encoder_layers, decode
         "detr_decoder_config": {"num_layers": decoder_layers},
         "mask_decoder_config": {},
         "loss_config": {},
+    }
+
+
+def _lite_text_fields(width, depth, heads, convolutions, vocab_size) -> dict:
+    return {
+        "model_type": LITE_TEXT,
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "projection_dim": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 16,
+        "use_repmixer_blocks": convolutions,
     }
 
 

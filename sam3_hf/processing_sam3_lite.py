@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BatchFeature, CLIPTokenizer, Sam3ImagePr
 from transformers.utils import cached_file, logging
 
 from .boxes_sam3_lite import pack_boxes, relative_boxes
-from .configuration_sam3_lite import BOX_PADDING_LABEL, MAX_TOKENS, VISUAL_PHRASE
+from .configuration_sam3_lite import BOX_PADDING_LABEL, MAX_TOKENS, VISUAL_PHRASE, context_length
 from .sources_sam3_lite import HUB_ARGUMENTS, config_fields
 from .vocabulary_sam3_lite import check_tokenizer
 
@@ -67,19 +67,32 @@ def clean_phrase(phrase: str) -> str:
 
 def tokenize(tokenizer, phrases: list[str]) -> dict[str, Tensor]:
     """
-    {"input_ids", "attention_mask"}, each `(phrases, 32)` int64: cleaned, padded, and cut where too long. The mask is 0
-    for padding, and for token 0 ("!" in the middle of a word), with which SAM 3 pads.
+    {"input_ids", "attention_mask"}, each `(phrases, tokens)` int64: cleaned, padded to [`num_tokens`] of them, and cut
+    where too long. The mask is 0 for padding, and for token 0 ("!" in the middle of a word), with which SAM 3 pads.
     """
     tokens = tokenizer(
         [clean_phrase(phrase) for phrase in phrases],
         padding="max_length",
         truncation=True,
-        max_length=MAX_TOKENS,
+        max_length=num_tokens(tokenizer),
         split_special_tokens=True,  # "<|endoftext|>" in a phrase is text
         return_tensors="pt",
     )
     ids = tokens["input_ids"]
     return {"input_ids": ids, "attention_mask": tokens["attention_mask"] * (ids != 0)}
+
+
+def num_tokens(tokenizer) -> int:
+    """How many tokens a phrase is padded or cut to: as many as the text encoder of its model reads."""
+    return min(tokenizer.model_max_length, MAX_TOKENS)
+
+
+def _for_model(tokenizer, config):
+    """The tokenizer, set to as many tokens as the text encoder of this configuration reads."""
+    length = context_length(config.text_config)
+    if num_tokens(tokenizer) != length:
+        tokenizer.model_max_length = length
+    return tokenizer
 
 
 def _byte_characters() -> list[str]:
@@ -122,9 +135,10 @@ class Sam3LiteProcessor(Sam3Processor):
     def from_config(cls, config) -> Sam3LiteProcessor:
         """
         The processor of a model with this configuration, made without the Hub: images at `config.image_size`, CLIP's
-        tokenizer cut to `config.text_config.vocab_size`.
+        tokenizer cut to `config.text_config.vocab_size`, phrases of as many tokens as its text encoder reads.
         """
-        return cls(_image_processor(config), clip_tokenizer(config.text_config.vocab_size))
+        tokenizer = clip_tokenizer(config.text_config.vocab_size)
+        return cls(_image_processor(config), _for_model(tokenizer, config))
 
     @classmethod
     def of_source(cls, source: str | os.PathLike | None, config, **hub_arguments) -> Sam3LiteProcessor:
@@ -148,7 +162,7 @@ class Sam3LiteProcessor(Sam3Processor):
                 f"{source}: its tokenizer cannot be read ({type(error).__name__}: {error}): get its files again."
             ) from error
         check_tokenizer(tokenizer, config)
-        return cls(_image_processor(config), tokenizer)
+        return cls(_image_processor(config), _for_model(tokenizer, config))
 
     @classmethod
     def of_origin(cls, source: str | os.PathLike | None, config, **hub_arguments) -> Sam3LiteProcessor:
@@ -244,11 +258,11 @@ class Sam3LiteProcessor(Sam3Processor):
             if prompt is None and (input_boxes is None or input_boxes[index] is None):
                 raise ValueError(f"Prompt {index} has neither text nor boxes.")
         words = [VISUAL_PHRASE if prompt is None else prompt for prompt in prompts]
-        tokens = tokenize(self.tokenizer, words)
+        tokens, longest = tokenize(self.tokenizer, words), num_tokens(self.tokenizer)
         cut_or_full = tokens["input_ids"][:, -1] == self.tokenizer.eos_token_id
         for index in cut_or_full.nonzero().flatten().tolist():
-            if len(self.tokenizer(clean_phrase(words[index]))["input_ids"]) > MAX_TOKENS:
-                logger.warning(f"The prompt {words[index]!r} is longer than {MAX_TOKENS} tokens and was cut.")
+            if len(self.tokenizer(clean_phrase(words[index]))["input_ids"]) > longest:
+                logger.warning(f"The prompt {words[index]!r} is longer than {longest} tokens and was cut.")
         return tokens
 
     def _pack_boxes(self, boxes, labels, sizes: list[tuple[int, int]]) -> dict[str, Tensor]:

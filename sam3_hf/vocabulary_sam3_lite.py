@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .configuration_sam3_lite import MAX_TOKENS, VISUAL_PHRASE
+from .configuration_sam3_lite import MAX_TOKENS, VISUAL_PHRASE, context_length
 
 # Names of its buffers in the model that hold integers, whatever the precision of the model.
 INTEGER_BUFFERS = ("vocabulary.input_ids", "vocabulary.attention_mask")
@@ -64,7 +64,8 @@ def phrase_features(
         processor: turns the phrases into tokens.
         phrases: at least one.
         device: that of its text encoder. Default: that of the model.
-        padded: to 32 tokens, so that features of several calls go together; otherwise to the longest of the phrases.
+        padded: to as many tokens as the text encoder reads, so that features of several calls go together; otherwise
+            to the longest of the phrases.
 
     Returns:
         Features `(phrases, tokens, hidden)` and their validity `(phrases, tokens)` int64, 0 for padding, on `device`.
@@ -85,21 +86,22 @@ class Sam3LiteVocabulary(nn.Module):
     Text features by phrase, and the tokens of each, by which a prompt is recognised.
 
     Rows are those of [`vocabulary_phrases`], so class `i` is row `i`. Buffers: `features`
-    `(phrases, 32, hidden)` float, zero for padding; `input_ids` `(phrases, 32)` int64; `attention_mask`
-    `(phrases, 32)` int64, 0 for padding.
+    `(phrases, tokens, hidden)` float, zero for padding; `input_ids` `(phrases, tokens)` int64; `attention_mask`
+    `(phrases, tokens)` int64, 0 for padding.
 
     Args:
         classes: as in `config.vocabulary`.
         hidden_size: width of the features.
+        num_tokens: of each phrase, see [`context_length`].
     """
 
-    def __init__(self, classes: list[str], hidden_size: int):
+    def __init__(self, classes: list[str], hidden_size: int, num_tokens: int = MAX_TOKENS):
         super().__init__()
         self.classes = list(classes)
         rows = len(vocabulary_phrases(classes))
-        self.register_buffer("features", torch.zeros(rows, MAX_TOKENS, hidden_size))
-        self.register_buffer("input_ids", torch.zeros(rows, MAX_TOKENS, dtype=torch.long))
-        self.register_buffer("attention_mask", torch.zeros(rows, MAX_TOKENS, dtype=torch.long))
+        self.register_buffer("features", torch.zeros(rows, num_tokens, hidden_size))
+        self.register_buffer("input_ids", torch.zeros(rows, num_tokens, dtype=torch.long))
+        self.register_buffer("attention_mask", torch.zeros(rows, num_tokens, dtype=torch.long))
 
     @classmethod
     def encode(cls, classes: list[str], processor, model) -> Sam3LiteVocabulary:
@@ -118,11 +120,13 @@ class Sam3LiteVocabulary(nn.Module):
         check_tokenizer(processor.tokenizer, model.config)
         tokens = processor(text=vocabulary_phrases(classes)).to(model.device)
         input_ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        num_tokens = context_length(model.config.text_config)
         features = encode_phrases(model, input_ids, mask)
-        vocabulary = cls(classes, features.shape[-1])
-        vocabulary.features = features * mask.to(features).unsqueeze(-1)
-        vocabulary.input_ids = input_ids.to(features.device)
-        vocabulary.attention_mask = mask.to(features.device)
+        features = features * mask.to(features).unsqueeze(-1)
+        vocabulary = cls(classes, features.shape[-1], num_tokens)
+        vocabulary.features = features[:, :num_tokens]
+        vocabulary.input_ids = input_ids[:, :num_tokens].to(features.device)
+        vocabulary.attention_mask = mask[:, :num_tokens].to(features.device)
         return vocabulary
 
     def find(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -136,7 +140,7 @@ class Sam3LiteVocabulary(nn.Module):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        length = max(input_ids.shape[1], MAX_TOKENS)
+        length = max(input_ids.shape[1], self.input_ids.shape[1])
         asked, known = (
             F.pad(ids.masked_fill(mask == 0, -1), (0, length - ids.shape[1]), value=-1)
             for ids, mask in ((input_ids, attention_mask), (self.input_ids, self.attention_mask))
@@ -176,7 +180,7 @@ class Sam3LiteVocabulary(nn.Module):
                 "For other words give it a text encoder with `restore_text_encoder`; padded `input_ids` need their "
                 "`attention_mask`."
             )
-        return F.pad(self.features[rows], (0, 0, 0, input_ids.shape[1] - MAX_TOKENS))
+        return F.pad(self.features[rows], (0, 0, 0, input_ids.shape[1] - self.features.shape[1]))
 
     def select(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -184,7 +188,7 @@ class Sam3LiteVocabulary(nn.Module):
             class_ids: `(prompts,)` int, from 0 to the number of classes - 1.
 
         Returns:
-            Features `(prompts, 32, hidden)` and their validity `(prompts, 32)` int64.
+            Features `(prompts, tokens, hidden)` and their validity `(prompts, tokens)` int64.
 
         Raises:
             ValueError: no class has such an id; the message lists all.

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..configuration_sam3_lite import Sam3LiteConfig
 from ..vocabulary_sam3_lite import BUFFERS
 from .configs import config_from_shapes
-from .names import CLIP, DROPPED, UNREAD, Stored, from_native, to_native
+from .names import CLIP, DROPPED, LITE_TEXT_LAYERS, LITE_TEXT_NAMES, UNREAD, Stored, from_native, to_native
 from .readers import LoadedTensors, PickledTensors, SafetensorsFiles
 
 # A source that holds a smaller share of the tensors it should is refused.
@@ -35,6 +35,8 @@ class Checkpoint:
     Raises:
         ValueError: no tensor of SAM 3 was recognised; the message shows what the file holds.
     """
+
+    text_source: str | None = None  # where its words come from, if not from where all else does
 
     def __init__(
         self,
@@ -73,6 +75,14 @@ class Checkpoint:
             return stored.take(self._files.read(stored.name))
         except SafetensorError as error:
             raise OSError(f"{self.label}: `{stored.name}` cannot be read ({error}).") from error
+
+    def note(self, name: str) -> str:
+        """What a report should say of a tensor beside what became of it."""
+        return ""
+
+    def config_at(self, preset: str, **sizes) -> Sam3LiteConfig:
+        """Its configuration at the sizes of a preset, see [`~Sam3LiteConfig.at_preset`]."""
+        return self.config.at_preset(preset, **sizes)
 
     @property
     def size(self) -> int:
@@ -137,9 +147,10 @@ def _identify(files: Iterable[str]) -> tuple[dict[str, Stored], dict[str, str], 
     best: dict[str, Stored] = {}
     for prefix in _PREFIXES:
         found: dict[str, Stored] = {}
+        lite_text = any(name.startswith(f"{prefix}{LITE_TEXT_LAYERS}.") for name in names)
         for name in names:
             if name.startswith(prefix):
-                found.update(_recognize(name, name[len(prefix) :]))
+                found.update(_recognize(name, name[len(prefix) :], lite_text))
         if len(found) > len(best):
             best = found
     dropped = {
@@ -157,7 +168,9 @@ def _identify(files: Iterable[str]) -> tuple[dict[str, Stored], dict[str, str], 
     return best, dropped, unknown
 
 
-def _recognize(name: str, bare: str) -> dict[str, Stored]:
+def _recognize(name: str, bare: str, lite_text: bool) -> dict[str, Stored]:
+    if lite_text and LITE_TEXT_NAMES.fullmatch(bare):
+        return {bare: Stored(name)}
     # Some versions of Transformers save the text encoder without the name of its inner module.
     bare = re.sub(r"^text_encoder\.(?=embeddings|encoder|final_layer_norm)", f"{CLIP}.", bare)
     if to_native(bare) is not None or bare in BUFFERS:
@@ -172,6 +185,8 @@ def _examples(names: list[str], count: int = 4) -> str:
 def _guess(names: list[str]) -> str:
     """What a foreign checkpoint probably is, from names that only it has."""
     foreign = {
+        r".*language_backbone\.(projector|encoder\.embedding_layer)\.": "a file of EfficientSAM3 with SAM3-LiteText's "
+        "text encoder: take it as Transformers has it, such as vil-uob/sam3-litetext-s0",
         r"(model\.)?(sam_mask_decoder|memory_attention|image_encoder\.trunk)\.": "a SAM 2 checkpoint",
         r"(image_encoder\.blocks|mask_decoder\.transformer|vision_encoder\.layers)\.": "a SAM checkpoint",
         r"(model\.)?(layers\.\d+\.self_attn|embed_tokens|h\.\d+\.attn)\b|lm_head\.": "a language model",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 
-from transformers import Sam3Config
+from transformers import PreTrainedConfig, Sam3Config, Sam3LiteTextConfig
 
 from ..configuration_sam3_lite import Sam3LiteConfig
-from ..presets_sam3_lite import VIT_LAYER_NORM_EPS, spread_global_layers
+from ..presets_sam3_lite import LITE_TEXT, VIT_LAYER_NORM_EPS, spread_global_layers
 from .names import CLIP, VIT
 
 
@@ -78,15 +79,30 @@ def _count(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
     return max(indices) + 1
 
 
-def lite_config(config: Sam3Config) -> Sam3LiteConfig:
+def _parts_for(config: PreTrainedConfig, target: type[PreTrainedConfig]) -> dict[str, PreTrainedConfig]:
+    """
+    Copies of the nested configs of a model, as those of another class: the fields are the same, but each class of
+    Transformers has its own classes for them.
+    """
+    parts = {}
+    for name in ("vision", "text", "geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder"):
+        part = copy.deepcopy(getattr(config, f"{name}_config"))
+        wanted = target.sub_configs.get(f"{name}_config")
+        if name in ("geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder") and type(part) is not wanted:
+            known = {field.name for field in dataclasses.fields(wanted)} & set(vars(part))
+            part = wanted(**{field: getattr(part, field) for field in known})
+        parts[f"{name}_config"] = part
+    return parts
+
+
+def lite_config(config: Sam3Config | Sam3LiteTextConfig) -> Sam3LiteConfig:
     """
     The configuration of a standard model as one of ours: the same sizes without the parts that nothing reads.
 
     What does not say whether phrases get the summary token is SAM 3 itself, where they do, and whose ViT was trained
     with another epsilon than Transformers' converter wrote.
     """
-    names = ("vision", "text", "geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
-    parts = {f"{name}_config": copy.deepcopy(getattr(config, f"{name}_config")) for name in names}
+    parts = _parts_for(config, Sam3LiteConfig)
     summary_token = getattr(config, "summary_token", None)
     if summary_token is None:
         parts["vision_config"].backbone_config.layer_norm_eps = VIT_LAYER_NORM_EPS
@@ -99,16 +115,16 @@ def lite_config(config: Sam3Config) -> Sam3LiteConfig:
     )
 
 
-def stock_config(config: Sam3LiteConfig) -> Sam3Config:
+def stock_config(config: Sam3LiteConfig) -> Sam3Config | Sam3LiteTextConfig:
     """
-    The configuration of the standard model class at the sizes of `config`: the inverse of [`lite_config`]. It keeps
-    `summary_token` and `mask_supervision`, which the standard class does not read.
+    The configuration of the standard model class at the sizes of `config`: the inverse of [`lite_config`]. The text
+    encoder decides which class. It keeps `summary_token` and `mask_supervision`, which those classes do not read.
     """
-    names = ("vision", "text", "geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
-    parts = {f"{name}_config": copy.deepcopy(getattr(config, f"{name}_config")) for name in names}
+    stock = Sam3LiteTextConfig if config.text_config.model_type == LITE_TEXT else Sam3Config
+    parts = _parts_for(config, stock)
     parts["vision_config"].scale_factors = [4.0, 2.0, 1.0, 0.5]
     parts["mask_decoder_config"].num_upsampling_stages = 3
-    return Sam3Config(
+    return stock(
         **parts,
         initializer_range=config.initializer_range,
         summary_token=config.summary_token,

@@ -14,6 +14,12 @@ NECK = "vision_encoder.neck.fpn_layers"
 CLIP = "text_encoder.text_model"
 
 
+# Parameters of a text encoder of SAM3-LiteText, and how to tell it from CLIP's: its layers are not in an `encoder`.
+# Meta's files have no names for them.
+LITE_TEXT_NAMES = re.compile(r"text_encoder\.(embeddings|layers|final_layer_norm|projection)\..+")
+LITE_TEXT_LAYERS = "text_encoder.layers"
+
+
 @dataclass(frozen=True)
 class Names:
     """
@@ -178,7 +184,7 @@ DROPPED = (
 # Parameters of the standard model that no output depends on; a lite model does not have them.
 UNREAD = (
     r"vision_encoder\.neck\.fpn_layers\.3\.",
-    r"text_encoder\.text_projection\.",
+    r"text_encoder\.(text_)?projection\.",
     r"mask_decoder\.pixel_decoder\.(conv_layers|norms)\.2\.",
 )
 
@@ -291,6 +297,8 @@ def native_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 __all__ = [
     "CLIP",
     "DROPPED",
+    "LITE_TEXT_LAYERS",
+    "LITE_TEXT_NAMES",
     "NAME_TABLE",
     "NECK",
     "UNREAD",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from transformers import Sam3Config, Sam3VideoConfig
+from transformers import Sam3Config, Sam3LiteTextConfig, Sam3VideoConfig
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file
 
 from ..configuration_sam3_lite import Sam3LiteConfig
+from ..errors import missing_source, named_source
 from ..limits_sam3_lite import read_config
 from ..sources_sam3_lite import AVERAGE, FROZEN_TEXT, config_fields, is_training_checkpoint, safe_weights, shard_names
 from .checkpoint import Checkpoint
 from .configs import lite_config
+from .joined import JoinedCheckpoint
 from .readers import PickledTensors, SafetensorsFiles
 
 # Name of Meta's own file in the Hub repository of SAM 3.
@@ -26,17 +28,20 @@ def open_checkpoint(
     variant: str | None = None,
     use_safetensors: bool | None = None,
     fields: dict | None = None,
+    text_encoder: str | os.PathLike | None = None,
     **hub_arguments,
 ) -> Checkpoint | None:
     """
     Opens a checkpoint without reading its tensors.
 
     Args:
-        source: Hub id or folder of model type `sam3`, `sam3_video` or `sam3_lite`, a folder with a single `.pt` file,
-            or a `.pt`, `.pth`, `.bin` or `.safetensors` file. Also a checkpoint folder of `training/train.py`, of
-            which `variant="ema"` gives the averaged weights.
+        source: Hub id or folder of model type `sam3`, `sam3_video`, `sam3_lite_text` or `sam3_lite`, a folder with a
+            single `.pt` file, or a `.pt`, `.pth`, `.bin` or `.safetensors` file. Also a checkpoint folder of
+            `training/train.py`, of which `variant="ema"` gives the averaged weights.
         variant, hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, ... as in `from_pretrained`.
         fields: content of the source's `config.json`, if it was read before.
+        text_encoder: another checkpoint, of any of these kinds, whose text encoder takes the place of this one's. Its
+            `token`, `cache_dir`, ... are the same, `revision` and `subfolder` those of the source alone.
         use_safetensors: `False` reads `pytorch_model.bin` of a folder or repository, which is refused otherwise;
             nothing in it is executed.
 
@@ -48,7 +53,21 @@ def open_checkpoint(
             output folder of a training run, or a checkpoint of one in parts.
         OSError: a file is missing, truncated or of an unknown format.
     """
-    source = os.fspath(source)
+    checkpoint = _open(os.fspath(source), variant, use_safetensors, fields, hub_arguments)
+    if checkpoint is None or text_encoder is None:
+        return checkpoint
+    shared = {key: value for key, value in hub_arguments.items() if key not in ("revision", "subfolder")}
+    token = hub_arguments.get("token")
+    with named_source(text_encoder, token):
+        words = _open(os.fspath(text_encoder), None, use_safetensors, None, shared)
+    if words is None:
+        raise missing_source(text_encoder, token)
+    return JoinedCheckpoint(checkpoint, words)
+
+
+def _open(
+    source: str, variant: str | None, use_safetensors: bool | None, fields: dict | None, hub_arguments: dict
+) -> Checkpoint | None:
     if os.path.isfile(source):
         return Checkpoint(source, _open_file(source))
     config = source_config(source, fields, **hub_arguments)
@@ -80,7 +99,7 @@ def refuse_training_checkpoint(source: str | os.PathLike) -> None:
 
 def source_config(
     source: str | os.PathLike, fields: dict | None = None, **hub_arguments
-) -> Sam3LiteConfig | Sam3Config | None:
+) -> Sam3LiteConfig | Sam3Config | Sam3LiteTextConfig | None:
     """
     The detector's configuration from the `config.json` of a folder or Hub repository, `None` if it has none.
 
@@ -98,11 +117,13 @@ def source_config(
         return read_config(Sam3LiteConfig.from_dict, fields, source)
     if model_type == "sam3":
         return read_config(Sam3Config.from_dict, fields, source)
+    if model_type == "sam3_lite_text":
+        return read_config(Sam3LiteTextConfig.from_dict, fields, source)
     if model_type == "sam3_video":
         return read_config(Sam3VideoConfig.from_dict, fields, source).detector_config
     raise ValueError(
-        f"{source} is a model of type {model_type!r}; a lite model starts from `sam3`, `sam3_video` or `sam3_lite`, "
-        f"or from Meta's `{NATIVE_FILE}`."
+        f"{source} is a model of type {model_type!r}; a lite model starts from `sam3`, `sam3_video`, "
+        f"`sam3_lite_text` or `sam3_lite`, or from Meta's `{NATIVE_FILE}`."
     )
 
 

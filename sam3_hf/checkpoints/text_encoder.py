@@ -8,7 +8,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ..errors import missing_source, named_source
-from ..text_sam3_lite import Sam3LiteTextEncoder
+from ..text_sam3_lite import build_text_encoder
 from ..vocabulary_sam3_lite import Sam3LiteVocabulary
 from .opening import open_checkpoint
 
@@ -17,7 +17,7 @@ from .opening import open_checkpoint
 SAME_FEATURES = 0.05
 
 
-def read_text_encoder(source: str | os.PathLike, model, **hub_arguments) -> tuple[Sam3LiteTextEncoder, nn.Linear]:
+def read_text_encoder(source: str | os.PathLike, model, **hub_arguments) -> tuple[nn.Module, nn.Linear]:
     """
     See [`~Sam3LiteModel.restore_text_encoder`].
 
@@ -45,7 +45,7 @@ def read_text_encoder(source: str | os.PathLike, model, **hub_arguments) -> tupl
             f"{model.config.text_config.vocab_size}."
         )
     with init.no_init_weights():
-        encoder = Sam3LiteTextEncoder(text_config)
+        encoder = build_text_encoder(text_config)
         projection = nn.Linear(text_config.hidden_size, hidden_size)
     parts = nn.ModuleDict({"text_encoder": encoder, "text_projection": projection})
     missing = checkpoint.check({name: tensor.shape for name, tensor in parts.state_dict().items()})
@@ -59,7 +59,7 @@ def read_text_encoder(source: str | os.PathLike, model, **hub_arguments) -> tupl
 
 
 @torch.no_grad()
-def _check_features(source, stored: Sam3LiteVocabulary, encoder: Sam3LiteTextEncoder, projection: nn.Linear):
+def _check_features(source, stored: Sam3LiteVocabulary, encoder: nn.Module, projection: nn.Linear):
     valid = stored.attention_mask.bool()
     features = projection(encoder(stored.input_ids, stored.attention_mask).last_hidden_state)[valid]
     difference = (features - stored.features[valid].float()).norm() / features.norm()

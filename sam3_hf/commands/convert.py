@@ -30,6 +30,9 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="E.g. float16. Default: that of the source.")] = None,
     mapping: Annotated[str, typer.Option(help="auto, isometry, select or skip.")] = "auto",
     image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels.")] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Take words from this model, of any of these kinds, instead of the source.")
+    ] = None,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of the source on the Hub.")] = "main",
     calibration_images: Annotated[
         str | None,
@@ -56,7 +59,7 @@ def convert(
         raise typer.BadParameter("the options of calibration need --calibration-images DIR (or `generated`)")
     if calibration_images is not None and mapping != "auto":
         raise typer.BadParameter("--mapping and --calibration-images exclude each other")
-    where = {"revision": revision, "variant": "ema" if ema else None}
+    where = {"revision": revision, "variant": "ema" if ema else None, "text_encoder": text_encoder}
     wanted = {"preset": preset, "dtype": dtype, **({} if image_size is None else {"image_size": image_size})}
     with one_line_errors(memory_option="--num-calibration-images"):
         _check(source, target, ema, overwrite)
@@ -75,7 +78,10 @@ def convert(
                 **where,
             ).cpu()
         before = _before(source, where)
-        processor = Sam3LiteProcessor.of_source(source, model.config, revision=revision)
+        if text_encoder is None:
+            processor = Sam3LiteProcessor.of_source(source, model.config, revision=revision)
+        else:
+            processor = Sam3LiteProcessor.of_source(text_encoder, model.config)
         _write(model, processor, target, source, revision)
     if report and model.mapping_report is not None:
         typer.echo(str(model.mapping_report))

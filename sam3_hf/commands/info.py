@@ -44,8 +44,11 @@ def as_text(facts: dict) -> str:
 def _head(facts: dict) -> list[str]:
     sizes, vocabulary = facts["sizes"], facts["vocabulary"]
     mapping = facts["mapping"]
+    preset = facts["preset"] or "sizes of its own"
+    if facts["text_encoder"] not in (None, "standard"):
+        preset += f" with text encoder {facts['text_encoder']}"
     lines = [
-        f"{facts['source']}: {facts['preset'] or 'sizes of its own'}, {facts['dtype']}, licence {facts['license']}",
+        f"{facts['source']}: {preset}, {facts['dtype']}, licence {facts['license']}",
         f"ViT {sizes['vision_width']} x {sizes['vision_layers']} x {sizes['vision_heads']}, "
         f"DETR {sizes['detr_encoder_layers']} + {sizes['detr_decoder_layers']}, {sizes['queries']} queries, "
         f"images of {sizes['image_size']} px in patches of {sizes['patch_size']}",

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..checkpoints import CLIP, VIT
 from ..configuration_sam3_lite import Sam3LiteConfig
-from .towers import check_sizes
+from .towers import check_sizes, has_clip
 
 # ViT layers that DART-Pruned-16 keeps of the standard 32, by the global layers on both sides.
 KNOWN_DEPTHS = {
@@ -74,10 +74,14 @@ def layer_maps(source: Sam3LiteConfig, target: Sam3LiteConfig) -> dict[str, list
     def global_layers(config: Sam3LiteConfig) -> tuple[int, ...]:
         return tuple(config.vision_config.backbone_config.global_attn_indexes)
 
+    text = {}
+    if has_clip(target):
+        old, new = (config.text_config.num_hidden_layers for config in (source, target))
+        text[f"{CLIP}.encoder.layers"] = spread(old, new)
     vision = (len(types(source)), global_layers(source), len(types(target)), global_layers(target))
     return {
         f"{VIT}.layers": KNOWN_DEPTHS.get(vision) or depth_map(types(source), types(target)),
-        f"{CLIP}.encoder.layers": spread(source.text_config.num_hidden_layers, target.text_config.num_hidden_layers),
+        **text,
         "geometry_encoder.layers": spread(
             source.geometry_encoder_config.num_layers, target.geometry_encoder_config.num_layers
         ),

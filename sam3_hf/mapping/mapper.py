@@ -15,7 +15,7 @@ from .depth import layer_maps, source_name
 from .ends import map_text_ends, map_vision_ends, text_entry, vision_entry
 from .report import MappingReport
 from .signals import LayerSignals, Stream, TowerSignals, through_layer
-from .towers import Tower, text_tower, vision_tower
+from .towers import Tower, has_clip, text_tower, vision_tower
 from .transfer import Transfer
 
 STRATEGIES = ("auto", "isometry", "select", "skip")
@@ -58,7 +58,8 @@ class Mapper:
         if self.strategy != "skip":
             layers = layer_maps(self.checkpoint.config, self.config) | self.layers
             self._map_tower(vision_tower, layers, self.vision_signals, vision_entry, map_vision_ends)
-            self._map_tower(text_tower, layers, None, text_entry, map_text_ends)
+            if has_clip(self.config):
+                self._map_tower(text_tower, layers, None, text_entry, map_text_ends)
         transfer.report.layers = layers
         for name in transfer.shapes:
             if name not in transfer.state:

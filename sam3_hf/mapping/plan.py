@@ -69,7 +69,12 @@ class MappingPlan:
 
 
 def plan_mapping(
-    source: str | os.PathLike, fields: dict | None, preset: str | None, config: Sam3LiteConfig | None, keywords: dict
+    source: str | os.PathLike,
+    fields: dict | None,
+    preset: str | None,
+    config: Sam3LiteConfig | None,
+    keywords: dict,
+    text_encoder: str | os.PathLike | None = None,
 ) -> MappingPlan | None:
     """
     Args:
@@ -77,6 +82,7 @@ def plan_mapping(
         fields: content of its `config.json`, if it has one.
         preset, config: sizes of the model, as there.
         keywords: the other arguments of `from_pretrained`.
+        text_encoder: as there.
 
     Returns:
         The plan, or `None` if the source has neither a `config.json` nor a native file, and there is `config`.
@@ -86,9 +92,11 @@ def plan_mapping(
     """
     rest = dict(keywords)
     where = {key: rest.pop(key) for key in HUB_ARGUMENTS if key in rest}
-    checkpoint = open_checkpoint(source, rest.pop("variant", None), rest.pop("use_safetensors"), fields, **where)
+    checkpoint = open_checkpoint(
+        source, rest.pop("variant", None), rest.pop("use_safetensors"), fields, text_encoder, **where
+    )
     if checkpoint is None:
-        if config is not None:
+        if config is not None and text_encoder is None:
             return None
         if where.get("local_files_only"):
             raise FileNotFoundError(f"{source} is not on this machine, where `local_files_only` looks alone")
@@ -96,7 +104,7 @@ def plan_mapping(
     sizes = {key: rest.pop(key) for key in Sam3LiteConfig.keywords() & set(rest) - _LOADING_KEYWORDS}
     preset = preset or ("same" if checkpoint.is_lite else "lite")
     if config is None and preset != "same":
-        config = checkpoint.config.at_preset(preset, **sizes)
+        config = checkpoint.config_at(preset, **sizes)
     else:
         config = config or checkpoint.config
         config = config.changed(**sizes) if sizes else config

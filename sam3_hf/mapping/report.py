@@ -27,7 +27,7 @@ class MappingRow:
         tensors, parameters: how many, in the target; in the source if dropped.
         source_shape, target_shape: of a weight, if there is one; `None` where it is not on that side.
         energy: share of the estimated signal that is kept, mean over the group; `None` where nothing is lost.
-        reason: why a group was initialised or dropped; how much of it is new.
+        reason: why a group was initialised or dropped; how much of it is new; where it comes from, if from elsewhere.
     """
 
     group: str
@@ -52,6 +52,7 @@ class MappingReport:
         layers: for each stack of layers, the source layer that each target layer comes from.
         calibration: what a calibrated mapping measured.
         source_is_lite: whether the source was a lite model, and not one of SAM 3 itself.
+        text_source: where the text encoder comes from, if from another checkpoint.
     """
 
     source: str
@@ -60,6 +61,7 @@ class MappingReport:
     rows: list[MappingRow] = field(default_factory=list)
     calibration: dict = field(default_factory=dict)
     source_is_lite: bool = False
+    text_source: str | None = None
 
     def add(
         self,
@@ -105,8 +107,9 @@ class MappingReport:
     def summary(self) -> str:
         """One sentence."""
         parts = [f"{total['tensors']} {action}" for action, total in self.totals.items()]
+        words = f", with the text encoder of {self.text_source}," if self.text_source else ""
         return (
-            f"Weights of {self.source} were mapped by `{self.strategy}`: {', '.join(parts)} tensors. "
+            f"Weights of {self.source}{words} were mapped by `{self.strategy}`: {', '.join(parts)} tensors. "
             "`print(model.mapping_report)` shows them."
         )
 
@@ -115,6 +118,7 @@ class MappingReport:
         content = {
             "source": self.source,
             "source_is_lite": self.source_is_lite,
+            "text_source": self.text_source,
             "strategy": self.strategy,
             "layers": self.layers,
             "calibration": self.calibration,

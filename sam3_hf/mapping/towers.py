@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..checkpoints import CLIP, VIT
 from ..configuration_sam3_lite import Sam3LiteConfig
+from ..presets_sam3_lite import CLIP_TEXT
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,34 @@ def text_tower(config: Sam3LiteConfig) -> Tower:
     return Tower(f"{CLIP}.encoder.layers", "self_attn", "out_proj", *sizes, text.hidden_act)
 
 
+def has_clip(config: Sam3LiteConfig) -> bool:
+    """Whether the text encoder is CLIP's, the one kind that can be made smaller."""
+    return config.text_config.model_type == CLIP_TEXT
+
+
+def _check_lite_text(source: Sam3LiteConfig, target: Sam3LiteConfig):
+    """Raises a ValueError unless the text encoder of SAM3-LiteText stays what it is."""
+    fields = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    fields += ("use_repmixer_blocks", "repmixer_kernel_size")
+    pairs = {name: [getattr(part.text_config, name, None) for part in (source, target)] for name in fields}
+    changed = [f"`text_config.{name}` from {old} to {new}" for name, (old, new) in pairs.items() if old != new]
+    if changed:
+        raise ValueError(
+            "A text encoder cannot be made into one of another kind, nor one of SAM3-LiteText be resized: "
+            f"{changed[0]}. Leave it as the source has it, or name a checkpoint that has it as `text_encoder` "
+            '(`--text-encoder`); `mapping="skip"` leaves it to random initialisation.'
+        )
+
+
 def check_sizes(source: Sam3LiteConfig, target: Sam3LiteConfig):
     """Raises a ValueError where the target is not the smaller one, or has heads of another size."""
     grown, heads = [], []
-    for label, tower in (("vision_config.backbone_config", vision_tower), ("text_config", text_tower)):
+    towers = [("vision_config.backbone_config", vision_tower)]
+    if has_clip(source) and has_clip(target):
+        towers.append(("text_config", text_tower))
+    else:
+        _check_lite_text(source, target)
+    for label, tower in towers:
         old, new = tower(source), tower(target)
         sizes = {"hidden_size": "width", "intermediate_size": "mlp", "num_hidden_layers": "depth"}
         grown += [
@@ -66,4 +91,4 @@ def check_sizes(source: Sam3LiteConfig, target: Sam3LiteConfig):
         raise ValueError(" ".join(heads))
 
 
-__all__ = ["Tower", "check_sizes", "text_tower", "vision_tower"]
+__all__ = ["Tower", "check_sizes", "has_clip", "text_tower", "vision_tower"]

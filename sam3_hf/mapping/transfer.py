@@ -10,6 +10,11 @@ from ..vocabulary_sam3_lite import INTEGER_BUFFERS
 from .report import MappingReport
 
 
+def _is_integer(name: str) -> bool:
+    """Whether a tensor holds integers, whatever the precision of the model."""
+    return name in INTEGER_BUFFERS or name.endswith(".num_batches_tracked")
+
+
 class Transfer:
     """
     Reads the tensors of a source, takes those of a target, and notes in a report what became of each.
@@ -26,10 +31,12 @@ class Transfer:
         self.state: dict[str, Tensor] = {}
         # Allocated before any temporary tensor, lest they end up between and fragment the memory.
         self._results = {
-            name: torch.empty(shape, dtype=torch.long if name in INTEGER_BUFFERS else dtype)
+            name: torch.empty(shape, dtype=torch.long if _is_integer(name) else dtype)
             for name, shape in shapes.items()
         }
-        self.report = MappingReport(checkpoint.label, strategy, source_is_lite=checkpoint.is_lite)
+        self.report = MappingReport(
+            checkpoint.label, strategy, source_is_lite=checkpoint.is_lite, text_source=checkpoint.text_source
+        )
         self._used: set[str] = set()
 
     def read(self, name: str) -> Tensor:
@@ -62,6 +69,7 @@ class Transfer:
             raise ValueError(f"`{source}` does not fit into {self.dtype} or is not finite: use another `dtype`.")
         self.state[name] = result
         self._used.add(source)
+        reason = reason or self.checkpoint.note(source)
         self.report.add(name, action, self.checkpoint.shape(source), tuple(tensor.shape), energy, reason)
 
     def put_pair(

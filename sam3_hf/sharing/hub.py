@@ -164,6 +164,8 @@ def push_model(
 
 
 def _processor_of(model: PreTrainedModel) -> Sam3LiteProcessor:
+    if model.mapping_report is not None and model.mapping_report.text_source is not None:
+        return Sam3LiteProcessor.of_origin(model.mapping_report.text_source, model.config)
     commit = getattr(model.config, "_commit_hash", None)  # of the Hub, if it was loaded from there
     return Sam3LiteProcessor.of_origin(model.name_or_path, model.config, **({"revision": commit} if commit else {}))
 

@@ -13,12 +13,12 @@ from transformers.utils import cached_file
 from yaml import YAMLError
 
 from ..checkpoints import Checkpoint, open_checkpoint
-from ..configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
+from ..configuration_sam3_lite import Sam3LiteConfig, context_length
 from ..errors import missing_source, named_source
 from ..mapping import REPORT_FILE
 from ..modeling_sam3_lite import Sam3LiteGeometryEncoder, Sam3LiteModel
 from ..sources_sam3_lite import read_json
-from .sizes import preset_of, sizes_of
+from .sizes import preset_of, sizes_of, text_encoder_of
 
 # The parts of a model, by the modules they consist of.
 PARTS = {
@@ -45,6 +45,7 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
         A dict that `json` can write:
 
         - `source`, `license` ("unknown" where no model card says it), `preset` (None where the sizes are no preset's),
+          `text_encoder` (what [`~Sam3LiteConfig.from_preset`] calls its `text`, None where there is no preset),
           `dtype`, `vocabulary` (None for a model with a text encoder), `sizes`;
         - `parts`: for each part `parameters`, `bytes` as stored, and, where it computes, `flops` and what they are
           `per`: "image", "prompt", "phrase" or "prompt with a box" (one box);
@@ -79,6 +80,7 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
         "source": source,
         "license": _license(source, hub_arguments),
         "preset": preset_of(checkpoint.config),
+        "text_encoder": text_encoder_of(checkpoint.config),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "vocabulary": checkpoint.config.vocabulary,
         "sizes": sizes_of(checkpoint.config),
@@ -93,16 +95,18 @@ def model_info(source: str | os.PathLike, **hub_arguments) -> dict:
 
 def count_flops(config: Sam3LiteConfig) -> dict[str, int]:
     """
-    FLOPs of each part that computes, for one image, one phrase of 32 tokens, one prompt with text and, for the
-    geometry encoder, one box; and of the summary token of an image, 0 if phrases do not get it. Counted on the meta
-    device, without memory for weights.
+    FLOPs of each part that computes, for one image, one phrase (of as many tokens as the text encoder reads), one
+    prompt with text and, for the geometry encoder, one box; and of the summary token of an image, 0 if phrases do not
+    get it. Counted on the meta device, without memory for weights.
     """
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"  # whose matrix products every version of PyTorch counts
     hidden, size = config.detr_encoder_config.hidden_size, config.image_size
+    tokens = context_length(config.text_config)
     flops = {}
     with torch.device("meta"), torch.no_grad():
-        model = Sam3LiteModel(config).eval()
+        # The counter follows gradients, and stumbles over a module that returns its parameter.
+        model = Sam3LiteModel(config).eval().requires_grad_(False)
         with FlopCounterMode(display=False) as counter:
             vision = model.vision_encoder(torch.zeros(1, 3, size, size))
         flops["vision encoder"] = counter.get_total_flops()
@@ -113,10 +117,10 @@ def count_flops(config: Sam3LiteConfig) -> dict[str, int]:
         if model.vocabulary is None:
             with FlopCounterMode(display=False) as counter:
                 # Not through the text encoder's own forward, which looks at the tokens.
-                states = model.text_encoder.text_model(torch.zeros(1, MAX_TOKENS, dtype=torch.long))
+                states = model.text_encoder.encode(torch.zeros(1, tokens, dtype=torch.long))
                 model.text_projection(states.last_hidden_state)
             flops["text encoder"] = counter.get_total_flops()
-        text, owner = torch.zeros(1, MAX_TOKENS, hidden), torch.zeros(1, dtype=torch.long)
+        text, owner = torch.zeros(1, tokens, hidden), torch.zeros(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
             found = model.detect(levels, owner, text, None, None, None, one_to_many=False, summary=summary)
         for part in ("DETR encoder", "DETR decoder", "scoring"):

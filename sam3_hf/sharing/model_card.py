@@ -17,13 +17,13 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from ..checkpoints import source_config, weight_files
-from ..configuration_sam3_lite import MAX_TOKENS, Sam3LiteConfig
+from ..configuration_sam3_lite import Sam3LiteConfig, context_length
 from ..errors import missing_source
 from ..mapping import REPORT_FILE
 from ..plain_text import LONGEST, markdown, markdown_code, plain, python_literal
 from ..sources_sam3_lite import read_json
 from ..version import __version__
-from .sizes import preset_of, sizes_of
+from .sizes import preset_of, sizes_of, text_encoder_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PROVENANCE_FILE = "provenance.json"
@@ -292,8 +292,10 @@ def _sizes(config: Sam3LiteConfig, shapes: dict[str, tuple[int, ...]], weights: 
     preset, sizes = preset_of(config), sizes_of(config)
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     text = sum(count for name, count in counts.items() if name.startswith("text_encoder."))
+    other = text_encoder_of(config) if text else None
+    text_encoder = f" with text encoder `{other}`" if other not in (None, "standard") else ""
     return {
-        "preset": f"`{preset}`" if preset else "none, own sizes",
+        "preset": f"`{preset}`{text_encoder}" if preset else "none, own sizes",
         "vit": f"{sizes['vision_width']} × {sizes['vision_layers']} × {sizes['vision_heads']}",
         "detr": f"{sizes['detr_encoder_layers']} + {sizes['detr_decoder_layers']}",
         "pixels": sizes["image_size"],
@@ -301,7 +303,7 @@ def _sizes(config: Sam3LiteConfig, shapes: dict[str, tuple[int, ...]], weights: 
         "without_text": f"{(sum(counts.values()) - text) / 1e6:.1f}M",
         "weights": weights,
         "queries": sizes["queries"],
-        "tokens": MAX_TOKENS,
+        "tokens": context_length(config.text_config),
     }
 
 
@@ -352,6 +354,8 @@ def _origin_text(origin: Origin, trained: bool, preset: str | None, report: dict
         return "It is not recorded where the weights come from."
     text = f"They started from {_shown(origin)}."
     if report is not None:
+        if report.get("text_source"):
+            text += f" Their text encoder is that of {markdown_code(Path(report['text_source']).name)}."
         data = "on unlabelled images" if report["strategy"] == "calibrated" else "without data"
         text += f" To fit these sizes they were mapped with the strategy {markdown_code(report['strategy'])}, {data}:"
     return text

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from ..configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
-from ..presets_sam3_lite import PRESETS
+from ..presets_sam3_lite import PRESETS, TEXT_ENCODERS
 
 
 def preset_of(config: Sam3LiteConfig) -> str | None:
-    """The name of the preset with these sizes, whatever the vocabulary and the image size."""
+    """The name of the preset with these sizes, whatever the vocabulary, the image size and the text encoder."""
+    return _names_of(config)[0]
+
+
+def text_encoder_of(config: Sam3LiteConfig) -> str | None:
+    """The name that its preset has for the text encoder: `standard`, or one of SAM3-LiteText."""
+    return _names_of(config)[1]
+
+
+def _names_of(config: Sam3LiteConfig) -> tuple[str | None, str | None]:
+    sizes = parameter_sizes(config)
     for name in PRESETS:
-        if parameter_sizes(Sam3LiteConfig.from_preset(name, vocabulary=config.vocabulary)) == parameter_sizes(config):
-            return name
-    return None
+        for text in TEXT_ENCODERS:
+            if parameter_sizes(Sam3LiteConfig.from_preset(name, text, vocabulary=config.vocabulary)) == sizes:
+                return name, text
+    return None, None
 
 
 def sizes_of(config: Sam3LiteConfig) -> dict[str, int]:

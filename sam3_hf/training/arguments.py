@@ -42,8 +42,13 @@ class ModelArguments:
     init: str | None = option(
         None,
         "start from this model: a folder, a repository of the Hub, or a .pt file of Meta's. A lite one keeps its own "
-        "sizes, whatever --preset says; a standard one (sam3, sam3_video) is mapped to those of --preset. Without "
-        "it and --teacher, weights are random",
+        "sizes, whatever --preset says; a standard one (sam3, sam3_video, sam3_lite_text) is mapped to those of "
+        "--preset. Without it and --teacher, weights are random",
+    )
+    text_encoder: str | None = option(
+        None,
+        "take words from this model, of any of these kinds (as vil-uob/sam3-litetext-s0), instead of --init: its text "
+        "encoder is copied, nothing else of it read",
     )
     preset: str = option(
         "lite",
@@ -73,6 +78,8 @@ class ModelArguments:
     def __post_init__(self):
         if self.num_queries is not None:
             check_range(self, "num_queries", 1)
+        if self.text_encoder is not None and self.init is None:
+            raise ValueError("text_encoder takes the place of that of a model: name one with --init")
         try:
             self.model_overrides = json.loads(self.model_overrides, parse_constant=_refuse_constant)
         except json.JSONDecodeError as error:

@@ -110,7 +110,7 @@ def build_processor(arguments: Arguments, config: Sam3LiteConfig, checkpoint: Pa
         ValueError: the tokenizer is not that of the model.
     """
     if checkpoint is None:
-        return Sam3LiteProcessor.of_source(arguments.source, config)
+        return Sam3LiteProcessor.of_source(arguments.model.text_encoder or arguments.source, config)
     if Sam3LiteProcessor.has_tokenizer(checkpoint):
         return Sam3LiteProcessor.of_source(checkpoint, config)
     started_from = read_state(checkpoint)["arguments"]["init"]  # checkpoints of older versions hold no tokenizer
@@ -145,7 +145,11 @@ def load_initial(arguments: Arguments) -> Sam3LiteModel:
         ValueError: the source does not hold all weights of the model.
     """
     model, info = Sam3LiteModel.from_pretrained(
-        arguments.source, config=initial_config(arguments), dtype=torch.float32, output_loading_info=True
+        arguments.source,
+        config=initial_config(arguments),
+        text_encoder=arguments.model.text_encoder,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     kinds = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
     if any(kinds.values()):
@@ -199,9 +203,9 @@ def initial_config(arguments: Arguments) -> Sam3LiteConfig:
     given = {name: value for name, value in given.items() if value is not None}
     if arguments.source is None:
         return Sam3LiteConfig.from_preset(settings.preset, **settings.model_overrides | given)
-    checkpoint = open_source(arguments.source, _flag(arguments))
+    checkpoint = open_source(arguments.source, _flag(arguments), settings.text_encoder)
     if settings.init is None or not checkpoint.is_lite:
-        return checkpoint.config.at_preset(settings.preset, **settings.model_overrides | given)
+        return checkpoint.config_at(settings.preset, **settings.model_overrides | given)
     if settings.model_overrides:
         raise ValueError("model_overrides changes a preset; with --init the sizes are those of the checkpoint")
     return checkpoint.config.changed(**given) if given else checkpoint.config
@@ -212,9 +216,9 @@ def _flag(arguments: Arguments) -> str:
     return "--teacher" if arguments.model.init is None else "--init"
 
 
-def open_source(source: str, flag: str) -> Checkpoint:
+def open_source(source: str, flag: str, text_encoder: str | None = None) -> Checkpoint:
     """
-    The checkpoint that a flag names.
+    The checkpoint that a flag names, with the words of the one that --text_encoder names.
 
     Raises:
         OSError: there is none; says whether the name, the access or the network is the reason.
@@ -222,8 +226,10 @@ def open_source(source: str, flag: str) -> Checkpoint:
     """
     if flag == "--init":  # a teacher may be one
         refuse_training_checkpoint(source)
+    if text_encoder is not None:
+        refuse_training_checkpoint(text_encoder)
     with named_source(source):
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_checkpoint(source, text_encoder=text_encoder)
     if checkpoint is not None:
         return checkpoint
     if os.path.exists(source):

@@ -89,7 +89,8 @@ def calibrate_mapping(
         device: where to compute; that of the source by default. Images and streams are kept there: memory grows with
             `num_images`, but not with the number of layers.
         dtype: of the result; that of the source by default. All computations are in float32.
-        kwargs: fields of the config such as `image_size`, and `revision`, `token`, `variant`, ... of the source.
+        kwargs: fields of the config such as `image_size`, and `revision`, `token`, `variant`, `text_encoder`, ... of
+            the source.
 
     Returns:
         The model in evaluation mode; `mapping_report` accounts for every tensor, and `mapping_report.calibration`
@@ -99,7 +100,7 @@ def calibrate_mapping(
         ValueError: there are no images, or the sizes cannot be mapped.
         OSError: an image or the source cannot be read.
     """
-    where = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, "variant") if key in kwargs}
+    where = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, "variant", "text_encoder") if key in kwargs}
     if config is not None and preset is not None:
         raise ValueError("`preset` and `config` both say the sizes of the model: pass one of them.")
     teacher = source
@@ -115,8 +116,10 @@ def calibrate_mapping(
     teacher = _ready(teacher, config.image_size, device)
     if isinstance(source, Sam3LiteModel):
         processor = Sam3LiteProcessor.of_origin(source.name_or_path, teacher.config)
+    elif where.get("text_encoder") is not None:
+        processor = Sam3LiteProcessor.of_source(where["text_encoder"], teacher.config)
     else:
-        hub_arguments = {key: value for key, value in where.items() if key != "variant"}
+        hub_arguments = {key: value for key, value in where.items() if key in HUB_ARGUMENTS}
         processor = Sam3LiteProcessor.of_source(source, teacher.config, **hub_arguments)
     return (
         _Calibration(teacher, processor, label, config, ridge, seed)
