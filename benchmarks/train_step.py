@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from sam3_hf import Sam3LiteConfig, modeling_sam3_lite
+from sam3_hf import Sam3LiteConfig, passes_sam3_lite
 from sam3_hf.data import PromptCollator, PromptSampling, TrainDataset, load_dataset_splits
 from sam3_hf.loss_sam3_lite import DetectionOutputs, sam3_lite_loss
 
@@ -131,7 +131,7 @@ class Trainer:
                 return sam3_lite_loss(*arguments)
 
         hooks = phases.watch(self.model.vision_encoder, "vision")
-        with mock.patch.object(modeling_sam3_lite, "sam3_lite_loss", timed_loss), phases("forward"):
+        with mock.patch.object(passes_sam3_lite, "sam3_lite_loss", timed_loss), phases("forward"):
             if self.name.startswith(STOCK):
                 with autocast(self.precision):
                     loss = stock_loss(self.model, batch, self.loss_config, timed_loss)

@@ -36,7 +36,6 @@ SUBSTITUTIONS = {
     'preset="lite-plus"': 'preset="tiny-plus"',
     "path/to/images": "outputs/demo/data/valid",
     "path/to/dataset": "outputs/demo/data",
-    "photos/**/*.jpg": "outputs/demo/data/valid/*.png",
     "phrases.txt": str(ROOT / "training" / "configs" / "other_words.txt"),
 }
 # One step instead of a training run, of the smallest model.
@@ -275,7 +274,7 @@ def test_what_a_command_writes(block, workspace):
     for command in writers:
         workspace.run(command)
     names = [name for line in lines for name in re.split(r"\s{3,}", line.strip())[0].split(", ")]
-    assert len(names) > 5
+    assert len(names) >= 5
     for name in names:
         found = list((workspace.folder / folder).rglob(name.rstrip("/").replace("epoch_N", "epoch_*")))
         assert found, f"`{writers[0]}` does not write {name}"

@@ -458,9 +458,8 @@ def test_training_needs_every_phrase_and_something_to_train(
     arguments = SimpleNamespace(
         model=SimpleNamespace(train_text_encoder=train_text_encoder), output=SimpleNamespace(output_dir=str(tmp_path))
     )
-    dataset = SimpleNamespace(concepts=concepts, sampling=SimpleNamespace(negative_words=()))
     with pytest.raises(ValueError, match=message):
-        build_text(Accelerator(cpu=True), arguments, frozen, processor, dataset)
+        build_text(Accelerator(cpu=True), arguments, frozen, processor, concepts)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from ..prediction.processes import Outcome, Processes
 from ..prediction.run import fingerprint, predict_files
 from ..reading import MAX_PIXELS
 from ..sharing.model_card import versions
-from ..training.stopping import end_with_launcher
 from .errors import list_failures, one_line_errors
 from .opening import open_pipeline
 from .options import (
@@ -76,6 +75,8 @@ def label(
     them. The same command goes on where an earlier one stopped. `accelerate launch -m sam3_hf.cli label ...` shares
     the pictures over several GPUs.
     """
+    from ..training.stopping import end_with_launcher
+
     end_with_launcher()
     with one_line_errors(task="labelling"):
         processes = Processes.join(device)

@@ -14,7 +14,6 @@ from ..prediction.pipeline import PredictionSettings, Prompt
 from ..prediction.processes import Processes
 from ..prediction.run import fingerprint, predict_files
 from ..reading import MAX_PIXELS
-from ..training.stopping import end_with_launcher
 from .errors import list_failures, one_line_errors
 from .opening import open_pipeline
 from .options import (
@@ -62,6 +61,8 @@ def predict(
     earlier one stopped. Computes in FP16 on a GPU, in float32 on a CPU. `accelerate launch -m sam3_hf.cli predict ...`
     shares the pictures over several GPUs.
     """
+    from ..training.stopping import end_with_launcher
+
     end_with_launcher()
     with one_line_errors(task="sharing pictures over processes"):
         processes = Processes.join(device)
