@@ -90,6 +90,7 @@ def test_train_step(run, monkeypatch):
         assert set(phases.values()) == {1}
 
 
+@pytest.mark.slow
 def test_inference(run, work_clock):
     options = ["--prompts", "2", "--repeats", "1", "--stored-text", "--detections", "2"]
     record = run("inference", *options)

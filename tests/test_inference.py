@@ -464,7 +464,9 @@ def large_batch() -> float:
     return peak_megabytes() - before
 
 
-@pytest.mark.parametrize(("case", "bound"), [("large_image", 500), ("large_batch", 300)])
+@pytest.mark.parametrize(
+    ("case", "bound"), [("large_image", 500), pytest.param("large_batch", 300, marks=pytest.mark.slow)]
+)
 def test_memory_goes_with_what_is_found(case, bound):
     """All masks at once would take 2400 MB as booleans in the one case, 2100 MB as logits in the other."""
     code = f"import torch; torch.set_num_threads(1); import test_inference; print(test_inference.{case}())"

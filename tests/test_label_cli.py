@@ -105,6 +105,7 @@ def test_writes_what_the_pipeline_finds_as_a_dataset(label, pictures, saved, tmp
     assert settings["versions"]["torch"] == torch.__version__ and len(settings["weights"]) == 64
 
 
+@pytest.mark.slow
 def test_what_is_labelled_trains_with_no_further_step(label, pictures, tmp_path):
     assert label(pictures).exit_code == 0
     finished = train(tmp_path, tmp_path / "out", max_steps=2, num_workers=0)

@@ -101,6 +101,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(folder, data):
     assert state_of(last)["origin"]["base"] == "teacher"
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(folder, data):
     """In steps of features alone and in others; without masks, which are compared at random points."""
     settings = {**SETTINGS, "max_steps": 4, "feature_steps": 0.5, "distill_masks_weight": 0.0, "epochs": 9}
@@ -154,6 +155,7 @@ def test_pictures_without_labels_killed_and_resumed(folder, pictures):
     assert "segm_AP" in evaluation
 
 
+@pytest.mark.slow
 def test_two_processes_choose_the_phrases_of_one(folder, pictures):
     settings = {**SETTINGS, **pictures, "distill_masks_weight": 0.0, "feature_steps": 0.0, "max_steps": 9}
     finished = train(folder, "pictures", **settings, output_dir="one")
