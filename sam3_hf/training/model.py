@@ -117,7 +117,7 @@ def load_initial(arguments: ModelArguments) -> Sam3LiteModel:
 
 def start_of_weights(arguments: ModelArguments) -> Origin:
     """Where the weights of a fresh run come from."""
-    return RANDOM_WEIGHTS if arguments.init is None else origin_of(arguments.init)
+    return RANDOM_WEIGHTS if arguments.init is None else origin_of(arguments.init, arguments.text_encoder)
 
 
 def write_mapping_report(model: Sam3LiteModel, arguments: Arguments) -> None:
