@@ -12,6 +12,8 @@ from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.checkpoints import native_state_dict, open_checkpoint
 from sam3_hf.configuration_sam3_lite import parameter_sizes
 from sam3_hf.mapping.calibration import calibrate_mapping
+from sam3_hf.processing_sam3_lite import clip_tokenizer
+from sam3_hf.sharing.model_card import origin_of
 
 WIDE = {"vision_hidden_size": 48, "vision_num_attention_heads": 3, "detr_encoder_layers": 3}
 KINDS = ["s0", "s1"]
@@ -148,6 +150,16 @@ def test_convert_takes_words_from_another_model(lite_text, eyes, tmp_path):
     assert "text encoder is that of `stock`" in (tmp_path / "both/README.md").read_text()
     report = json.loads((tmp_path / "both/mapping_report.json").read_text())
     assert report["text_source"] == str(folder)
+    assert origin_of(source).derived is None  # it says nothing of itself, but words of SAM 3 are SAM 3's
+    assert (tmp_path / "both/LICENSE").is_file() and origin_of(tmp_path / "both").derived is True
+
+
+def test_the_tokenizer_of_the_words_is_cut_to_what_they_read(lite_text):
+    model, folder = lite_text
+    tokenizer = clip_tokenizer(1024)
+    tokenizer.model_max_length = 77  # as in the repositories of SAM3-LiteText
+    tokenizer.save_pretrained(folder)
+    assert Sam3LiteProcessor.of_source(folder, model.config)(text="cat")["input_ids"].shape == (1, 16)
 
 
 def test_calibration_asks_in_the_words_of_the_other_model(lite_text, eyes, tmp_path):

@@ -14,7 +14,7 @@ from ..files import recover, write_folder
 from ..mapping.calibration import calibrate_mapping
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
-from ..sharing.model_card import origin_of, versions, write_card
+from ..sharing.model_card import Origin, origin_of, versions, write_card
 from ..sources_sam3_lite import is_training_checkpoint
 from .errors import model_errors, one_line_errors
 
@@ -82,7 +82,8 @@ def convert(
             processor = Sam3LiteProcessor.of_source(source, model.config, revision=revision)
         else:
             processor = Sam3LiteProcessor.of_source(text_encoder, model.config)
-        _write(model, processor, target, source, revision)
+        origin = origin_of(source, text_encoder, revision=revision)
+        _write(model, processor, target, origin)
     if report and model.mapping_report is not None:
         typer.echo(str(model.mapping_report))
     typer.echo(
@@ -102,14 +103,13 @@ def _check(source: str, target: Path, ema: bool, overwrite: bool):
         )
 
 
-def _write(model: Sam3LiteModel, processor: Sam3LiteProcessor, target: Path, source: str, revision: str):
-    """Writes the folder of a model from `source`, read back before it takes the place of `target`."""
-    origin = asdict(origin_of(source, revision=revision))
+def _write(model: Sam3LiteModel, processor: Sam3LiteProcessor, target: Path, origin: Origin):
+    """Writes the folder of a model, read back before it takes the place of `target`."""
 
     def write(folder: Path):
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        write_card(folder, {"origin": origin, "versions": versions()})
+        write_card(folder, {"origin": asdict(origin), "versions": versions()})
         _verify(model, folder)
 
     write_folder(target, write)

@@ -181,7 +181,7 @@ def model_origin(model: PreTrainedModel) -> Origin:
     if not model.name_or_path:
         return UNKNOWN
     try:
-        return origin_of(model.name_or_path)
+        return origin_of(model.name_or_path, report and report.text_source)
     except (OSError, ValueError) as error:
         logger.warning(f"It is not known where the weights come from, as {model.name_or_path} cannot be read: {error}")
         return UNKNOWN

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -83,18 +83,24 @@ RANDOM_WEIGHTS = Origin(None, False)
 UNKNOWN = Origin(None, None)
 
 
-def origin_of(source: str | os.PathLike, **hub_arguments) -> Origin:
+def origin_of(source: str | os.PathLike, text_encoder: str | os.PathLike | None = None, **hub_arguments) -> Origin:
     """
     The origin of weights that start from a checkpoint.
 
     Args:
         source: what [`~Sam3LiteModel.from_pretrained`] takes.
+        text_encoder: as there: the weights derive from SAM 3 if those of either do.
         hub_arguments: `revision`, `token`, `cache_dir`, ... as there.
 
     Raises:
         OSError: there is no such folder or repository.
         ValueError: it is a model of another kind.
     """
+    if text_encoder is not None:
+        shared = {key: value for key, value in hub_arguments.items() if key not in ("revision", "subfolder")}
+        origin, words = origin_of(source, **hub_arguments), origin_of(text_encoder, **shared)
+        known = (origin.derived, words.derived)
+        return replace(origin, derived=True if True in known else None if None in known else False)
     source = os.fspath(source)
     if os.path.isfile(source):
         folder = os.path.dirname(source)
@@ -355,7 +361,8 @@ def _origin_text(origin: Origin, trained: bool, preset: str | None, report: dict
     text = f"They started from {_shown(origin)}."
     if report is not None:
         if report.get("text_source"):
-            text += f" Their text encoder is that of {markdown_code(Path(report['text_source']).name)}."
+            words = report["text_source"]
+            text += f" Their text encoder is that of {_shown(Origin(words, None, not os.path.exists(words)))}."
         data = "on unlabelled images" if report["strategy"] == "calibrated" else "without data"
         text += f" To fit these sizes they were mapped with the strategy {markdown_code(report['strategy'])}, {data}:"
     return text

@@ -161,7 +161,9 @@ def load_initial(arguments: Arguments) -> Sam3LiteModel:
 
 def start_of_weights(arguments: Arguments) -> Origin:
     """Where the weights of a fresh run come from."""
-    return RANDOM_WEIGHTS if arguments.source is None else origin_of(arguments.source)
+    if arguments.source is None:
+        return RANDOM_WEIGHTS
+    return origin_of(arguments.source, arguments.model.text_encoder)
 
 
 def write_mapping_report(model: Sam3LiteModel, arguments: Arguments) -> None:
