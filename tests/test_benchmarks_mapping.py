@@ -130,6 +130,7 @@ def test_what_is_there_is_not_done_again(bench, monkeypatch, teacher):
         bench("run", *flags)
 
 
+@pytest.mark.slow
 def test_in_the_composed_world_students_are_scored_on_three_splits(bench, teacher, tmp_path, capsys):
     recipe = RECIPE.replace("generated\ngenerated_train: 6\ngenerated_concepts: 4", "composed\ngenerated_train: 6")
     (tmp_path / "recipe.yaml").write_text(recipe)

@@ -135,6 +135,7 @@ def pictures(folder, data) -> dict:
     return {"phrases": "phrases.txt", "validation_split": 0.2, "prompts_per_image": 2}
 
 
+@pytest.mark.slow
 def test_pictures_without_labels_killed_and_resumed(folder, pictures):
     """In the second epoch, of six or seven steps, phrases are chosen by what the teacher said in the first."""
     settings = {**SETTINGS, **pictures, "max_steps": 10, "feature_steps": 0.0}

@@ -184,6 +184,7 @@ def test_the_final_model_scores_as_in_training(whole_run, data, tmp_path):
     assert (whole_run / "run" / "final" / "metrics.jsonl").is_file()
 
 
+@pytest.mark.slow
 def test_pushed_at_the_end(data, tmp_path, monkeypatch):
     """A standard model is mapped, trained and pushed; while the Hub fails, the run's results stay and it says how."""
     standard = shake(Sam3LiteModel(micro_config(detr_decoder_layers=3)))

@@ -429,6 +429,7 @@ def test_training_exports_a_vocabulary(runs, images):
     assert final.get_text_features(**processor(text="a dog")).pooler_output.isfinite().all()
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_vocabulary(runs, data, tmp_path):
     init = runs / "run" / "final"
     (tmp_path / "map.yaml").write_text("blue circle: round thing\n")
