@@ -108,7 +108,7 @@ def eyes(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("train_text", [False, True])
+@pytest.mark.parametrize("train_text", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_training_and_resume(eyes, data, tmp_path, train_text):
     settings = {"model_overrides": {}, "num_workers": 0, "epochs": 2, "batch_size": 2, "save_every_steps": 1}
     settings |= {"init": str(eyes / "eyes"), "text_encoder": str(eyes / "words"), "train_text_encoder": train_text}
