@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -127,3 +128,9 @@ def sync(path: Path) -> None:
 
 def _beside(path: Path, kind: str) -> Path:
     return path.parent / f".{path.name}.{kind}"
+
+
+def asset_lines(name: str) -> tuple[str, ...]:
+    """The lines of a text file in the package's `assets`."""
+    text = resources.files("sam3_hf").joinpath("assets", name).read_text(encoding="utf-8")
+    return tuple(text.splitlines())

@@ -3,12 +3,12 @@
 import logging
 import os
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
 import datasets
 from torch.utils.data import Dataset
 
+from ..files import asset_lines
 from ..picture_files import find_pictures
 from . import transforms
 from .checks import DatasetError, Problems, check_dataset
@@ -127,5 +127,4 @@ class UnlabelledDataset(Dataset):
 
 def everyday_nouns() -> tuple[str, ...]:
     """What to ask a teacher for where nobody says: over a thousand names of things, English."""
-    text = files("sam3_hf").joinpath("assets", "everyday_nouns.txt").read_text(encoding="utf-8")
-    return tuple(text.split("\n")[:-1])
+    return asset_lines("everyday_nouns.txt")

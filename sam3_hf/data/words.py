@@ -8,8 +8,9 @@ up to four phrases. Some objects have a fill without a name, some have a shape w
 words: what a model says to them, it has composed.
 """
 
-from importlib.resources import files
 from itertools import product
+
+from ..files import asset_lines
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent")
 COLORS = {
@@ -86,5 +87,4 @@ def some_phrases(count: int) -> tuple[str, ...]:
 
 def absent_phrases() -> tuple[str, ...]:
     """Phrases that mean nothing in any picture, some of them with words that mean something."""
-    text = files("sam3_hf").joinpath("assets", "absent_phrases.txt").read_text(encoding="utf-8")
-    return tuple(text.split("\n")[:-1])
+    return asset_lines("absent_phrases.txt")
