@@ -71,8 +71,8 @@ def label(
     revision: Revision = "main",
 ):
     """
-    Makes a dataset of pictures without labels, in the Roboflow layout that training takes: a model says what is in
-    them. The same command goes on where an earlier one stopped. `accelerate launch -m sam3_hf.cli label ...` shares
+    Labels pictures: writes what a model finds in them as a dataset, in the Roboflow layout that training takes. The
+    same command goes on where an earlier one stopped. `accelerate launch -m sam3_hf.cli label ...` shares
     the pictures over several GPUs.
     """
     from ..training.stopping import end_with_launcher

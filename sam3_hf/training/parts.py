@@ -1,9 +1,9 @@
 """What a run trains with: everything that is made before the first step."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -79,23 +79,20 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
     objective = build_objective(accelerator, arguments, model, phrases, checkpoint)
     if arguments.without_labels:
         objective.choice = phrase_choice(train_data)
-    teacher_says = partial(
-        agreement_data,
-        accelerator,
-        getattr(objective, "teacher", None),
-        processor,
-        image_size=model.config.image_size,
-        batch_size=arguments.output.eval_batch_size,
-        seed=arguments.optimization.seed,
-    )
+
+    def teacher_says(rows: datasets.Dataset, concepts: list[str]) -> EvalDataset:
+        batch_size, seed = arguments.output.eval_batch_size, arguments.optimization.seed
+        asked = (rows, concepts, train_data.image_size, batch_size, seed)
+        return agreement_data(accelerator, objective.teacher, processor, *asked)
+
     if not isinstance(valid_data, EvalDataset):
-        valid_data = teacher_says(rows=valid_data, concepts=train_data.concepts)
+        valid_data = teacher_says(valid_data, train_data.concepts)
     retention_data = None
     if retained:
         per_image = max(1, round(arguments.distillation.retain_share * arguments.data.prompts_per_image))
         objective.retention = Retention(retained, per_image, arguments.optimization.seed)
         rows = valid_data.rows.select(range(min(len(valid_data), RETENTION_PICTURES)))
-        retention_data = teacher_says(rows=rows, concepts=retained)
+        retention_data = teacher_says(rows, retained)
     warn_of_crowds(train_data, valid_data, model.config.detr_decoder_config.num_queries)
     has_masks = has_some_masks(train_data.rows)
     model.config.mask_supervision = objective.keeps_masks(model.config.mask_supervision, has_masks)
