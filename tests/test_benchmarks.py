@@ -16,6 +16,7 @@ import common
 import parts
 import pytest
 import torch
+import warm
 from changes import Change
 from conftest import HUNG
 from counting import flops
@@ -172,8 +173,7 @@ def test_rows_are_kept_where_a_benchmark_is_ended_early(tmp_path):
             signal.pause()
     """
     output = tmp_path / "out.json"
-    command = [sys.executable, "-c", textwrap.dedent(script), "--output", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=HUNG)
+    result = warm.run(["-c", textwrap.dedent(script), "--output", output], tmp_path, dict(os.environ))
     assert result.returncode == 128 + signal.SIGTERM and "| 1.5 |" in result.stdout
     record = json.loads(output.read_text())
     assert record["rows"] == [{"seconds": 1.5}] and record["complete"] is False

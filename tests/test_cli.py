@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +20,6 @@ from sam3_hf.cli import app
 from sam3_hf.training.checkpoints import FROZEN, save_checkpoint, write_frozen
 from sam3_hf.training.optim import MovingAverage
 from sam3_hf.training.phrases import FrozenText
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments):
@@ -209,20 +206,15 @@ def test_parts_of_an_fsdp_checkpoint_are_put_together_by_the_command_in_the_erro
     assert equal(Sam3LiteModel.from_pretrained(tmp_path / "target"), weights)
 
 
-def test_sizes_of_a_source_in_the_cache_of_the_hub(model, tmp_path):
+def test_sizes_of_a_source_in_the_cache_of_the_hub(model, tmp_path, monkeypatch):
     cached = tmp_path / "cache" / "models--someone--lite"
     model.save_pretrained(cached / "snapshots" / "0123")
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0123")
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    code = "from sam3_hf.cli import app; app()"
-    finished = subprocess.run(
-        [sys.executable, "-c", code, "convert", "someone/lite", str(tmp_path / "half"), "--dtype", "float16"],
-        env={**environment, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    finished = run("someone/lite", tmp_path / "half", "--dtype", "float16")
+    assert finished.exit_code == 0, finished.output
     size = (cached / "snapshots" / "0123" / "model.safetensors").stat().st_size
     assert f"(source: {size / 1e6:.1f} MB)" in finished.stdout
 

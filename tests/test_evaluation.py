@@ -1,13 +1,14 @@
 import gzip
 import json
-import multiprocessing
+import os
+import pickle
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import HUNG
+import warm
 from evaluation_cases import CASES, HEIGHT, WIDTH, random_pairs
 from faster_coco_eval.core import mask as mask_api
 from torch import distributed
@@ -211,16 +212,19 @@ def test_order_of_rows_does_not_matter():
         assert compute(metric_class, predictions, references) == compute(metric_class, *shuffled)
 
 
-def _evaluate_shares(process_id, folder, shares, results):
-    """Both metrics over one process's rows, round after round."""
+def evaluate_shares(folder):
+    """Both metrics over the rows of one of two processes, round after round; their results go into a file."""
+    process_id = int(os.environ["RANK"])
     distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=process_id, world_size=2)
     options = {"num_process": 2, "process_id": process_id, "cache_dir": folder}
     metrics = [CocoAP(**options), CGF1(**options)]
-    for share in shares:
+    results = []
+    for share in pickle.loads(Path(folder, "shares").read_bytes())[process_id]:
         for metric in metrics:
             for prediction, reference in share:
                 metric.add(prediction=prediction, reference=reference)
-        results.put((process_id, [metric.compute() for metric in metrics]))
+        results.append([metric.compute() for metric in metrics])
+    Path(folder, f"results{process_id}").write_bytes(pickle.dumps(results))
     distributed.barrier()  # who leaves while another still talks can take it down
     distributed.destroy_process_group()
 
@@ -230,21 +234,14 @@ def test_two_processes_get_the_result_of_one(tmp_path):
     half = len(rows) // 2
     # first round: the second process got row 0 once more, as padding; second round: it got nothing
     shares = {0: [rows[:half], rows], 1: [[*rows[half:], rows[0]], []]}
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [
-        context.Process(target=_evaluate_shares, args=(number, str(tmp_path), shares[number], results))
-        for number in (0, 1)
-    ]
-    for worker in workers:
-        worker.start()
-    collected = [results.get(timeout=HUNG) for _ in range(4)]
-    for worker in workers:
-        worker.join(timeout=HUNG)
-        assert worker.exitcode == 0
+    (tmp_path / "shares").write_bytes(pickle.dumps(shares))
+    code = "import sys, test_evaluation; test_evaluation.evaluate_shares(sys.argv[1])"
+    finished = warm.run_two(["-c", code, tmp_path], Path(__file__).parent, dict(os.environ))
+    assert finished.returncode == 0, finished.stderr
+    first, second = (pickle.loads((tmp_path / f"results{number}").read_bytes()) for number in (0, 1))
     expected = [compute(metric_class, *zip(*rows, strict=True)) for metric_class in (CocoAP, CGF1)]
-    assert [result for number, result in collected if number == 0] == [expected, expected]
-    assert [result for number, result in collected if number == 1] == [[None, None], [None, None]]
+    assert first == [expected, expected]
+    assert second == [[None, None], [None, None]]
 
 
 def test_several_processes_need_a_process_group():

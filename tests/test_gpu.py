@@ -1,6 +1,7 @@
 """What only a CUDA device can show: FP16 with loss scaling, filling its memory, its compiler. Run with -m gpu."""
 
 import copy
+import functools
 import json
 import math
 import os
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import test_train_run
 import torch
+import train_cases
 from conftest import make_labels, micro_config, shake
-from test_train_run import lines_of, start, train, wait_for_step
+from test_train_run import lines_of, start, wait_for_step
 
 from sam3_hf import Sam3LiteModel
 from sam3_hf.data.generated import write_dataset
@@ -18,6 +20,7 @@ from sam3_hf.mapping.calibration import calibrate_mapping
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
+train = functools.partial(test_train_run.train, fresh=True)  # CUDA lives in no process that was forked
 PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks", "presence_logits", "semantic_seg")
 
 
@@ -30,7 +33,8 @@ def data(tmp_path_factory) -> Path:
 def visible_gpu(monkeypatch):
     """Runs of the training command see one GPU, which the helpers hide from them otherwise."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    monkeypatch.setattr(test_train_run, "environment", lambda: {**os.environ, "CUDA_VISIBLE_DEVICES": visible})
+    for module in (test_train_run, train_cases):
+        monkeypatch.setattr(module, "environment", lambda: {**os.environ, "CUDA_VISIBLE_DEVICES": visible})
 
 
 def saved_state(folder: Path) -> dict:

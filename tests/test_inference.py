@@ -1,8 +1,8 @@
 import functools
 import http.server
 import json
+import os
 import resource
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import micro_config, shake
 from faster_coco_eval import COCO
 from PIL import Image
@@ -470,7 +471,7 @@ def large_batch() -> float:
 def test_memory_goes_with_what_is_found(case, bound):
     """All masks at once would take 2400 MB as booleans in the one case, 2100 MB as logits in the other."""
     code = f"import torch; torch.set_num_threads(1); import test_inference; print(test_inference.{case}())"
-    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    run = warm.run(["-c", code], Path(__file__).parent, dict(os.environ))
     assert run.returncode == 0, run.stderr
     assert float(run.stdout.split()[-1]) < bound
 

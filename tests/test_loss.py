@@ -4,14 +4,12 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import HUNG
+import warm
 from torchvision.ops import sigmoid_focal_loss
 
 from sam3_hf import loss_sam3_lite as loss_module
@@ -553,12 +551,10 @@ def run_shards(folder, rank):
 
 
 def test_two_processes_give_the_loss_and_gradient_of_the_whole_batch(tmp_path, monkeypatch):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_loss; "
-    code += "test_loss.run_shards(sys.argv[2], int(sys.argv[3]))"
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
+    code = "import os, sys, test_loss; test_loss.run_shards(sys.argv[1], int(os.environ['RANK']))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([*command, rank], env=environment) for rank in "01"]
-    assert [process.wait(timeout=HUNG) for process in processes] == [0, 0]
+    finished = warm.run_two(["-c", code, tmp_path], Path(__file__).parent, environment)
+    assert finished.returncode == 0, finished.stderr
     shards = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
 
     monkeypatch.setattr(loss_module, "_random_points", fixed_points)

@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 import torch
+import warm
 from conftest import HUNG, PREDICTIONS, largest_difference, make_labels, micro_config, shake
 from transformers import AutoModel, Trainer, TrainingArguments
 
@@ -369,8 +370,7 @@ DDP_STEP = """
 def test_ddp_needs_no_search_for_unused_parameters(tmp_path):
     script = tmp_path / "step.py"
     script.write_text(textwrap.dedent(DDP_STEP).format(tests=os.path.dirname(__file__)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=HUNG)
+    result = warm.run_two([script], tmp_path, {**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -424,14 +424,15 @@ FRESH_PROCESS = """
     {block}
     from transformers import AutoModel, AutoProcessor
     {package}
-    saved = torch.load({folder!r} + "/expected.pt")
-    model = AutoModel.from_pretrained({folder!r}, trust_remote_code={trust})
-    with torch.no_grad():
-        outputs = model(**saved["inputs"])
-    for name, tensor in saved["outputs"].items():
-        assert torch.allclose(outputs[name], tensor, rtol=0, atol=1e-6), name
-    assert AutoProcessor.from_pretrained({folder!r}, trust_remote_code={trust}).tokenizer("cat")
-    print(type(model).__module__)
+    for folder in {folders!r}:
+        saved = torch.load(folder + "/expected.pt")
+        model = AutoModel.from_pretrained(folder, trust_remote_code={trust})
+        with torch.no_grad():
+            outputs = model(**saved["inputs"])
+        for name, tensor in saved["outputs"].items():
+            assert torch.allclose(outputs[name], tensor, rtol=0, atol=1e-6), name
+        assert AutoProcessor.from_pretrained(folder, trust_remote_code={trust}).tokenizer("cat")
+        print(type(model).__module__)
 """
 BLOCK_PACKAGE = """
     class Block:
@@ -442,17 +443,20 @@ BLOCK_PACKAGE = """
 """
 
 
-def run_in_a_fresh_process(folder, with_package: bool) -> str:
-    """Loads a folder, with or without this package, and compares with its expected.pt; returns what was printed."""
+def run_in_a_fresh_process(*folders, with_package: bool) -> str:
+    """Loads folders, with or without this package, and compares with their expected.pt; returns what was printed."""
     code = textwrap.dedent(FRESH_PROCESS).format(
-        folder=str(folder),
+        folders=[str(folder) for folder in folders],
         block="" if with_package else textwrap.dedent(BLOCK_PACKAGE),
         package="import sam3_hf" if with_package else "",
         trust=not with_package,
     )
-    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HUNG)
+    environment = {**os.environ, "HF_HOME": str(folders[0] / "home"), "HF_HUB_OFFLINE": "1"}
+    if with_package:
+        result = warm.run(["-c", code], folders[0], environment)
+    else:
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HUNG)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -467,7 +471,7 @@ def test_a_saved_folder_loads_in_a_fresh_process(model, inputs, tmp_path, with_p
         outputs = model(**inputs)
     expected = {name: outputs[name] for name in PREDICTIONS}
     torch.save({"inputs": inputs, "outputs": expected}, tmp_path / "expected.pt")
-    printed = run_in_a_fresh_process(tmp_path, with_package)
+    printed = run_in_a_fresh_process(tmp_path, with_package=with_package)
     assert printed.startswith("sam3_hf" if with_package else "transformers_modules")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from conftest import HUNG
 from PIL import Image
 from test_label_cli import PROMPTS, saved, tree  # noqa: F401
@@ -44,7 +45,10 @@ def pictures(tmp_path) -> Path:
 
 @pytest.fixture
 def run(saved, pictures, tmp_path):  # noqa: F811
-    """Runs a sub-command over the pictures, after some lines of Python; all its processes end with it."""
+    """
+    Runs a sub-command over the pictures, after some lines of Python; all its processes end with it. Without a launcher
+    there are two that torchrun has not started.
+    """
 
     def run(command: str, output: str, *arguments, launcher=TORCHRUN, before: str = ""):
         program = tmp_path / "program.py"
@@ -53,8 +57,11 @@ def run(saved, pictures, tmp_path):  # noqa: F811
         options = ["--model", saved, "--output", tmp_path / output, "--threshold", 0, "--mask-threshold", 0.4, *words]
         options += ["--workers", 0, "--batch-size", 2, *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+        words = [str(program), command, str(pictures), *map(str, options)]
+        if launcher is None:
+            return warm.run_two(words, tmp_path, environment)
         return subprocess.run(
-            [sys.executable, *launcher, str(program), command, str(pictures), *map(str, options)],
+            [sys.executable, *launcher, *words],
             env=environment,
             capture_output=True,
             text=True,
@@ -89,7 +96,7 @@ def test_predict_shares_pictures_too(run, pictures, tmp_path):
 
 
 def test_an_error_before_the_start_is_said_once(run, tmp_path):
-    finished = run("label", "out", "--valid-share", 1)
+    finished = run("label", "out", "--valid-share", 1, launcher=None)
     assert finished.returncode != 0 and finished.stderr.count("must be 0 or more and less than 1") == 1
     assert not (tmp_path / "out").exists()
 

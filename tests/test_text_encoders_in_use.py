@@ -50,13 +50,19 @@ def test_a_fixed_vocabulary_and_back(model, processor, tmp_path):
 
 
 @torch.no_grad()
-def test_a_saved_folder_loads_where_the_package_is_not(model, processor, tmp_path):
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    inputs = ask(processor, PHRASES)
-    outputs = model(**inputs)
-    torch.save({"inputs": inputs, "outputs": {name: outputs[name] for name in PREDICTIONS}}, tmp_path / "expected.pt")
-    run_in_a_fresh_process(tmp_path, False)
+def test_saved_folders_load_where_the_package_is_not(tmp_path):
+    folders = []
+    for kind in KINDS:
+        model = lite_text_model(kind)
+        processor = Sam3LiteProcessor.from_config(model.config)
+        folders.append(tmp_path / kind)
+        model.save_pretrained(folders[-1])
+        processor.save_pretrained(folders[-1])
+        inputs = ask(processor, PHRASES)
+        outputs = model(**inputs)
+        expected = {"inputs": inputs, "outputs": {name: outputs[name] for name in PREDICTIONS}}
+        torch.save(expected, folders[-1] / "expected.pt")
+    run_in_a_fresh_process(*folders, with_package=False)
 
 
 @torch.no_grad()

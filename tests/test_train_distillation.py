@@ -71,7 +71,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(folder, data):
     assert finished.returncode == 0, finished.stderr
     killed = train(folder, data, program=launcher(folder, KILLED), **settings)
     assert killed.returncode == -signal.SIGKILL and len(steps_of(folder)) == 4
-    finished = train(folder, data, "--resume", "auto", **settings)
+    finished = train(folder, data, "--resume", "auto", fresh=True, **settings)
     assert finished.returncode == 0, finished.stderr
     assert "going on from run/checkpoints/last, step 4" in finished.stderr
 
@@ -144,7 +144,7 @@ def test_pictures_without_labels_killed_and_resumed(folder, pictures):
     assert "validation: 3 pictures, 4 phrases; the teacher finds" in finished.stderr
     killed = train(folder, "pictures", program=launcher(folder, KILLED), **settings)
     assert killed.returncode == -signal.SIGKILL
-    finished = train(folder, "pictures", "--resume", "auto", **settings)
+    finished = train(folder, "pictures", "--resume", "auto", fresh=True, **settings)
     assert finished.returncode == 0, finished.stderr
     assert steps_of(folder) == steps_of(folder, "whole") and len(steps_of(folder)) == 10
     for name in ("final/model.safetensors", "checkpoints/last/model.safetensors", "checkpoints/last/objective.pt"):

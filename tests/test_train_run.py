@@ -18,7 +18,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_cases import MICRO, SCRIPT, command, environment
+from train_cases import MICRO, SCRIPT, command, environment, train_in_two
+from train_cases import train as train_with
 from typer.testing import CliRunner
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
@@ -55,23 +56,15 @@ def data(tmp_path_factory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data"), num_train=12, num_valid=3, image_size=64, num_concepts=3)
 
 
-def train(folder: Path, data: Path, *flags: str, program: list[str] = SCRIPT, **settings):
+def train(folder: Path, data: Path, *flags: str, **settings):
     """Runs to the end; the finished process, with all that it wrote as `stdout`."""
-    return subprocess.run(
-        [*command(folder, data, program, **{**OWN, **settings}), *flags],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=PATIENCE,
-    )
+    return train_with(folder, data, *flags, together=True, **{**OWN, **settings})
 
 
 def start(folder: Path, data: Path, *flags: str, program: list[str] = SCRIPT, **settings) -> subprocess.Popen:
     output = (folder / "output.txt").open("w")
     return subprocess.Popen(
-        [*command(folder, data, program, **{**OWN, **settings}), *flags],
+        [sys.executable, *command(folder, data, program, **{**OWN, **settings}), *flags],
         cwd=folder,
         env=environment(),
         stdout=output,
@@ -109,7 +102,7 @@ INTERRUPTED = {"save_every_steps": 2, "ema_decay": 0.9, "num_workers": 1, "save_
 def whole_run(data, tmp_path_factory) -> Path:
     """A run of 12 steps in 2 epochs that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
-    finished = train(folder, data, program=[*LAUNCH, *SCRIPT], **INTERRUPTED)
+    finished = train(folder, data, **INTERRUPTED)
     assert finished.returncode == 0, finished.stdout
     return folder
 
@@ -227,7 +220,7 @@ def test_killed_twice_and_resumed_is_as_if_nothing_had_happened(whole_run, data,
     assert "run the same command with --resume auto" in output
     last = json.loads((tmp_path / "run" / "checkpoints" / "last" / "trainer_state.json").read_text())["step"]
     assert last == 9  # the step that was in progress
-    finished = train(tmp_path, data, "--resume", "auto", program=COMMAND, **INTERRUPTED)
+    finished = train(tmp_path, data, "--resume", "auto", program=COMMAND, fresh=True, **INTERRUPTED)
     assert finished.returncode == 0, finished.stdout
     assert f"going on from run/checkpoints/last, step {last}" in finished.stdout
     assert series(tmp_path) == series(whole_run)
@@ -351,8 +344,7 @@ def test_two_processes_train_like_one(data, tmp_path):
     two.mkdir()
     finished = train(one, data, **settings, batch_size=4)
     assert finished.returncode == 0, finished.stdout
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    finished = train(two, data, **settings, batch_size=2, program=[*launcher, *SCRIPT])
+    finished = train_in_two(two, data, together=True, **{**OWN, **settings, "batch_size": 2})
     assert finished.returncode == 0, finished.stdout
     assert finished.stdout.count("steps in all") == 1  # only the main process speaks
     assert "2 per pass x 1 passes x 2 processes" in finished.stdout

@@ -258,7 +258,7 @@ def test_a_saved_folder_loads_in_a_fresh_process(frozen, processor, images, tmp_
     with torch.no_grad():
         outputs = frozen(**inputs)
     torch.save({"inputs": inputs, "outputs": {name: outputs[name] for name in PREDICTIONS}}, tmp_path / "expected.pt")
-    run_in_a_fresh_process(tmp_path, with_package)
+    run_in_a_fresh_process(tmp_path, with_package=with_package)
 
 
 def test_training_moves_all_but_the_vocabulary(frozen, processor, images):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import warm
 import yaml
 from conftest import HUNG, micro_config
 
@@ -36,9 +37,9 @@ def launcher(folder: Path, patch: str) -> list[str]:
 
 
 def command(folder: Path, data: Path | str, program: list[str], **settings) -> list[str]:
-    """Writes config.yaml, and says what to run in the folder."""
+    """Writes config.yaml, and says what Python is to run in the folder."""
     (folder / "config.yaml").write_text(yaml.safe_dump({**SETTINGS, "data": str(data), **settings}))
-    return [sys.executable, *program, "config.yaml"]
+    return [*program, "config.yaml"]
 
 
 def environment() -> dict:
@@ -46,17 +47,43 @@ def environment() -> dict:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
 
 
-def train(folder: Path, data: Path | str, *flags: str, program: list[str] = SCRIPT, **settings):
+def train(
+    folder: Path,
+    data: Path | str,
+    *flags: str,
+    program: list[str] = SCRIPT,
+    fresh: bool = False,
+    together: bool = False,
+    **settings,
+) -> subprocess.CompletedProcess:
     """
-    Runs to the end; the finished process, with `stdout` and `stderr`. Whatever it leaves running is ended, and its
-    output then is not all there: pipes stay open as long as there is a process that could write to them.
+    Runs to the end; the finished process, with `stdout` and `stderr`. Whatever it leaves running is ended.
+
+    Args:
+        program: what Python runs.
+        fresh: whether the interpreter starts anew instead of with the libraries loaded.
+        together: whether `stdout` holds `stderr` as well.
     """
+    arguments = [*command(folder, data, program, **settings), *flags]
+    if fresh:
+        return train_anew(folder, arguments, together)
+    return warm.run(arguments, folder, environment(), together=together)
+
+
+def train_in_two(folder: Path, data: Path | str, *flags: str, together: bool = False, **settings):
+    """As `train`, in two processes that know each other as those of torchrun do."""
+    arguments = [*command(folder, data, SCRIPT, **settings), *flags]
+    return warm.run_two(arguments, folder, environment(), together=together)
+
+
+def train_anew(folder: Path, arguments: list[str], together: bool) -> subprocess.CompletedProcess:
+    """In an ordinary process: pipes stay open as long as there is a process that could write to them."""
     process = subprocess.Popen(
-        [*command(folder, data, program, **settings), *flags],
+        [sys.executable, *arguments],
         cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT if together else subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
