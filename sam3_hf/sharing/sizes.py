@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from ..configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
 from ..presets_sam3_lite import PRESETS, TEXT_ENCODERS
 
@@ -17,12 +19,18 @@ def text_encoder_of(config: Sam3LiteConfig) -> str | None:
 
 
 def _names_of(config: Sam3LiteConfig) -> tuple[str | None, str | None]:
-    sizes = parameter_sizes(config)
+    *sizes, _ = parameter_sizes(config)
     for name in PRESETS:
         for text in TEXT_ENCODERS:
-            if parameter_sizes(Sam3LiteConfig.from_preset(name, text, vocabulary=config.vocabulary)) == sizes:
+            if _sizes_of_preset(name, text) == sizes:
                 return name, text
     return None, None
+
+
+@functools.cache  # making all of them takes a second
+def _sizes_of_preset(name: str, text: str) -> list:
+    *sizes, _ = parameter_sizes(Sam3LiteConfig.from_preset(name, text))  # but for the vocabulary
+    return sizes
 
 
 def sizes_of(config: Sam3LiteConfig) -> dict[str, int]:
