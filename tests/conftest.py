@@ -1,5 +1,6 @@
 """Sizes at which the model runs in milliseconds, and stock models that share its weights."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -18,6 +19,10 @@ from sam3_hf.cli import app
 
 HUNG = 3600  # seconds after which a process is taken to hang, far from what any takes on a slow machine
 PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks", "presence_logits", "semantic_seg")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # whoever looks for garbage need not go through all that was imported
 
 
 def micro_config(**overrides) -> Sam3LiteConfig:

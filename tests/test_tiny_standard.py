@@ -22,7 +22,7 @@ CHECKPOINT = Path(sam3_hf.__file__).parent / "assets" / "tiny-standard"
 def pictures(tmp_path_factory):
     """Drawn with another seed than those of the checkpoint's training."""
     folder = tmp_path_factory.mktemp("pictures")
-    return write_dataset(folder, num_train=128, num_valid=24, image_size=96, num_concepts=4, seed=77)
+    return write_dataset(folder, num_train=64, num_valid=16, image_size=96, num_concepts=4, seed=77)
 
 
 def scores(model, pictures) -> dict:

@@ -298,7 +298,11 @@ def test_a_final_model_alone_is_not_overwritten_by_resume_auto(fails, run, data)
 @pytest.mark.parametrize(
     "flags", [["--data", "nowhere"], ["--init", "nowhere/at/all"], ["--metric_for_best", "segm_AP", "--data", "boxes"]]
 )
-def test_overwriting_deletes_nothing_before_data_and_model_were_looked_at(fails, run, data, tmp_path, flags):
+def test_overwriting_deletes_nothing_before_data_and_model_were_looked_at(
+    fails, run, data, tmp_path, monkeypatch, flags
+):
+    for module in ("huggingface_hub.constants", "datasets.config"):  # which try again for a while
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
     shutil.copytree(data, tmp_path / "boxes")
     for path in (tmp_path / "boxes").rglob("*.json"):
         coco = json.loads(path.read_text())
@@ -388,7 +392,7 @@ def test_a_library_that_is_missing_is_found_at_the_start(fails, data, tmp_path, 
 
 @pytest.mark.slow
 def test_without_accelerate_there_is_a_line_as_well(data, tmp_path):
-    finished = train(tmp_path, data, program=launcher(tmp_path, "sys.modules['accelerate'] = None"))
+    finished = train(tmp_path, data, program=launcher(tmp_path, "sys.modules['accelerate'] = None"), fresh=True)
     assert error_of(finished) == 'Error: accelerate is not installed; training needs pip install "sam3-hf[train]".'
 
 
