@@ -1,10 +1,6 @@
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
-import textwrap
 import zipfile
 
 import pytest
@@ -371,51 +367,3 @@ def test_open_checkpoint_without_config_or_native_file(tmp_path):
     assert open_checkpoint(tmp_path) is None
     with pytest.raises(OSError, match="neither a config.json"):
         Sam3LiteModel.from_pretrained(tmp_path)
-
-
-# --- without the package -------------------------------------------------------------------------------------------
-
-
-WITHOUT_PACKAGE = """
-    import json, sys
-    import torch
-
-    class Block:
-        def find_spec(self, name, *args):
-            if name.split(".")[0] == "sam3_hf":
-                raise ImportError("blocked")
-
-    sys.meta_path.insert(0, Block())
-    from safetensors.torch import load_file
-    from transformers import AutoModel
-
-    folder, native = sys.argv[1:]
-    saved = load_file(folder + "/model.safetensors")
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    for loaded in (model, type(model).from_pretrained(folder, preset="same")):
-        state = loaded.state_dict()
-        assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
-    errors = {}
-    for name, call in {
-        "preset": lambda: type(model).from_pretrained(folder, preset="tiny"),
-        "native": lambda: type(model).from_pretrained(native),
-        "to_sam3": model.to_sam3,
-    }.items():
-        try:
-            call()
-        except ImportError as error:
-            errors[name] = str(error)
-    print(json.dumps(errors))
-"""
-
-
-def test_without_the_package_a_saved_folder_loads_and_what_needs_it_says_so(model, tmp_path):
-    model.save_pretrained(tmp_path / "lite")
-    torch.save(native_file(model), tmp_path / "sam3.pt")
-    code = [sys.executable, "-c", textwrap.dedent(WITHOUT_PACKAGE), str(tmp_path / "lite"), str(tmp_path / "sam3.pt")]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    finished = subprocess.run(code, capture_output=True, text=True, env=environment)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    errors = json.loads(finished.stdout)
-    assert set(errors) == {"preset", "native", "to_sam3"}
-    assert all("pip install sam3-hf" in message for message in errors.values())

@@ -1,13 +1,11 @@
 import copy
 import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
 import warm
-from conftest import HUNG, PREDICTIONS, largest_difference, make_labels, micro_config, shake
+from conftest import PREDICTIONS, largest_difference, make_labels, micro_config, shake
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from sam3_hf import Sam3LiteModel
@@ -419,50 +417,30 @@ def test_plain_trainer(tmp_path, config):
     assert trainer.evaluate()["eval_loss"] < before
 
 
-FRESH_PROCESS = """
-    import sys, torch
-    {block}
-    from transformers import AutoModel, AutoProcessor
-    {package}
-    for folder in {folders!r}:
-        saved = torch.load(folder + "/expected.pt")
-        model = AutoModel.from_pretrained(folder, trust_remote_code={trust})
-        with torch.no_grad():
-            outputs = model(**saved["inputs"])
-        for name, tensor in saved["outputs"].items():
-            assert torch.allclose(outputs[name], tensor, rtol=0, atol=1e-6), name
-        assert AutoProcessor.from_pretrained(folder, trust_remote_code={trust}).tokenizer("cat")
-        print(type(model).__module__)
-"""
-BLOCK_PACKAGE = """
-    class Block:
-        def find_spec(self, name, *args):
-            if name.split(".")[0] == "sam3_hf":
-                raise ImportError("blocked")
-    sys.meta_path.insert(0, Block())
+NEW_PROCESS = """
+import sys, torch, sam3_hf
+from transformers import AutoModel, AutoProcessor
+
+folder = sys.argv[1]
+saved = torch.load(folder + "/expected.pt")
+model = AutoModel.from_pretrained(folder)
+with torch.no_grad():
+    outputs = model(**saved["inputs"])
+for name, tensor in saved["outputs"].items():
+    assert torch.allclose(outputs[name], tensor, rtol=0, atol=1e-6), name
+assert AutoProcessor.from_pretrained(folder).tokenizer("cat")
+print(type(model).__module__)
 """
 
 
-def run_in_a_fresh_process(*folders, with_package: bool) -> str:
-    """Loads folders, with or without this package, and compares with their expected.pt; returns what was printed."""
-    code = textwrap.dedent(FRESH_PROCESS).format(
-        folders=[str(folder) for folder in folders],
-        block="" if with_package else textwrap.dedent(BLOCK_PACKAGE),
-        package="import sam3_hf" if with_package else "",
-        trust=not with_package,
-    )
-    environment = {**os.environ, "HF_HOME": str(folders[0] / "home"), "HF_HUB_OFFLINE": "1"}
-    if with_package:
-        result = warm.run(["-c", code], folders[0], environment)
-    else:
-        command = [sys.executable, "-c", code]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HUNG)
+def load_in_a_new_process(folder) -> None:
+    """Compares with its expected.pt; without the package, test_without_package.py does it."""
+    result = warm.run(["-c", NEW_PROCESS, folder], folder, dict(os.environ))
     assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    assert result.stdout == "sam3_hf.modeling_sam3_lite\n"
 
 
-@pytest.mark.parametrize("with_package", [True, False])
-def test_a_saved_folder_loads_in_a_fresh_process(model, inputs, tmp_path, with_package):
+def test_a_saved_folder_loads_in_a_new_process(model, inputs, tmp_path):
     from sam3_hf import Sam3LiteProcessor
 
     model.save_pretrained(tmp_path)
@@ -471,8 +449,7 @@ def test_a_saved_folder_loads_in_a_fresh_process(model, inputs, tmp_path, with_p
         outputs = model(**inputs)
     expected = {name: outputs[name] for name in PREDICTIONS}
     torch.save({"inputs": inputs, "outputs": expected}, tmp_path / "expected.pt")
-    printed = run_in_a_fresh_process(tmp_path, with_package=with_package)
-    assert printed.startswith("sam3_hf" if with_package else "transformers_modules")
+    load_in_a_new_process(tmp_path)
 
 
 def test_saved_names_are_those_of_the_model(model, tmp_path):

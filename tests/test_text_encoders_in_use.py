@@ -5,9 +5,8 @@ import json
 
 import pytest
 import torch
-from conftest import PREDICTIONS, largest_difference, micro_config, run
+from conftest import largest_difference, micro_config, run
 from huggingface_hub import ModelCard
-from test_modeling import run_in_a_fresh_process
 from test_text_encoders import KINDS, PHRASES, lite_text_model
 from test_text_sources import same_text
 from train_cases import state_of, train
@@ -47,22 +46,6 @@ def test_a_fixed_vocabulary_and_back(model, processor, tmp_path):
     by_id = {"pixel_values": inputs["pixel_values"], "class_ids": torch.tensor([0, 1])}
     assert largest_difference(frozen(**by_id), model(**inputs)) < 1e-5
     assert same_text(loaded, model)
-
-
-@torch.no_grad()
-def test_saved_folders_load_where_the_package_is_not(tmp_path):
-    folders = []
-    for kind in KINDS:
-        model = lite_text_model(kind)
-        processor = Sam3LiteProcessor.from_config(model.config)
-        folders.append(tmp_path / kind)
-        model.save_pretrained(folders[-1])
-        processor.save_pretrained(folders[-1])
-        inputs = ask(processor, PHRASES)
-        outputs = model(**inputs)
-        expected = {"inputs": inputs, "outputs": {name: outputs[name] for name in PREDICTIONS}}
-        torch.save(expected, folders[-1] / "expected.pt")
-    run_in_a_fresh_process(*folders, with_package=False)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import make_labels, micro_config, shake
-from test_modeling import PREDICTIONS, largest_difference, run_in_a_fresh_process
+from test_modeling import PREDICTIONS, largest_difference, load_in_a_new_process
 from test_train_run import train
 from transformers import AutoModel
 from typer.testing import CliRunner
@@ -250,15 +250,14 @@ def test_a_vocabulary_is_not_made_by_loading(model, tmp_path):
         Sam3LiteModel.from_pretrained(tmp_path, config=micro_config(vocabulary=["cat"]))
 
 
-@pytest.mark.parametrize("with_package", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_a_saved_folder_loads_in_a_fresh_process(frozen, processor, images, tmp_path, with_package):
+def test_a_saved_folder_loads_in_a_new_process(frozen, processor, images, tmp_path):
     frozen.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     inputs = ask(processor, images, text=[["cat"], ["red blood cell", CLASSES[2]]])
     with torch.no_grad():
         outputs = frozen(**inputs)
     torch.save({"inputs": inputs, "outputs": {name: outputs[name] for name in PREDICTIONS}}, tmp_path / "expected.pt")
-    run_in_a_fresh_process(tmp_path, with_package=with_package)
+    load_in_a_new_process(tmp_path)
 
 
 def test_training_moves_all_but_the_vocabulary(frozen, processor, images):
