@@ -185,17 +185,17 @@ def test_pushed_at_the_end(data, tmp_path, monkeypatch):
     flags = ["--push_to_hub", "true", "--hub_model_id", "me/mine", "--hub_private", "true", "--max_steps", "1"]
     flags += ["--hub_gated", "auto"]
     flags += ["--init", "standard", "--overwrite_output_dir"]
-    with HubStandIn() as hub:
+    with HubStandIn() as hub:  # whose address is read at import
         for name, value in {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}.items():
             monkeypatch.setenv(name, value)
         hub.failures["POST .*/commit/"] = 403
-        finished = train(tmp_path, data, *flags)
+        finished = train(tmp_path, data, *flags, fresh=True)
         assert finished.returncode == 0, finished.stdout
         assert "sam3-lite push run/final me/mine --private --gated auto" in finished.stdout
         assert len(hub.repositories["me/mine"].branches["main"]) == 1
         assert Sam3LiteModel.from_pretrained(tmp_path / "run" / "final").dtype == torch.float16
         hub.failures.clear()
-        finished = train(tmp_path, data, *flags)
+        finished = train(tmp_path, data, *flags, fresh=True)
         assert finished.returncode == 0, finished.stdout
         repository = hub.repositories["me/mine"]
     assert repository.private and repository.gated == "auto" and len(repository.branches["main"]) == 2

@@ -22,6 +22,7 @@ import torch
 from conftest import HUNG
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = dict(os.environ)  # before any test has changed it
 
 
 class WarmProcess:
@@ -66,8 +67,8 @@ def _server() -> socket.socket:
     """The socket to the process that forks, which ends with this one."""
     ours, theirs = socket.socketpair()
     with theirs:
-        known = os.environ.get("PYTHONPATH")
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{known}" if known else str(ROOT)}
+        known = ENVIRONMENT.get("PYTHONPATH")
+        environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{known}" if known else str(ROOT)}
         command = [sys.executable, str(Path(__file__).with_name("warm_server.py")), str(theirs.fileno())]
         subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
     return ours
