@@ -319,7 +319,7 @@ def test_narrower_is_closer_by_isometry_than_by_selection_than_by_skipping(wide,
 # --- sizes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mapping", ["auto", "isometry", "select"])
+@pytest.mark.parametrize("mapping", ["isometry", "select"])  # auto is the former: the others have it
 @pytest.mark.parametrize(
     "sizes",
     [
