@@ -65,11 +65,12 @@ def test_concepts_with_too_many_objects_are_neither_present_nor_absent():
     assert seen == {"dog", "car", "tree", "house", "boat"}
 
 
-def test_negative_words_are_half_of_the_negatives():
+@pytest.mark.parametrize("options, share", [({}, 0.5), ({"negative_words_ratio": 0.2}, 0.2)])
+def test_a_share_of_the_negatives_are_negative_words(options, share):
     words = tuple(f"word {number}" for number in range(100))
-    sampling = PromptSampling(prompts_per_image=4, negative_ratio=1, negative_words=words)
+    sampling = PromptSampling(prompts_per_image=4, negative_ratio=1, negative_words=words, **options)
     negatives = [phrase for prompts in draws({0: [0]}, sampling) for phrase in split(prompts)[1]]
-    assert np.mean([phrase in words for phrase in negatives]) == pytest.approx(0.5, abs=0.05)
+    assert np.mean([phrase in words for phrase in negatives]) == pytest.approx(share, abs=0.05)
     only_words = draw_prompts({0: [0]}, set(), ["cat"], sampling, image_rng(0, 0, 0))
     assert len(set(split(only_words)[1])) == 4
 
@@ -111,7 +112,13 @@ def test_box_replaces_the_text_half_of_the_time():
 
 @pytest.mark.parametrize(
     "field, value",
-    [("prompts_per_image", 0), ("max_objects", 0), ("negative_ratio", 1.1), ("box_prompt_probability", -0.1)],
+    [
+        ("prompts_per_image", 0),
+        ("max_objects", 0),
+        ("negative_ratio", 1.1),
+        ("negative_words_ratio", -0.1),
+        ("box_prompt_probability", -0.1),
+    ],
 )
 def test_sampling_out_of_range(field, value):
     with pytest.raises(ValueError, match=field):

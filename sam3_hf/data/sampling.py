@@ -27,7 +27,9 @@ class PromptSampling:
             negative one.
         box_prompt_probability: chance, 0 to 1, that a prompt for a present concept gets a jittered box of one of its
             objects, half of the time instead of its text.
-        negative_words: phrases that are in no image; negatives are drawn evenly from them and from absent categories.
+        negative_words: phrases that are in no image, for further negatives.
+        negative_words_ratio: share of the negatives, 0 to 1, that are drawn from them; the others are absent
+            categories, which a model tells from present ones by the image alone.
         max_objects: a concept with more objects in the image is not asked for.
 
     Raises:
@@ -38,13 +40,14 @@ class PromptSampling:
     negative_ratio: float = 0.5
     box_prompt_probability: float = 0.0
     negative_words: tuple[str, ...] = ()
+    negative_words_ratio: float = 0.5
     max_objects: int = 200
 
     def __post_init__(self):
         for name in ("prompts_per_image", "max_objects"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("negative_ratio", "box_prompt_probability"):
+        for name in ("negative_ratio", "negative_words_ratio", "box_prompt_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
 
@@ -101,7 +104,7 @@ def draw_prompts(
     absent = [absent[index] for index in rng.permutation(len(absent))]
     words = [words[index] for index in rng.permutation(len(words))]
     for _ in range(negatives):
-        if absent and (not words or rng.random() < 0.5):
+        if absent and (not words or rng.random() < 1 - sampling.negative_words_ratio):
             concept = absent.pop()
             prompts.append(Prompt(concepts[concept], concept, ()))
         else:

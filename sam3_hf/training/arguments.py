@@ -113,6 +113,9 @@ class DataArguments:
     negative_words: str | None = option(
         None, "text file, one phrase a line, of things that are in none of the images: further negative prompts"
     )
+    negative_words_ratio: float = option(
+        0.5, "share of the negative prompts, 0 to 1, that are drawn from --negative_words; the others are categories"
+    )
     phrases: str | None = option(
         None,
         "text file, one phrase a line, of what a teacher is asked for in pictures whose labels, if any, are not used; "
@@ -157,6 +160,7 @@ class DataArguments:
             raise ValueError("data is not set: name the dataset with --data PATH, or in the YAML file")
         check_range(self, "prompts_per_image", 1)
         check_range(self, "negative_ratio", 0, 1)
+        check_range(self, "negative_words_ratio", 0, 1)
         if not 0 < self.validation_split < 1:
             raise ValueError(f"validation_split must be above 0 and below 1, got {self.validation_split}")
         check_range(self, "box_prompt_probability", 0, 1)

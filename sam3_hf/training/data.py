@@ -126,6 +126,7 @@ def prompt_sampling(options: DataArguments) -> PromptSampling:
         negative_ratio=options.negative_ratio,
         box_prompt_probability=options.box_prompt_probability,
         negative_words=read_words(options.negative_words),
+        negative_words_ratio=options.negative_words_ratio,
     )
 
 
