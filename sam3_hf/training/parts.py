@@ -79,17 +79,18 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
     phrases = phrases_of(train_data, valid_data if isinstance(valid_data, EvalDataset) else None) + retained
     objective = build_objective(accelerator, arguments, model, train_data, phrases, retained, checkpoint)
 
-    def teacher_says(rows: datasets.Dataset, concepts: list[str]) -> EvalDataset:
+    def teacher_says(rows: datasets.Dataset, concepts: list[str], name: str) -> EvalDataset:
         batch_size, seed = arguments.output.eval_batch_size, arguments.optimization.seed
-        asked = (rows, concepts, train_data.image_size, batch_size, seed)
+        kept = Path(arguments.output.output_dir) / "teacher_answers" / f"{name}.json"
+        asked = (rows, concepts, train_data.image_size, batch_size, seed, kept)
         return agreement_data(accelerator, objective.teacher, processor, *asked)
 
     if not isinstance(valid_data, EvalDataset):
-        valid_data = teacher_says(valid_data, train_data.concepts)
+        valid_data = teacher_says(valid_data, train_data.concepts, "validation")
     retention_data = None
     if retained:
         rows = valid_data.rows.select(range(min(len(valid_data), RETENTION_PICTURES)))
-        retention_data = teacher_says(rows, retained)
+        retention_data = teacher_says(rows, retained, "retention")
     warn_of_crowds(train_data, valid_data, model.config.detr_decoder_config.num_queries)
     has_masks = has_some_masks(train_data.rows)
     model.config.mask_supervision = objective.keeps_masks(model.config.mask_supervision, has_masks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -20,7 +19,7 @@ from torch import Tensor
 from ..files import write_file
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..outputs_sam3_lite import Sam3LiteVisionOutput
-from ..version import __version__
+from .checksums import bytes_of, module_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,8 @@ class PyramidCache:
         side, dtype = backbone.image_size // backbone.patch_size, str(model.dtype).removeprefix("torch.")
         self.picture_bytes = model.config.vision_config.fpn_hidden_size * (16 + 4 + 1) * side**2 * model.dtype.itemsize
         self.form = f"{dtype}, {model.config.image_size} px"
-        self.folder = self.root / f"{vision_checksum(model)}-{model.config.image_size}px-{dtype}"
+        teacher = module_checksum(model.vision_encoder, model.config.vision_config.to_dict())
+        self.folder = self.root / f"{teacher}-{model.config.image_size}px-{dtype}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, pixels: Tensor) -> Sam3LiteVisionOutput:
@@ -138,7 +138,7 @@ class PyramidCache:
         """Of the levels, and of where they belong."""
         digest = xxhash.xxh3_128(f"{self.folder.name}/{name}".encode())
         for level in levels:
-            digest.update(_bytes_of(level))
+            digest.update(bytes_of(level))
         return digest.hexdigest()
 
     def lacking_bytes(self) -> int:
@@ -172,25 +172,6 @@ class PyramidCache:
                 f"teacher_cache {self.root}: {lacking:.2f} GiB are needed for {self.pictures} pictures, and "
                 f"{free:.2f} GiB are free on this disk: make space, choose another folder, or leave it out"
             )
-
-
-def vision_checksum(model: Sam3LiteModel) -> str:
-    """128 bits as hexadecimal digits, of weights and configuration of the vision encoder and of this package."""
-    config = model.config.vision_config.to_dict()
-    parts = [
-        {name: value for name, value in part.items() if name not in OF_NO_ACCOUNT}
-        for part in (config, config.pop("backbone_config"))
-    ]
-    digest = xxhash.xxh3_128(json.dumps([__version__, *parts], sort_keys=True, default=str).encode())
-    for name, tensor in model.vision_encoder.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes_of(tensor.cpu()))
-    return digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor):
-    """Those of a tensor on the CPU, which may be of a dtype that numpy does not know."""
-    return tensor.contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _own_mark() -> str:
