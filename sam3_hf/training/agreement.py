@@ -63,12 +63,16 @@ def agreement_data(
     split = RawSplit("validation", "the teacher", bare, images, concepts)
     numbers = {concept: index for index, concept in enumerate(concepts)}
     asked = EvalDataset(build_dataset(split, concepts, numbers), image_size)
-    objects = decide(accelerator, lambda: read_kept(kept, content_key(teacher, split, image_size)))
+
+    def look_up() -> tuple[str, dict[int, list[dict]] | None]:
+        key = content_key(teacher, split, image_size)
+        return key, read_kept(kept, key)
+
+    key, objects = decide(accelerator, look_up)
     if objects is None:
         objects = _ask(accelerator, teacher, processor, asked, batch_size)
         if accelerator.is_main_process:
-            record = {"key": content_key(teacher, split, image_size), "objects": list(objects.items())}
-            write_file(kept, json.dumps(record))
+            write_file(kept, json.dumps({"key": key, "objects": list(objects.items())}))
     for row in bare:
         row["objects"] = objects.get(row["image_id"], [])
     count = sum(map(len, objects.values()))

@@ -14,7 +14,8 @@ from .checkpoints import FROZEN
 from .parts import Parts
 from .recovery import checkpoint_to_resume, checkpoints_in
 
-# What a run leaves in its folder, but for the log; --overwrite_output_dir deletes these and nothing else.
+# What a run leaves in its folder, but for the log and teacher_answers/, which the next one knows by their content;
+# --overwrite_output_dir deletes these and nothing else.
 WRITTEN = ("checkpoints", "final", "metrics.jsonl", "predictions", "tensorboard", "curves.png", REPORT_FILE)
 
 
