@@ -41,8 +41,10 @@ WORLDS = {
 def teachers_labels(folder: Path, arguments: Namespace) -> dict:
     """Draws the pictures of the other rows, and has the teacher label them by the command that users have."""
     drawn, labelled = folder / "data" / "drawn", folder / "data" / "labelled"
-    size = Sam3LiteConfig.from_pretrained(arguments.teacher).image_size
-    write_composed(drawn, {"train": arguments.train_images, "valid": 1}, size, SEED + arguments.seed)
+    true = drawn / "valid" / "_annotations.coco.json"
+    if not true.is_file():  # it is written last; pictures that are drawn again would be labelled again
+        size = Sam3LiteConfig.from_pretrained(arguments.teacher).image_size
+        write_composed(drawn, {"train": arguments.train_images, "valid": 1}, size, SEED + arguments.seed)
     prompts = [word for phrase in SEEN_PHRASES for word in ("--prompt", phrase)]
     command = ["label", drawn / "train", "--model", arguments.teacher, *prompts, "--output", labelled]
     call = "from sam3_hf.cli import app; app()"
@@ -50,7 +52,7 @@ def teachers_labels(folder: Path, arguments: Namespace) -> dict:
     subprocess.run([sys.executable, "-c", call, *words], check=True)
     return {
         "data": str(labelled / "train" / "_annotations.coco.json"),
-        "validation_data": str(drawn / "valid" / "_annotations.coco.json"),
+        "validation_data": str(true),
     }
 
 
