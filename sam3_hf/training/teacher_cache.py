@@ -25,11 +25,6 @@ logger = logging.getLogger(__name__)
 
 LEVELS = 3
 CHECKSUM = "checksum"
-OF_NO_ACCOUNT = (
-    "transformers_version",
-    "dtype",
-    "_name_or_path",
-)  # of a configuration: the same model may differ there
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -42,8 +37,9 @@ class PyramidCache:
     the input size and the dtype. Several processes and runs may fill it at the same time.
 
     Attributes:
-        folder: of the files of this teacher.
-        picture_bytes: what a picture takes there.
+        root, pictures: as given.
+        folder: of the files of this teacher, in `root`.
+        picture_bytes, form: what a picture takes there, and in which form, as text.
     """
 
     def __init__(self, root: str | Path, model: Sam3LiteModel, pictures: int):
