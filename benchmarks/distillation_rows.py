@@ -89,7 +89,8 @@ def plus(**settings) -> Row:
 
 
 LABELS_ALONE = {"preset": "tiny-plus", "teacher": None, "init": TEACHER, "feature_steps": None}
-FINE_TUNED = {"init": TEACHER, "generated_concepts": TRAINED}
+AS_IT_IS = {"preset": "tiny-standard", "init": TEACHER}
+FINE_TUNED = {**AS_IT_IS, "generated_concepts": TRAINED}
 ROWS = {
     "plus": plus(),
     "plus-calibrated": plus(calibrate=True),
@@ -107,7 +108,7 @@ ROWS = {
     "two-concepts-retained": Row(
         {**FINE_TUNED, "label_loss_weight": 0.1, "feature_steps": 0.0}, world="concepts", prepare=retained_phrases
     ),
-    "bccd-teacher": Row({"init": TEACHER, "num_queries": 60}, world="folder", config=CONFIGS / "tiny_cpu.yaml"),
+    "bccd-teacher": Row({**AS_IT_IS, "num_queries": 60}, world="folder", config=CONFIGS / "tiny_cpu.yaml"),
     "bccd": Row({"preset": "tiny-plus"}, world="folder", teacher="bccd-teacher"),
 }
 

@@ -11,7 +11,7 @@ import yaml
 from composed_scores import FIGURES, SPLITS
 from conftest import micro_config, shake
 
-from sam3_hf import Sam3LiteModel
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.data.words import SEEN_PHRASES, some_phrases
 
@@ -81,6 +81,16 @@ def test_photographs_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         distillation.main(["run", "bccd", "--output", str(tmp_path)])
     assert "bccd is for pictures of yours: name their folder with --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("row", ["two-concepts", "two-concepts-retained", "bccd-teacher"])
+def test_what_goes_on_with_the_teacher_has_its_sizes(row):
+    """Also where that is a standard model, which --init maps to the preset."""
+    teacher = Sam3LiteConfig.from_pretrained(distillation.PACKAGED)
+    settings = distillation.ROWS[row].settings
+    config = teacher.at_preset(settings["preset"])
+    assert config.detr_decoder_config.num_layers == teacher.detr_decoder_config.num_layers
+    assert config.vision_config.backbone_config.hidden_size == teacher.vision_config.backbone_config.hidden_size
 
 
 @pytest.mark.slow
