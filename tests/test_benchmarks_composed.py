@@ -1,6 +1,8 @@
 """benchmarks/composed_scores.py and benchmarks/distillation.py, on models that know nothing."""
 
 import json
+import subprocess
+from argparse import Namespace
 
 import composed_scores
 import distillation
@@ -14,6 +16,7 @@ from conftest import micro_config, shake
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.data.words import SEEN_PHRASES, some_phrases
+from sam3_hf.training.arguments import parse_arguments
 
 
 def test_scores_of_every_split(tmp_path):
@@ -91,6 +94,17 @@ def test_what_goes_on_with_the_teacher_has_its_sizes(row):
     config = teacher.at_preset(settings["preset"])
     assert config.detr_decoder_config.num_layers == teacher.detr_decoder_config.num_layers
     assert config.vision_config.backbone_config.hidden_size == teacher.vision_config.backbone_config.hidden_size
+
+
+@pytest.mark.parametrize("row", distillation.ROWS)
+def test_the_trainer_takes_the_settings_of_every_row(tmp_path, monkeypatch, row):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: None)
+    flags = {"teacher": distillation.PACKAGED, "data": tmp_path, "train_images": 1, "steps": 3, "seed": 2}
+    folder = tmp_path / "runs" / "run"
+    distillation.train(distillation.ROWS[row], folder, distillation.PACKAGED, Namespace(**flags))
+    arguments = parse_arguments([str(tmp_path / "runs" / "run.yaml")])
+    assert arguments.source == str(distillation.PACKAGED) and arguments.optimization.max_steps == 3
+    assert arguments.optimization.seed == distillation.SEED + 2
 
 
 @pytest.mark.slow
