@@ -2,6 +2,7 @@
 
     python benchmarks/counts.py inference --models stock-standard standard lite --prompts 1 8 80
     python benchmarks/counts.py training --models stock-standard standard lite --precisions fp16
+    python benchmarks/counts.py distillation --models lite --teacher standard --precisions fp16 --prompts 4
 
 These are counts, not measurements: see `counting.py` for what they leave out. Rows named `stock-PRESET` are
 `transformers.Sam3Model`, one call per prompt in inference; in training under the loss of `train_step.py`.
@@ -16,27 +17,29 @@ are those of forward pass, loss and backward pass; `kernels` and `GB moved` of f
 that weights, AdamW's moments and all else hold at once: up to the loss by the rules of CUDA, and what the backward
 pass adds to that on a CPU, whose autocast differs in little. `GB per image` is what a third image adds, and `images
 in` a card what that leaves room for, beside `--reserve`.
+
+Distillation is training by a teacher's answers alone, after the steps on its features; it sees every second prompt,
+and is in half precision, without its text encoder. `TFLOP` and `GB` are with the teacher; `cached` is for steps in
+which its feature pyramids come from the disk, while its vision encoder stays in memory.
 """
 
 import argparse
 import functools
 import itertools
-from contextlib import AbstractContextManager
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
-from unittest import mock
 
-import numpy as np
 import torch
-from common import STOCK, TOKENS, autocast, build, image_size_of, parser, report, training_batch
+from common import STOCK, TOKENS, autocast, build, image_size_of, parser, report
 from counting import Counter, fake_cpu, fake_cuda, flops
+from fake_steps import FakeDistiller, FakeTrainer, counted_matches
 from torch import Tensor
-from train_step import STOCK_TOKENS, stock_loss
+from train_step import STOCK_TOKENS
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput
 
-from sam3_hf import Sam3LiteConfig, Sam3LiteModel, loss_sam3_lite
-from sam3_hf.loss_sam3_lite import Match
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel
 from sam3_hf.modeling_sam3_lite import PROMPTS_SEGMENTED_AT_ONCE
 
 IMAGES = (1, 2, 3)  # of the training steps that are counted
@@ -96,11 +99,6 @@ def find(model: Sam3LiteModel, vision: Sam3VisionEncoderOutput, text: Tensor, ma
             model.mask_decoder.matched_masks(found.queries[some], pixels, matches, matches)
 
 
-def counted_matches(counts: list[int]) -> AbstractContextManager:
-    """Within, `torch.bincount` gives these numbers: fake tensors cannot be read."""
-    return mock.patch.object(torch, "bincount", lambda *_, **__: SimpleNamespace(tolist=lambda: counts))
-
-
 def inference(arguments: argparse.Namespace, name: str, prompts: int, kept: int | None) -> dict:
     calls, asked = (prompts, 1) if name.startswith(STOCK) else (1, prompts)
     call = count_call(name, arguments.image_size, asked, kept)
@@ -126,40 +124,6 @@ def another_class(arguments: argparse.Namespace, name: str) -> dict:
     return row
 
 
-def fixed_matches(logits, boxes, targets, config, one_to_many) -> list[Match]:
-    """The first queries of each prompt, one per object, and `one_to_many_topk` in the last set of the copy."""
-    prompts = np.repeat(np.arange(len(targets.counts)), targets.counts)
-    objects = np.arange(len(prompts))
-    queries = objects - targets.first[prompts]
-    matches = [Match(prompts, queries, objects)] * (len(logits) - one_to_many)
-    if one_to_many:
-        copies = config.one_to_many_topk
-        matches.append(Match(*(np.repeat(column, copies) for column in (prompts, queries, objects))))
-    return matches
-
-
-class FakeTrainer:
-    """Training steps on fake tensors; to be made and used within `fake_cuda` or `fake_cpu`."""
-
-    def __init__(self, name: str, image_size: int | None, checkpointing: bool):
-        self.name = name
-        self.model = build(name, image_size).train()
-        self.model.text_encoder = self.model.text_projection = None
-        if checkpointing:
-            self.model.gradient_checkpointing_enable()
-        self.loss_config = Sam3LiteConfig.from_preset(name.removeprefix(STOCK)).loss_config
-
-    def batch(self, images: int, prompts: int) -> dict:
-        return training_batch(self.model, images, prompts, objects=5)
-
-    def loss(self, batch: dict) -> Tensor:
-        counts = [len(label["boxes"]) for label in batch["labels"] if len(label["boxes"])]
-        with mock.patch.object(loss_sam3_lite, "match_queries", fixed_matches), counted_matches(counts):
-            if self.name.startswith(STOCK):
-                return stock_loss(self.model, batch, self.loss_config)
-            return self.model(**batch).loss
-
-
 class Forward(NamedTuple):
     """What forward pass and loss of a step do."""
 
@@ -168,29 +132,25 @@ class Forward(NamedTuple):
     peak: int  # bytes, with AdamW's two moments
 
 
-def count_forward(
-    name: str, image_size: int | None, precision: str, prompts: int, checkpointing: bool
-) -> list[Forward]:
+def count_forward(make: Callable[[], FakeTrainer], grid: int, precision: str, prompts: int) -> list[Forward]:
     """Of steps on 1, 2 and 3 images."""
     counted = []
-    with fake_cuda(grid_side(name, image_size)):
-        trainer = FakeTrainer(name, image_size, checkpointing)
+    with fake_cuda(grid):
+        trainer = make()
         weights = sum(parameter.nbytes for parameter in trainer.model.parameters())
         for images in IMAGES:
             batch = trainer.batch(images, prompts)
-            with Counter(3 * weights) as counter, autocast(precision):
+            with Counter(3 * weights + trainer.resident) as counter, autocast(precision):
                 trainer.loss(batch)
             counted.append(Forward(counter.kernels, counter.moved, counter.peak))
     return counted
 
 
-def count_backward(
-    name: str, image_size: int | None, precision: str, prompts: int, checkpointing: bool
-) -> tuple[list[int], int]:
+def count_backward(make: Callable[[], FakeTrainer], grid: int, precision: str, prompts: int) -> tuple[list[int], int]:
     """Bytes that the backward pass adds to the peak of steps on 1, 2 and 3 images; operations of the first step."""
     added = []
-    with fake_cpu(grid_side(name, image_size)):
-        trainer = FakeTrainer(name, image_size, checkpointing)
+    with fake_cpu(grid):
+        trainer = make()
         for images in IMAGES:
             batch = trainer.batch(images, prompts)
             with Counter(device="cpu") as counter:
@@ -215,12 +175,26 @@ def training(arguments: argparse.Namespace, case: tuple) -> dict | None:
     name, precision, prompts, checkpointing = case
     if name.startswith(STOCK) and checkpointing:
         return None
-    step = (name, arguments.image_size, precision, prompts, checkpointing)
-    forward, (added, flop) = count_forward(*step), count_backward(*step)
+    row = {"model": name, "precision": precision, "prompts per image": prompts, "checkpointing": checkpointing}
+    return row | count_step(arguments, partial(FakeTrainer, name, arguments.image_size, checkpointing), case)
+
+
+def distillation(arguments: argparse.Namespace, case: tuple) -> dict:
+    *step, cached = case
+    name, precision, prompts, checkpointing = step
+    make = partial(FakeDistiller, name, arguments.teacher, arguments.image_size, checkpointing, cached)
+    row = {"model": name, "teacher": arguments.teacher, "precision": precision, "prompts per image": prompts}
+    return row | {"checkpointing": checkpointing, "cached": cached} | count_step(arguments, make, step)
+
+
+def count_step(arguments: argparse.Namespace, make: Callable[[], FakeTrainer], case: Sequence) -> dict:
+    """The figures of a row of training."""
+    name, precision, prompts, _ = case
+    grid = grid_side(name, arguments.image_size)
+    forward, (added, flop) = (count(make, grid, precision, prompts) for count in (count_forward, count_backward))
     one, two, three = ((counted.peak + more) / 1e9 for counted, more in zip(forward, added, strict=True))
     per_image = three - two
-    row = {"model": name, "precision": precision, "prompts per image": prompts, "checkpointing": checkpointing}
-    row |= {"TFLOP": flop / 1e12, "kernels": forward[0].kernels, "GB moved": forward[0].moved / 1e9}
+    row = {"TFLOP": flop / 1e12, "kernels": forward[0].kernels, "GB moved": forward[0].moved / 1e9}
     row |= {"GB": one, "GB per image": per_image}
     for card in arguments.cards:
         space = card - arguments.reserve
@@ -231,13 +205,16 @@ def training(arguments: argparse.Namespace, case: tuple) -> dict | None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("what", choices=["inference", "training", "class"], help="class: cost of another class")
+    kinds = ["inference", "training", "distillation", "class"]
+    options.add_argument("what", choices=kinds, help="class: cost of another class")
     options.add_argument("--models", nargs="+", default=["stock-tiny-standard", "tiny"], help="presets, stock-PRESET")
     options.add_argument("--image-size", type=int, help="side of the input in pixels; default: the presets'")
     options.add_argument("--prompts", nargs="+", type=int, default=[1, 8], help="per image")
     options.add_argument("--kept", nargs="*", type=int, default=[10], help="masks per prompt; beside those of all")
     options.add_argument("--precisions", nargs="+", choices=["fp32", "fp16"], default=["fp32"], help="of training")
     options.add_argument("--checkpointing", nargs="+", choices=["off", "on"], default=["off"])
+    options.add_argument("--teacher", default="tiny-standard", help="preset, of distillation")
+    options.add_argument("--cached", nargs="+", choices=["off", "on"], default=["off", "on"], help="its pyramids")
     options.add_argument("--cards", nargs="+", type=float, default=[8, 12, 16, 24], help="GB of GPUs to fill")
     options.add_argument("--reserve", type=float, default=1.0, help="GB for the CUDA context and fragmentation")
     arguments = options.parse_args()
@@ -255,9 +232,14 @@ def main() -> None:
     elif arguments.what == "class":
         rows = [another_class(arguments, name) for name in arguments.models if not name.startswith(STOCK)]
     else:
-        checkpointing = [value == "on" for value in arguments.checkpointing]
+        checkpointing, cached = (
+            [value == "on" for value in given] for given in (arguments.checkpointing, arguments.cached)
+        )
         cases = itertools.product(arguments.models, arguments.precisions, arguments.prompts, checkpointing)
-        rows = [row for case in cases if (row := training(arguments, case)) is not None]
+        if arguments.what == "training":
+            rows = [row for case in cases if (row := training(arguments, case)) is not None]
+        else:
+            rows = [distillation(arguments, (*case, held)) for case in cases for held in cached]
     report(arguments, rows)
 
 

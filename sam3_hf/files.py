@@ -13,16 +13,17 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 
-def write_file(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+def write_file(path: Path, content: str | bytes | Callable[[Path], object], mark: str | None = None) -> None:
     """
     Writes a file, instead of an older one of that name; its folder is made where missing.
 
     Args:
         content: text (written as UTF-8), bytes, or what writes the file that it is called with, whose name has another
             ending than `path`. If it raises, the older file stays.
+        mark: of this process, if others may write the same file at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(path)
+    partial = partial_of(path) if mark is None else _beside(path, f"{mark}.partial")
     partial.unlink(missing_ok=True)  # it may have a second name, as the files of a checkpoint do
     try:
         if isinstance(content, str):

@@ -151,6 +151,18 @@ def test_counts_of_training(tmp_path):
     assert half["images in 8 GB"] == 2 + (7 - half["GB"] - half["GB per image"]) // half["GB per image"]
 
 
+@pytest.mark.slow
+def test_counts_of_distillation(tmp_path):
+    """The teacher is paid for beside the student; with a cache its vision encoder rests, but stays in memory."""
+    sizes = ["--models", "tiny", "--prompts", "2", "--precisions", "fp16"]
+    runs = ["distillation", *sizes], ["training", *sizes], ["inference", "--models", "tiny-standard", "--prompts", "2"]
+    ((live, cached), (alone,), (teacher, *_)), _ = counted(tmp_path, *runs)
+    assert (live["cached"], cached["cached"]) == (False, True)
+    assert live["TFLOP"] - cached["TFLOP"] == pytest.approx(teacher["vision TFLOP"])
+    assert cached["TFLOP"] > alone["TFLOP"] and cached["kernels"] < live["kernels"]
+    assert cached["GB"] > alone["GB"] and live["GB"] >= cached["GB"]
+
+
 def test_results_are_not_overwritten(tmp_path, monkeypatch, capsys):
     output = tmp_path / "out.json"
     output.write_text("{}")

@@ -388,6 +388,12 @@ def test_calibrated_on_the_training_images(source):
         (["--teacher", "x", "--distill_features_weight", "0"], "set feature_steps to 0"),
         (["--teacher", "x", *(f for n in TERMS for f in (f"--distill_{n}_weight", "0"))], "nothing would be learnt"),
         (["--teacher", "x", "--distill_scores_weight", "nan"], "distill_scores_weight must be a finite number"),
+        (["--teacher_cache", "x"], "teacher_cache needs --teacher"),
+        (
+            ["--teacher", "x", "--teacher_cache", "y", "--crop", "0"],
+            "teacher_cache needs pictures that come again as they were: set crop 0, smallest_side 1, color_jitter 0 "
+            "(now crop 0, smallest_side 0.476, color_jitter 0.2), or leave it out",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(capsys, flags, message):
@@ -411,8 +417,8 @@ def test_retained_phrases_follow_the_teacher_and_the_others_their_labels():
     model = micro_model()
     teacher = teacher_of(micro_model(seed=1))
     batch = {**batch_of(), "keys": [(0, 3), (0, 5)]}
-    objective = objective_for(model, teacher, label_loss_weight=1.0)
-    objective.retention = Retention(PHRASES, 2, seed=0)
+    settings = DistillationArguments(teacher="x", feature_steps=0.0, label_loss_weight=1.0)
+    objective = Distillation(teacher, model, settings, retention=Retention(PHRASES, 2, seed=0))
     asked = objective.complete(batch)
     assert asked["phrases"][:3] == batch["phrases"] and asked["image_index"].tolist() == [0, 0, 1, 0, 0, 1, 1]
     assert asked["input_boxes"].shape[0] == 7 and (asked["input_boxes_labels"][3:] == -10).all()

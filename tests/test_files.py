@@ -104,3 +104,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, content):
         files.write_file(path, content)
     assert path.read_text() == "old"
     assert [path.name for path in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_two_processes_write_one_file(tmp_path):
+    """The second starts and ends while the first writes."""
+    target = tmp_path / "file"
+
+    def slowly(partial):
+        partial.write_text("first, be")
+        files.write_file(target, "second", mark="b")
+        assert target.read_text() == "second"
+        partial.write_text("first")
+
+    files.write_file(target, slowly, mark="a")
+    assert target.read_text() == "first" and list(tmp_path.iterdir()) == [target]

@@ -96,6 +96,12 @@ def test_data_does_not_know_evaluation():
     assert up == []
 
 
+def test_what_does_not_train_does_not_know_the_trainer():
+    kinds = ("sam3_hf.prediction.", "sam3_hf.commands.label", "sam3_hf.commands.predict")
+    found = [a for a in arrows_of(PACKAGE) if a.source.startswith(kinds) and ".training" in a.target]
+    assert found == []
+
+
 def test_what_travels_with_saved_folders_needs_nothing_else_to_be_imported():
     eager = [arrow for arrow in arrows_of(PACKAGE) if is_flat(arrow.source) and not arrow.lazy]
     assert len(eager) > 10

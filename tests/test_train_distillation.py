@@ -101,6 +101,53 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(folder, data):
     assert state_of(last)["origin"]["base"] == "teacher"
 
 
+STILL = {"crop": 0, "smallest_side": 1, "color_jitter": 0}  # pictures come again, as they are or mirrored
+
+
+def test_with_a_cache_a_run_is_the_same_killed_and_resumed(folder, data):
+    """In epochs of two steps, so that pictures come again; the cache is then there for another run."""
+    settings = {**SETTINGS, **STILL, "batch_size": 8, "label_loss_weight": 0.5}
+    finished = train(folder, data, **settings, output_dir="without")
+    assert finished.returncode == 0, finished.stderr
+    settings["teacher_cache"] = "cache"
+    killed = train(folder, data, program=launcher(folder, KILLED), **settings)
+    assert killed.returncode == -signal.SIGKILL
+    assert "teacher_cache cache: 32 pictures x 0.33 MiB (float32, 64 px) = 0.01 GiB" in killed.stderr
+    finished = train(folder, data, "--resume", "auto", **settings)
+    assert finished.returncode == 0, finished.stderr
+
+    steps = steps_of(folder, "without")
+    assert steps_of(folder) == steps and len(steps) == 8
+    for name in ("final/model.safetensors", "checkpoints/last/model.safetensors"):
+        assert (folder / "run" / name).read_bytes() == (folder / "without" / name).read_bytes(), name
+    held = sorted((folder / "cache").glob("*/*"))
+    assert 16 < len(held) <= 32 and all(path.suffix == ".safetensors" for path in held)
+    finished = train(folder, data, **settings, output_dir="again")
+    assert finished.returncode == 0 and steps_of(folder, "again") == steps
+    assert sorted((folder / "cache").glob("*/*")) == held
+
+
+def test_a_cache_for_which_there_is_no_space_ends_the_run_in_one_line(folder, data):
+    patch = "import shutil, types\nshutil.disk_usage = lambda path: types.SimpleNamespace(free=2**20)"
+    settings = {**SETTINGS, **STILL, "teacher_cache": "cache"}
+    line = error_of(train(folder, data, program=launcher(folder, patch), **settings))
+    assert line.startswith("Error: teacher_cache cache: 0.01 GiB are needed for 32 pictures, and 0.00 GiB are free on")
+
+
+@pytest.mark.slow
+def test_two_processes_fill_one_cache(folder, data):
+    settings = {**SETTINGS, **STILL, "max_steps": 4, "batch_size": 4, "distill_masks_weight": 0.0}
+    for run, program in (("two", [*TORCHRUN, *SCRIPT]), ("cached", [*TORCHRUN, *SCRIPT])):
+        cached = {"teacher_cache": "cache"} if run == "cached" else {}
+        finished = train(folder, data, program=program, **settings, **cached, output_dir=run)
+        assert finished.returncode == 0, finished.stderr
+    assert steps_of(folder, "two") == steps_of(folder, "cached")
+    finished = train(folder, data, **{**settings, "batch_size": 8}, teacher_cache="cache", output_dir="one")
+    assert finished.returncode == 0, finished.stderr
+    for mine, other in zip(steps_of(folder, "cached"), steps_of(folder, "one"), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
 @pytest.mark.slow
 def test_two_processes_train_like_one(folder, data):
     """In steps of features alone and in others; without masks, which are compared at random points."""

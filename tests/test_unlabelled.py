@@ -4,12 +4,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from sam3_hf.data import Augmentation, DatasetError, PromptCollator, TrainDataset, concept_names, load_dataset_splits
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.data.unlabelled import UnlabelledDataset, everyday_nouns, load_pictures
 from sam3_hf.training.arguments import parse_arguments
+from sam3_hf.training.data import load_unlabelled
 from sam3_hf.training.phrase_choice import ABSENT, PRESENT, PhraseChoice
 
 
@@ -40,6 +42,21 @@ def test_pictures_of_a_saved_dataset_and_of_labelled_ones(folder, tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "texts")
     with pytest.raises(DatasetError, match="lacks a column 'image'"):
         load_pictures(tmp_path / "texts", ["cat"])
+
+
+@pytest.mark.parametrize("columns", [["image"], ["image", "objects"]])
+def test_a_saved_dataset_is_opened_once(tmp_path, monkeypatch, columns):
+    rows = load_dataset_splits(write_dataset(tmp_path / "data", 4, 1, image_size=64, num_concepts=2))["train"]
+    objects = [[{"bbox": [1.0, 1.0, 9.0, 9.0], "category": "cat"}]] * 4
+    table = {"image": [row["image"]["path"] for row in rows], "objects": objects}
+    saved = datasets.Dataset.from_dict({name: table[name] for name in columns}).cast_column("image", datasets.Image())
+    saved.save_to_disk(tmp_path / "saved")
+    opened, load = [], datasets.load_from_disk
+    monkeypatch.setattr(datasets, "load_from_disk", lambda path: opened.append(path) or load(path))
+    arguments = parse_arguments(["--data", str(tmp_path / "saved"), "--teacher", "y"])
+    train, held_out = load_unlabelled(Accelerator(cpu=True), arguments, 64)
+    assert len(train) + len(held_out) == 4 and opened == [str(tmp_path / "saved")]
+    assert train.concepts == (["cat"] if "objects" in columns else list(everyday_nouns()))
 
 
 def test_what_is_no_picture_is_named(folder):

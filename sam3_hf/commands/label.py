@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..launcher import end_with_launcher
 from ..picture_files import find_pictures
 from ..prediction.pipeline import PredictionSettings, Prompt
 from ..prediction.processes import Outcome, Processes
@@ -75,8 +76,6 @@ def label(
     same command goes on where an earlier one stopped. `accelerate launch -m sam3_hf.cli label ...` shares
     the pictures over several GPUs.
     """
-    from ..training.stopping import end_with_launcher
-
     end_with_launcher()
     with one_line_errors(task="labelling"):
         processes = Processes.join(device)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..launcher import end_with_launcher
 from ..picture_files import find_pictures
 from ..prediction.output_folder import PredictionFolder
 from ..prediction.pipeline import PredictionSettings, Prompt
@@ -61,8 +62,6 @@ def predict(
     earlier one stopped. Computes in FP16 on a GPU, in float32 on a CPU. `accelerate launch -m sam3_hf.cli predict ...`
     shares the pictures over several GPUs.
     """
-    from ..training.stopping import end_with_launcher
-
     end_with_launcher()
     with one_line_errors(task="sharing pictures over processes"):
         processes = Processes.join(device)

@@ -27,6 +27,7 @@ def load_dataset_splits(
     image_folder: Source | Mapping[str, Source] | None = None,
     category_map: Source | Mapping[str, str] | None = None,
     check_images: bool | Collection[str] = True,
+    opened: datasets.Dataset | datasets.DatasetDict | None = None,
 ) -> datasets.DatasetDict:
     """Reads a dataset, checks and repairs it, and brings it into one row schema (see `sam3_hf.data.rows`).
 
@@ -43,6 +44,7 @@ def load_dataset_splits(
             names with one phrase become one concept.
         check_images: whether every image is decoded once (and not again while its file stays as it is; see
             `sam3_hf.data.decoding`), or the splits whose images are. All are checked by their headers in any case.
+        opened: what `open_dataset` made of `data`, if that was done already.
 
     Returns:
         {"train": ..., "validation": ..., "test": ...}, those that there are. Concepts are the same in all splits:
@@ -54,7 +56,7 @@ def load_dataset_splits(
             has an unknown name, or leaves numbers without a name; or two phrases are one to the model.
     """
     problems = Problems()
-    splits = _read(data, image_folder, problems)
+    splits = _read(data, image_folder, problems, opened)
     names = list(dict.fromkeys(name for split in splits for name in split.category_names))
     category_map = read_category_map(category_map, names)
     unnamed = [name for name in names if name not in category_map]
@@ -129,7 +131,7 @@ def read_category_map(category_map: Source | Mapping[str, str] | None, names: li
     return {name: phrase.strip() for name, phrase in category_map.items()}
 
 
-def _read(data, image_folder, problems: Problems) -> list[RawSplit]:
+def _read(data, image_folder, problems: Problems, opened) -> list[RawSplit]:
     files = _coco_files(data)
     if files:
         folders = image_folder if isinstance(image_folder, Mapping) else dict.fromkeys(files, image_folder)
@@ -139,7 +141,7 @@ def _read(data, image_folder, problems: Problems) -> list[RawSplit]:
         return [read_coco(name, file, folders.get(name), problems) for name, file in files.items()]
     if image_folder is not None:
         raise DatasetError(f"image_folder is for COCO files; {data} is not one")
-    loaded = load_with_datasets(str(data))
+    loaded = load_with_datasets(str(data)) if opened is None else opened
     if isinstance(loaded, datasets.Dataset):
         loaded = {"train": loaded}
     return [read_objects(split_name(name), split, str(data), problems) for name, split in loaded.items()]
@@ -161,14 +163,23 @@ def _coco_files(data) -> dict[str, Path]:
     return files
 
 
-def is_labelled(data: Source | Mapping[str, Source]) -> bool:
-    """Whether these are COCO files, or a dataset with `objects`, rather than pictures alone."""
-    if _coco_files(data):
-        return True
-    if isinstance(data, Mapping) or is_picture_source(str(data)):
-        return False
-    loaded = load_with_datasets(str(data))
-    splits = [loaded] if isinstance(loaded, datasets.Dataset) else loaded.values()
+def open_dataset(data: Source) -> datasets.Dataset | datasets.DatasetDict | None:
+    """What the `datasets` library has to open: neither COCO files nor pictures alone, for which it is None."""
+    if _coco_files(data) or is_picture_source(str(data)):
+        return None
+    return load_with_datasets(str(data))
+
+
+def is_labelled(data: Source, opened: datasets.Dataset | datasets.DatasetDict | None) -> bool:
+    """
+    Whether these are COCO files, or a dataset with `objects`, rather than pictures alone.
+
+    Args:
+        opened: what `open_dataset` made of them.
+    """
+    if opened is None:
+        return bool(_coco_files(data))
+    splits = [opened] if isinstance(opened, datasets.Dataset) else opened.values()
     return all("objects" in split.features for split in splits)
 
 

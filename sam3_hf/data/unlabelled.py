@@ -23,7 +23,12 @@ from .transforms import Augmentation
 logger = logging.getLogger(__name__)
 
 
-def load_pictures(data: str | Path, concepts: Sequence[str], check_images: bool = True) -> datasets.Dataset:
+def load_pictures(
+    data: str | Path,
+    concepts: Sequence[str],
+    check_images: bool = True,
+    opened: datasets.Dataset | datasets.DatasetDict | None = None,
+) -> datasets.Dataset:
     """
     Reads pictures into rows without objects.
 
@@ -32,13 +37,17 @@ def load_pictures(data: str | Path, concepts: Sequence[str], check_images: bool 
             repository of the Hub with a column `image`, of which all splits are taken.
         concepts: what the teacher will be asked for; the concepts of the rows.
         check_images: whether every picture is decoded once, as by `load_dataset_splits`.
+        opened: what `loading.open_dataset` made of `data`, if that was done already.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
         DatasetError: there are no pictures, or some cannot be read; the message lists the first ten.
     """
     problems = Problems()
-    split = _from_files(data, problems) if is_picture_source(str(data)) else _from_datasets(str(data), problems)
+    if opened is None and is_picture_source(str(data)):
+        split = _from_files(data, problems)
+    else:
+        split = _from_datasets(str(data), load_with_datasets(str(data)) if opened is None else opened, problems)
     if not split.rows:
         problems.raise_if_any()
         raise DatasetError(f"{data} holds no pictures")
@@ -61,8 +70,7 @@ def _from_files(data: str | Path, problems: Problems) -> RawSplit:
     return RawSplit("train", str(data), rows, images, [])
 
 
-def _from_datasets(data: str, problems: Problems) -> RawSplit:
-    loaded = load_with_datasets(data)
+def _from_datasets(data: str, loaded: datasets.Dataset | datasets.DatasetDict, problems: Problems) -> RawSplit:
     splits = [loaded] if isinstance(loaded, datasets.Dataset) else list(loaded.values())
     rows, images = [], []
     for split in splits:

@@ -1,11 +1,14 @@
 """A teacher's answers as ground truth: how far a student agrees with it, where nobody labelled the pictures."""
 
+import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
+import xxhash
 from accelerate import Accelerator
 from accelerate.utils import convert_to_fp32, gather_object
 
@@ -13,8 +16,11 @@ from ..data import EvalDataset, eval_batches, make_loader
 from ..data.rows import RawSplit, build_dataset
 from ..evaluation.loop import model_inputs, prediction_rows, prompt_chunks
 from ..evaluation.rows import CONFIDENT
+from ..files import write_file
 from ..processing_sam3_lite import Sam3LiteProcessor
 from ..rle import extent, mask_areas
+from .accelerator import decide
+from .checksums import bytes_of, module_checksum
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -32,10 +38,11 @@ def agreement_data(
     image_size: int,
     batch_size: int,
     seed: int,
+    kept: Path,
 ) -> EvalDataset:
     """
     Pictures with what the teacher finds in them, scores of at least 0.5, as objects; called by every process, each of
-    which asks about its share.
+    which asks about its share, unless it is known already.
 
     Args:
         processor: the student's; but for the tokenizer, it is the teacher's as well.
@@ -44,6 +51,7 @@ def agreement_data(
         image_size: side of the models' input in pixels.
         batch_size: pictures at once.
         seed: of the choice of phrases.
+        kept: file in which the objects are kept for a run that goes on.
     """
     if len(concepts) > MOST_PHRASES:
         chosen = np.random.default_rng([seed, STREAM]).choice(len(concepts), MOST_PHRASES, replace=False)
@@ -56,12 +64,15 @@ def agreement_data(
     numbers = {concept: index for index, concept in enumerate(concepts)}
     asked = EvalDataset(build_dataset(split, concepts, numbers), image_size)
 
-    found = {}
-    for batch in _share(accelerator, asked, batch_size):
-        for row in _answers(teacher, processor, batch):
-            found[row["image_id"], row["category"]] = row  # a picture may be dealt out to two processes
-    everything = [found] if accelerator.num_processes == 1 else gather_object([found])
-    objects = _objects({key: row for part in everything for key, row in part.items()}, concepts)
+    def look_up() -> tuple[str, dict[int, list[dict]] | None]:
+        key = content_key(teacher, split, image_size)
+        return key, read_kept(kept, key)
+
+    key, objects = decide(accelerator, look_up)
+    if objects is None:
+        objects = _ask(accelerator, teacher, processor, asked, batch_size)
+        if accelerator.is_main_process:
+            write_file(kept, json.dumps({"key": key, "objects": list(objects.items())}))
     for row in bare:
         row["objects"] = objects.get(row["image_id"], [])
     count = sum(map(len, objects.values()))
@@ -70,6 +81,40 @@ def agreement_data(
     if not count:
         logger.warning("the teacher finds nothing there: how far the model agrees with it cannot be measured")
     return EvalDataset(build_dataset(split, concepts, numbers), image_size)
+
+
+def content_key(teacher: Teacher, split: RawSplit, image_size: int) -> str:
+    """Of all that the answers follow from."""
+    phrases = teacher.text(split.category_names)
+    digest = xxhash.xxh3_128(module_checksum(teacher.model, teacher.model.config.to_dict()).encode())
+    for tensor in phrases.values():
+        digest.update(bytes_of(tensor))
+    about = [split.category_names, image_size, CONFIDENT, split.rows]
+    digest.update(json.dumps(about).encode())
+    for image in split.images:
+        digest.update(Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"])
+    return digest.hexdigest()
+
+
+def read_kept(file: Path, key: str) -> dict[int, list[dict]] | None:
+    """{image id: objects}; None if they are not there, of something else, or damaged."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return dict(record["objects"]) if record["key"] == key else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _ask(
+    accelerator: Accelerator, teacher: Teacher, processor: Sam3LiteProcessor, asked: EvalDataset, batch_size: int
+) -> dict[int, list[dict]]:
+    """{image id: objects}, in all processes."""
+    found = {}
+    for batch in _share(accelerator, asked, batch_size):
+        for row in _answers(teacher, processor, batch):
+            found[row["image_id"], row["category"]] = row  # a picture may be dealt out to two processes
+    everything = [found] if accelerator.num_processes == 1 else gather_object([found])
+    return _objects({key: row for part in everything for key, row in part.items()}, asked.concepts)
 
 
 def _share(accelerator: Accelerator, asked: EvalDataset, batch_size: int):

@@ -20,7 +20,7 @@ from ..data import (
 from ..data.composed import write_composed
 from ..data.concepts import unseen_concepts
 from ..data.generated import write_dataset
-from ..data.loading import is_labelled
+from ..data.loading import is_labelled, open_dataset
 from ..data.rows import crowded_images, first_of, objects_per_category
 from ..data.unlabelled import UnlabelledDataset, everyday_nouns, load_pictures
 from .arguments import DRAWN, Arguments, DataArguments
@@ -66,12 +66,12 @@ def load_unlabelled(
     """
     options, seed = arguments.data, arguments.optimization.seed
     source, phrases = data_source(accelerator, arguments, image_size), read_words(options.phrases)
-    validation = None
-    if is_labelled(source):
-        splits = load_splits(arguments, source)
+    validation, opened = None, open_dataset(source)
+    if is_labelled(source, opened):
+        splits = load_splits(arguments, source, opened)
         rows, validation = splits["train"], splits.get("validation")
     else:
-        rows = load_pictures(source, phrases or everyday_nouns(), options.check_images)
+        rows = load_pictures(source, phrases or everyday_nouns(), options.check_images, opened)
         if options.validation_data is not None:
             validation = load_dataset_splits(
                 {"validation": options.validation_data},
@@ -108,15 +108,22 @@ def data_source(accelerator: Accelerator, arguments: Arguments, image_size: int)
     return source
 
 
-def load_splits(arguments: Arguments, source: str | Path) -> datasets.DatasetDict:
-    """The splits of a labelled source, with those of --validation_data."""
+def load_splits(
+    arguments: Arguments, source: str | Path, opened: datasets.Dataset | datasets.DatasetDict | None = None
+) -> datasets.DatasetDict:
+    """
+    The splits of a labelled source, with those of --validation_data.
+
+    Args:
+        opened: what `open_dataset` made of the source, if that was done already.
+    """
     options = arguments.data
     folders = options.image_folder
     if options.validation_data is not None:
         source = {"train": source, "validation": options.validation_data}
         folders = {"train": folders, "validation": options.validation_image_folder or folders}
     used = ("train", "validation") if options.check_images else False
-    return load_dataset_splits(source, folders, options.category_map, check_images=used)
+    return load_dataset_splits(source, folders, options.category_map, used, opened)
 
 
 def prompt_sampling(options: DataArguments) -> PromptSampling:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -41,12 +43,7 @@ class Distillation(Objective):
     Attributes:
         layers: the teacher's decoder layer that each of the model's follows.
         by_number: whether a query follows that of the same number. Otherwise they are matched in each batch.
-        choice: of the phrases for batches that come without; None if they come with them.
-        retention: what else the teacher is asked of labelled images. The others then follow their labels alone.
     """
-
-    choice: PhraseChoice | None = None
-    retention: Retention | None = None
 
     def __init__(
         self,
@@ -54,13 +51,17 @@ class Distillation(Objective):
         model: Sam3LiteModel,
         settings: DistillationArguments,
         chosen_layers: list[int] | None = None,
+        choice: PhraseChoice | None = None,
+        retention: Retention | None = None,
     ):
         """
         Args:
             model: the student before its first step.
             chosen_layers: the teacher's decoder layers that its own come from, if that is known.
+            choice: of the phrases for batches that come without; None if they come with them.
+            retention: what else the teacher is asked of labelled images. The others then follow their labels alone.
         """
-        self.teacher, self.settings = teacher, settings
+        self.teacher, self.settings, self.choice, self.retention = teacher, settings, choice, retention
         decoder, taught = model.detr_decoder, teacher.model.detr_decoder
         self.layers = layer_map(len(decoder.layers), len(taught.layers), chosen_layers)
         self.by_number = same_queries(decoder, taught)
@@ -165,6 +166,11 @@ class Distillation(Objective):
         if self.uses_labels:
             wanted.append(student.prompts_with_masks())
         return student.segment(torch.cat(wanted).unique()) if wanted else None
+
+    def disk_bytes(self, folder: Path) -> int:
+        cache = self.teacher.cache
+        same_disk = cache is not None and os.stat(cache.folder).st_dev == os.stat(folder).st_dev
+        return cache.lacking_bytes() if same_disk else 0
 
     def state_dict(self) -> dict:
         state = {"layers": self.layers, "by_number": self.by_number}

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from ..errors import one_line
+from ..launcher import under_launcher
 from .lock import FolderInUse
-from .stopping import under_launcher
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # what torchrun, and with it accelerate launch, shows as the cause of a failure
 

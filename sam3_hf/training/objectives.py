@@ -1,6 +1,7 @@
 """What training minimises."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -65,6 +66,10 @@ class Objective(ABC):
             labels_have_masks: whether any object of the training split has one.
         """
         return labels_have_masks
+
+    def disk_bytes(self, folder: Path) -> int:
+        """What it will yet write on the disk of a folder, checkpoints not counted."""
+        return 0
 
     def state_dict(self) -> dict:
         """What a checkpoint has to hold of the objective, for `torch.load` with `weights_only`; empty if nothing."""

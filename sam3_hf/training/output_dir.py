@@ -14,7 +14,8 @@ from .checkpoints import FROZEN
 from .parts import Parts
 from .recovery import checkpoint_to_resume, checkpoints_in
 
-# What a run leaves in its folder, but for the log; --overwrite_output_dir deletes these and nothing else.
+# What a run leaves in its folder, but for the log and teacher_answers/, which the next one knows by their content;
+# --overwrite_output_dir deletes these and nothing else.
 WRITTEN = ("checkpoints", "final", "metrics.jsonl", "predictions", "tensorboard", "curves.png", REPORT_FILE)
 
 
@@ -84,10 +85,12 @@ def check_space(parts: Parts, checkpoint: Path | None) -> None:
     free = shutil.disk_usage(output_dir).free
     if checkpoint is None and parts.arguments.output.resume == "none" and holds_run(output_dir):
         free += sum(_bytes_of(output_dir / name) for name in WRITTEN)
-    if free < needed:
+    cached = parts.objective.disk_bytes(output_dir)
+    if free < needed + cached:
+        beside = f", what teacher_cache lacks {cached / 1e9:.2f} GB" if cached else ""
         raise OSError(
-            f"{output_dir}: a checkpoint takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on this disk: "
-            "make space, or choose another --output_dir"
+            f"{output_dir}: a checkpoint takes {needed / 1e9:.2f} GB{beside}, and {free / 1e9:.2f} GB are free on "
+            "this disk: make space, or choose another --output_dir"
         )
 
 

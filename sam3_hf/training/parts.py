@@ -10,9 +10,10 @@ from torch import nn
 
 from ..data import EvalDataset, TrainDataset
 from ..data.rows import has_some_masks
+from ..data.unlabelled import UnlabelledDataset
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
-from .accelerator import prepare
+from .accelerator import decide, prepare
 from .agreement import agreement_data
 from .arguments import Arguments
 from .checkpoints import write_frozen
@@ -76,23 +77,20 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
     processor = build_processor(arguments, model.config, checkpoint)
     retained = phrases_to_retain(arguments, train_data)
     phrases = phrases_of(train_data, valid_data if isinstance(valid_data, EvalDataset) else None) + retained
-    objective = build_objective(accelerator, arguments, model, phrases, checkpoint)
-    if arguments.without_labels:
-        objective.choice = phrase_choice(train_data)
+    objective = build_objective(accelerator, arguments, model, train_data, phrases, retained, checkpoint)
 
-    def teacher_says(rows: datasets.Dataset, concepts: list[str]) -> EvalDataset:
+    def teacher_says(rows: datasets.Dataset, concepts: list[str], name: str) -> EvalDataset:
         batch_size, seed = arguments.output.eval_batch_size, arguments.optimization.seed
-        asked = (rows, concepts, train_data.image_size, batch_size, seed)
+        kept = Path(arguments.output.output_dir) / "teacher_answers" / f"{name}.json"
+        asked = (rows, concepts, train_data.image_size, batch_size, seed, kept)
         return agreement_data(accelerator, objective.teacher, processor, *asked)
 
     if not isinstance(valid_data, EvalDataset):
-        valid_data = teacher_says(valid_data, train_data.concepts)
+        valid_data = teacher_says(valid_data, train_data.concepts, "validation")
     retention_data = None
     if retained:
-        per_image = max(1, round(arguments.distillation.retain_share * arguments.data.prompts_per_image))
-        objective.retention = Retention(retained, per_image, arguments.optimization.seed)
         rows = valid_data.rows.select(range(min(len(valid_data), RETENTION_PICTURES)))
-        retention_data = teacher_says(rows, retained)
+        retention_data = teacher_says(rows, retained, "retention")
     warn_of_crowds(train_data, valid_data, model.config.detr_decoder_config.num_queries)
     has_masks = has_some_masks(train_data.rows)
     model.config.mask_supervision = objective.keeps_masks(model.config.mask_supervision, has_masks)
@@ -124,7 +122,9 @@ def build_objective(
     accelerator: Accelerator,
     arguments: Arguments,
     model: Sam3LiteModel,
+    train_data: TrainDataset | UnlabelledDataset,
     phrases: list[str],
+    retained: list[str],
     checkpoint: Path | None,
 ) -> Objective:
     """
@@ -132,6 +132,7 @@ def build_objective(
 
     Args:
         phrases: all that will be asked for.
+        retained: those of them that shall not be forgotten.
     """
     settings = arguments.distillation
     if settings.teacher is None:
@@ -143,10 +144,24 @@ def build_objective(
         settings.distill_confidence,
         settings.teacher_device or accelerator.device,
         arguments.optimization.mixed_precision,
+        settings.teacher_cache,
+        different_pictures(train_data),
     )
+    if teacher.cache is not None:
+        decide(accelerator, teacher.cache.prepare)
     # A checkpoint remembers which layers and queries belong together.
     layers = decoder_layers(model, arguments) if checkpoint is None else None
-    return Distillation(teacher, model, settings, layers)
+    choice = phrase_choice(train_data) if arguments.without_labels else None
+    retention = None
+    if retained:
+        per_image = max(1, round(settings.retain_share * arguments.data.prompts_per_image))
+        retention = Retention(retained, per_image, arguments.optimization.seed)
+    return Distillation(teacher, model, settings, layers, choice, retention)
+
+
+def different_pictures(data: TrainDataset | UnlabelledDataset) -> int:
+    """How many a teacher sees, where nothing but mirroring varies them."""
+    return len(data) * (2 if 0 < data.augmentation.horizontal_flip < 1 else 1)
 
 
 def write_parts(parts: Parts, checkpoint: Path | None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..launcher import end_with_launcher
 from .accelerator import process_state, start_accelerator
 from .arguments import Arguments
 from .lock import sole_run
@@ -14,7 +15,7 @@ from .output_dir import check_space, clear_output_dir, open_output_dir
 from .parts import build_parts, write_parts
 from .reporting import Metrics, Speed, log_step, memory_gb, progress_bar
 from .run import Run
-from .stopping import StopSignal, end_with_launcher
+from .stopping import StopSignal
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,12 @@ from ..configuration_sam3_lite import Sam3LiteConfig
 from ..evaluation.loop import model_inputs
 from ..evaluation.text import PhraseFeatures
 from ..modeling_sam3_lite import Sam3LiteModel
-from ..outputs_sam3_lite import DetectorOutput
+from ..outputs_sam3_lite import DetectorOutput, Sam3LiteVisionOutput
 from ..passes_sam3_lite import TrainingPass
 from ..processing_sam3_lite import Sam3LiteProcessor
 from .model import open_source
 from .phrases import TEXT_PARTS
+from .teacher_cache import PyramidCache
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +54,23 @@ class Teacher:
         has_masks: whether it was taught masks.
     """
 
-    def __init__(self, model: Sam3LiteModel, processor: Sam3LiteProcessor, phrases: Iterable[str], confidence: float):
+    def __init__(
+        self,
+        model: Sam3LiteModel,
+        processor: Sam3LiteProcessor,
+        phrases: Iterable[str],
+        confidence: float,
+        cache: PyramidCache | None = None,
+    ):
         """
         Args:
             model: on its device and in its precision; loses its text encoder.
             phrases: all that will be asked for.
             confidence: presence from which a concept counts as present, and score above which a query's mask is
                 followed, 0 to 1.
+            cache: of the model's feature pyramids.
         """
-        self.model, self.confidence = model.eval().requires_grad_(False), confidence
+        self.model, self.confidence, self.cache = model.eval().requires_grad_(False), confidence, cache
         self.text = PhraseFeatures(model, processor, phrases, model.device)
         for name in TEXT_PARTS:
             setattr(model, name, None)
@@ -84,18 +93,26 @@ class Teacher:
         Raises:
             ValueError: they are not finite.
         """
-        shown = {name: values for name, values in batch.items() if name != "labels"}
-        inputs = model_inputs(shown, self.text, self.model.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        prompts = {name: values for name, values in batch.items() if name not in ("labels", "pixel_values")}
+        inputs = model_inputs(prompts, self.text, self.model.device)
         with torch.autocast(self.model.device.type, enabled=False):
+            inputs["vision_embeds"] = self._look(batch["pixel_values"])
             levels, answers = self.model(**inputs, criterion=partial(self._answer, device, detector, masks))
+        self._refuse_overflow(levels, answers)
+        return levels, answers
+
+    def _refuse_overflow(self, levels: tuple[Tensor, ...], answers: Answers | None) -> None:
         said = levels if answers is None else (*levels, answers.found.logits, answers.found.boxes, answers.trust)
         if not torch.stack([values.isfinite().all() for values in said]).all():
             raise ValueError(
                 f"what the teacher says is not finite in {str(self.model.dtype).removeprefix('torch.')}: use "
                 "--mixed_precision bf16, in which it does not overflow, or --teacher_device cpu"
             )
-        return levels, answers
+
+    def _look(self, pixels: Tensor) -> Sam3LiteVisionOutput:
+        if self.cache is not None:
+            return self.cache(pixels)
+        return self.model.get_vision_features(pixels.to(self.model.device, non_blocking=True).to(self.model.dtype))
 
     def _answer(self, device: torch.device, detector: bool, masks: bool, asked: TrainingPass) -> tuple:
         levels = tuple(level.to(device) for level in asked.levels)
@@ -126,6 +143,8 @@ def load_teacher(
     confidence: float,
     device: str | torch.device,
     precision: str,
+    cache: str | None = None,
+    pictures: int = 0,
 ) -> Teacher:
     """
     Args:
@@ -135,9 +154,10 @@ def load_teacher(
         device: where the teacher runs.
         precision: of the run, "fp16", "bf16" or "no"; but on a CPU the teacher is in float32, and in half precision
             elsewhere.
+        cache: folder for its feature pyramids of so many pictures.
 
     Raises:
-        OSError: there is no such source.
+        OSError: there is no such source, or the folder cannot be made.
         ValueError: it is no whole model, it does not know a phrase, its features cannot be compared with those of the
             student, or there is no such device.
     """
@@ -149,7 +169,9 @@ def load_teacher(
     half = torch.bfloat16 if precision == "bf16" else torch.float16
     dtype = torch.float32 if device.type == "cpu" else half
     model = Sam3LiteModel.from_pretrained(source, config=config, dtype=dtype).to(device)
-    teacher = Teacher(model, Sam3LiteProcessor.of_source(source, model.config), phrases, confidence)
+    processor = Sam3LiteProcessor.of_source(source, model.config)
+    pyramids = None if cache is None else PyramidCache(cache, model, pictures)
+    teacher = Teacher(model, processor, phrases, confidence, pyramids)
     logger.info("teacher: %s, in %s on %s", source, str(dtype).removeprefix("torch."), device)
     return teacher
 
