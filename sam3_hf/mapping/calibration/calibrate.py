@@ -21,16 +21,15 @@ from ...sources_sam3_lite import HUB_ARGUMENTS
 from ...vision_sam3_lite import Sam3LiteVisionModel
 from ...vocabulary_sam3_lite import phrase_features
 from ..basis import Basis, rotation
-from ..depth import layer_maps
+from ..depth import layer_maps, search_layers
 from ..mapper import map_checkpoint
 from ..plan import resolve_dtype
+from ..refit import DETR_ENCODER_SITES, VIT_SITES
 from ..report import MappingReport
 from ..signals import TowerSignals
 from .detector import PromptBatch, Side, refit_detr_encoder, refit_mask_embedder
 from .images import batches, draw_images, load_pixels
-from .refit import DETR_ENCODER_SITES, VIT_SITES
-from .signals import measure_signals
-from .vision import pyramid_cosines, refit_vision, search_layers, with_layers
+from .vision import measure_vision, pyramid_cosines, refit_vision, with_layers
 
 logger = logging.get_logger(__name__)
 
@@ -173,7 +172,7 @@ class _Calibration:
         fitted = [batch.to(device) for batch in batches(pixels[held_out:], batch_size)]
         held = [batch.to(device) for batch in batches(pixels[:held_out], batch_size)]
 
-        signals = measure_signals(self.teacher.vision_encoder, fitted)
+        signals = measure_vision(self.teacher.vision_encoder, fitted)
         basis = self._basis(signals)
         kept, tried = self._choose_layers(signals, basis, fitted, held) if search_depth else (None, {})
         model, report = self._map(signals, kept)
