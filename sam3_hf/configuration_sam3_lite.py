@@ -315,10 +315,11 @@ class Sam3LiteConfig(Sam3Config):
         for key in overrides:
             if key not in own:
                 raise ValueError(_unknown_field_message(key, own))
+        completed = _complete_text_sizes(_merge(fields, overrides), short)
         for key, value in _complete_vision_sizes(fields, short).items():
             _set_path(fields, _SHORT_NAMES[key], value)
         fields = _merge(fields, overrides)
-        for key, value in _complete_text_sizes(fields, short).items():
+        for key, value in completed.items():
             _set_path(fields, _SHORT_NAMES[key], value)
         return cls(**fields)
 

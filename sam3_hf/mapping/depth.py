@@ -102,7 +102,7 @@ def source_name(name: str, layers: dict[str, list[int]]) -> str:
 
 
 def search_layers(
-    start: list[int], types: list[bool], score: Callable[[list[int]], float]
+    start: list[int], types: list[bool], score: Callable[[list[int]], float], limit: int | None = None
 ) -> tuple[list[int], dict[tuple[int, ...], float]]:
     """
     Hill climbing: exchanges a kept layer for a dropped one of its type as long as the score rises.
@@ -111,6 +111,7 @@ def search_layers(
         start: layers to keep at first, in order.
         types: of all layers: whether attention is global.
         score: of a choice; higher is better.
+        limit: most choices to try.
 
     Returns:
         The best choice, and the scores of all that were tried.
@@ -121,6 +122,8 @@ def search_layers(
     while improved:
         improved = False
         for choice in _neighbours(best, types):
+            if len(tried) == limit and choice not in tried:
+                break
             if choice not in tried:
                 tried[choice] = score(list(choice))
             if tried[choice] > tried[best]:

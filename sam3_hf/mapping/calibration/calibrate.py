@@ -27,6 +27,7 @@ from ..plan import resolve_dtype
 from ..refit import DETR_ENCODER_SITES, VIT_SITES
 from ..report import MappingReport
 from ..signals import TowerSignals
+from ..text import fits_text, map_with_phrases
 from .detector import PromptBatch, Side, refit_detr_encoder, refit_mask_embedder
 from .images import batches, draw_images, load_pixels
 from .vision import measure_vision, pyramid_cosines, refit_vision, with_layers
@@ -53,6 +54,7 @@ def calibrate_mapping(
     preset: str | None = None,
     config: Sam3LiteConfig | None = None,
     prompts: Sequence[str] | None = None,
+    text_phrases: Sequence[str] | None = None,
     num_images: int | None = None,
     search_depth: bool = True,
     ridge: float = 1e-2,
@@ -78,6 +80,7 @@ def calibrate_mapping(
         config: sizes of the result, instead of `preset`.
         prompts: phrases that the detector is asked on these images, best the user's own classes. Default: the fixed
             vocabulary of the source, or common nouns if it has none.
+        text_phrases: what a text encoder that becomes smaller is fitted to; see [`map_with_phrases`].
         num_images: how many images to use at most. Default: enough for 50 image tokens per feature of the widest
             fitted layer.
         search_depth: try other choices of ViT layers than evenly spread ones, and keep the one whose pyramid is
@@ -121,7 +124,7 @@ def calibrate_mapping(
         hub_arguments = {key: value for key, value in where.items() if key in HUB_ARGUMENTS}
         processor = Sam3LiteProcessor.of_source(source, teacher.config, **hub_arguments)
     return (
-        _Calibration(teacher, processor, label, config, ridge, seed)
+        _Calibration(teacher, processor, label, config, ridge, seed, text_phrases)
         .run(images, prompts or config.vocabulary or PROMPTS, num_images, search_depth, batch_size)
         .to(dtype)
     )
@@ -157,8 +160,10 @@ class _Calibration:
         config: Sam3LiteConfig,
         ridge: float,
         seed: int,
+        text_phrases: Sequence[str] | None,
     ):
         self.teacher, self.processor, self.config, self.ridge, self.seed = teacher, processor, config, ridge, seed
+        self.text_phrases = text_phrases
         self.checkpoint = Checkpoint(label, LoadedTensors(teacher), teacher.config, is_lite=True)
 
     def run(self, images, prompts: Sequence[str], num_images, search_depth: bool, batch_size: int) -> Sam3LiteModel:
@@ -178,7 +183,7 @@ class _Calibration:
         model, report = self._map(signals, kept)
         self._refit(model, report, basis, fitted, prompts)
         report.strategy = "calibrated"
-        report.calibration = {
+        report.calibration |= {
             "images": "drawn" if images is None else "given",
             "images_fitted": len(pixels) - held_out,
             "images_held_out": held_out,
@@ -218,9 +223,12 @@ class _Calibration:
         if kept is not None:
             layers[VIT_LAYERS] = kept
         shapes = Sam3LiteModel.parameter_shapes(self.config)
-        state, report = map_checkpoint(
-            self.checkpoint, self.config, shapes, "isometry", vision_signals=signals, layers=layers
-        )
+        sides, options = (self.checkpoint, self.config, shapes), {"vision_signals": signals, "layers": layers}
+        if fits_text(self.checkpoint.config, self.config):
+            tokenizer, device = self.processor.tokenizer, self.teacher.device
+            state, report = map_with_phrases(*sides, tokenizer, self.text_phrases, device=device, **options)
+        else:
+            state, report = map_checkpoint(*sides, "isometry", **options)
         model = Sam3LiteModel(copy.deepcopy(self.config))
         model.load_state_dict(state)
         model.mapping_report = report

@@ -41,14 +41,11 @@ def refit_vision(
         batches: `(images, 3, height, width)`.
     """
 
-    def write(stream: Tensor) -> Tensor:
-        return basis.write(stream.movedim(-1, 0).flatten(1)).T.unflatten(0, stream.shape[:-1])
-
     sides = [
         Stack(side.backbone.layers, layer_runner(side.backbone), [embed(side, batch) for batch in batches])
         for side in (vision, teacher)
     ]
-    refit_stack(*sides, kept, VIT_SITES, write, ridge)
+    refit_stack(*sides, kept, VIT_SITES, basis.write_stream, ridge)
     maps, teacher_maps = ([stream.movedim(-1, 1) for stream in side.streams] for side in sides)
     refit_neck(vision.neck, teacher.neck, maps, teacher_maps, ridge)
 
