@@ -10,13 +10,14 @@ import torch
 import typer
 
 from ..checkpoints import open_checkpoint
+from ..errors import model_errors
 from ..mapping.calibration import calibrate_mapping
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..phrases import read_phrases
 from ..processing_sam3_lite import Sam3LiteProcessor
 from ..sharing.model_card import origin_of, versions
 from ..sources_sam3_lite import is_training_checkpoint
-from .errors import model_errors, one_line_errors
+from .errors import one_line_errors
 from .writing import check_target, write_model
 
 

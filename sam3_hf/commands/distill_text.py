@@ -13,12 +13,13 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 
 from ..checkpoints import open_checkpoint, refuse_training_checkpoint
+from ..errors import model_errors
 from ..mapping import REPORT_FILE
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..phrases import everyday_phrases, read_phrases
 from ..processing_sam3_lite import Sam3LiteProcessor
 from ..sharing.model_card import origin_of, versions
-from .errors import model_errors, one_line_errors
+from .errors import one_line_errors
 from .writing import check_target, write_model
 
 

@@ -347,7 +347,7 @@ def _shown(origin: Origin) -> str:
 
 
 def _origin_text(
-    origin: Origin, trained: bool, preset: str | None, report: dict | None, distilled: dict | None
+    origin: Origin, trained: bool, preset: str | None, report: dict | None, distilled: dict | None = None
 ) -> str:
     if preset and origin.derived:
         command = f"`sam3-lite convert {origin.base} OUTPUT --preset {preset}`"

@@ -32,7 +32,6 @@ PHRASES_AT_ONCE = 256  # where nothing is learnt
 IMAGES_AT_ONCE = 4
 SCORES = ("segm_AP", "segm_cgF1", "bbox_AP", "bbox_cgF1")
 MAX_GRAD_NORM = 1.0
-WEIGHT_DECAY = 0.01
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,8 @@ def distill_text(
     for parameter in parameters:
         parameter.requires_grad_(True)
     student.encoder.train()
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=WEIGHT_DECAY)
+    # Without decay, which would wear off the words that no phrase has.
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
     schedule = Schedule(optimizer, OptimizationArguments())
     variance = lesson.features[lesson.valid].var(0).mean().clamp_min(1e-12)
     shuffle = random.Random(settings.seed)

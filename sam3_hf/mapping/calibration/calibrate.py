@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ...checkpoints import NECK, VIT, Checkpoint, LoadedTensors
 from ...configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
+from ...errors import model_errors
 from ...modeling_sam3_lite import Sam3LiteModel
 from ...processing_sam3_lite import Sam3LiteProcessor
 from ...sources_sam3_lite import HUB_ARGUMENTS
@@ -100,14 +101,15 @@ def calibrate_mapping(
 
     Raises:
         ValueError: there are no images, or the sizes cannot be mapped.
-        OSError: an image or the source cannot be read.
+        OSError, ValueError: an image or the source cannot be read.
     """
     where = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, "variant", "text_encoder") if key in kwargs}
     if config is not None and preset is not None:
         raise ValueError("`preset` and `config` both say the sizes of the model: pass one of them.")
     teacher = source
     if not isinstance(source, Sam3LiteModel):
-        teacher = Sam3LiteModel.from_pretrained(source, preset="same", **where)
+        with model_errors(os.fspath(source)):
+            teacher = Sam3LiteModel.from_pretrained(source, preset="same", **where)
     if config is None:
         config = teacher.config.at_preset(preset or "lite", **kwargs)
     elif kwargs:
