@@ -186,7 +186,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 def cost_row(text: str, parts: nn.ModuleDict, file: Path, times: dict) -> dict:
     def median(name: str, of: str) -> float:
-        values = sorted(times[of][name][1:])  # the first one warms up
+        values = sorted(times[name][of][1:])  # the first one warms up
         return values[len(values) // 2]
 
     row = {

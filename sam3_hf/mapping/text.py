@@ -29,8 +29,8 @@ logger = logging.get_logger(__name__)
 TEXT_LAYERS = f"{CLIP}.encoder.layers"
 RIDGE = 1e-2  # pull to the mapped weights, in units of the mean variance of a layer's inputs
 PHRASES_AT_ONCE = 256
-CHOICES = 8  # of layers that are tried at most; each is one fit of the text encoder to a part of the phrases
-SEARCH_SHARE = 8  # one batch in so many is enough for a choice
+CHOICES = 8  # of layers that are tried at most; each is one fit of the text encoder to a sample of the phrases
+SAMPLE = 600  # phrases that are enough to choose layers, heads, neurons and directions by
 
 
 def fits_text(source: Sam3LiteConfig, target: Sam3LiteConfig) -> bool:
@@ -74,7 +74,8 @@ def map_with_phrases(
         ValueError: as there, or there are less than two phrases.
     """
     fitted, held_out = hold_out(everyday_phrases() if phrases is None else list(dict.fromkeys(phrases)))
-    batches = ([ids.to(device) for ids in batches_of(tokenizer, part)] for part in (fitted, held_out))
+    sample = fitted[:: max(len(fitted) // SAMPLE, 1)]
+    batches = ([ids.to(device) for ids in batches_of(tokenizer, part)] for part in (sample, held_out))
     fit = _TextFit(checkpoint, config, *batches)
     kept, tried = fit.choose_layers(shapes)
     layers = options.pop("layers", None) or {}
@@ -88,7 +89,7 @@ def map_with_phrases(
         layers={TEXT_LAYERS: kept, **layers},
         **options,
     )
-    before, after = fit.refit_state(state, kept, fit.fitted)
+    before, after = fit.refit_state(state, kept, [ids.to(device) for ids in batches_of(tokenizer, fitted)])
     report.mark_refit([f"{TEXT_LAYERS}.0.{site.linear}" for site in CLIP_SITES] + ["text_projection"])
     report.calibration["text"] = {
         "phrases": "everyday" if phrases is None else "given",
@@ -140,15 +141,15 @@ class _TextFit:
     The steps of [`map_with_phrases`].
 
     Args:
-        fitted, held_out: tokens of phrases, by [`batches_of`]; on their device all is computed.
+        sample, held_out: tokens of phrases, by [`batches_of`]; on their device all is computed.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: Sam3LiteConfig, fitted: list[Tensor], held_out: list[Tensor]):
-        self.checkpoint, self.config, self.fitted, self.held_out = checkpoint, config, fitted, held_out
-        self.device = fitted[0].device
+    def __init__(self, checkpoint: Checkpoint, config: Sam3LiteConfig, sample: list[Tensor], held_out: list[Tensor]):
+        self.checkpoint, self.config, self.sample, self.held_out = checkpoint, config, sample, held_out
+        self.device = sample[0].device
         self.teacher = _Side(read_text(checkpoint).to(self.device))
         tower = text_tower(checkpoint.config)
-        runs: list[Callable[[], Tensor]] = [lambda ids=ids: self.teacher.run(ids) for ids in fitted]
+        runs: list[Callable[[], Tensor]] = [lambda ids=ids: self.teacher.run(ids) for ids in sample]
         layers = self.teacher.text.encoder.layers
         self.signals = measure_signals(layers, f"{tower.attention}.{tower.out_proj}", tower.heads, runs)
         self.wanted = [self.teacher.features(self.teacher.run(ids)) for ids in held_out]
@@ -175,7 +176,7 @@ class _TextFit:
                 text_signals=self.signals,
                 layers={TEXT_LAYERS: kept},
             )
-            _, cosine = self.refit_state(state, kept, self.fitted[::SEARCH_SHARE])
+            _, cosine = self.refit_state(state, kept, self.sample)
             logger.info(f"text layers {kept}: cosine {cosine:.4f}")
             return cosine
 
