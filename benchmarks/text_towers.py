@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     kept = commands.add_parser("kept", help="what a smaller text encoder keeps")
     kept.add_argument("teacher", nargs="?", default="sam3_hf/assets/tiny-standard", help="folder or Hub id")
     kept.add_argument("--data", choices=SPLITS, default="generated")
+    kept.add_argument("--concepts", type=int, default=4, help="of generated pictures; tiny-standard learnt four")
     kept.add_argument("--images", type=int, default=100, help="pictures of each split")
     kept.add_argument("--text-hidden-size", type=int, default=16)
     kept.add_argument("--text-intermediate-size", type=int)
@@ -76,7 +77,7 @@ def measure_kept(arguments: argparse.Namespace) -> tuple[list[dict], dict]:
     """A row for the teacher, and for each way to a smaller text encoder."""
     teacher = Sam3LiteModel.from_pretrained(arguments.teacher, preset="same", dtype=torch.float32)
     processor = Sam3LiteProcessor.of_source(arguments.teacher, teacher.config)
-    phrases = phrases_of(arguments.data)
+    phrases = phrases_of(arguments.data, arguments.concepts)
     rows, more = [], {"phrases": len(phrases)}
     with tempfile.TemporaryDirectory() as folder:
         data = {split: pictures(Path(folder), arguments, split, teacher) for split in SPLITS[arguments.data]}
@@ -87,7 +88,8 @@ def measure_kept(arguments: argparse.Namespace) -> tuple[list[dict], dict]:
                 for score, value in detector_scores(model, processor, dataset).items():
                     if score.startswith("segm"):
                         row[f"{split} {score}"] = value
-                        row[f"{split} {score} kept"] = value / rows[0][f"{split} {score}"] if rows else 1.0
+                        whole = (rows or [row])[0][f"{split} {score}"]
+                        row[f"{split} {score} kept"] = value / whole if whole else None
             rows.append(row)
             sys.stdout.write(f"{row}\n")
     return rows, more
@@ -112,11 +114,11 @@ def students(
     yield f"and distilled, {arguments.steps} steps", fitted, figures["cosine_after"]
 
 
-def phrases_of(data: str) -> list[str]:
+def phrases_of(data: str, concepts: int) -> list[str]:
     """The words of a drawn world as far as training has combined them, in the plural too, and absent phrases."""
     known = SEEN_PHRASES
     if data == "generated":
-        adjectives, nouns = ({concept.split()[part] for concept in CONCEPTS} for part in (0, 1))
+        adjectives, nouns = ({concept.split()[part] for concept in CONCEPTS[:concepts]} for part in (0, 1))
         known = [*sorted(nouns), *(" ".join(pair) for pair in product(sorted(adjectives), sorted(nouns)))]
     return list(dict.fromkeys([*known, *map(plural, known), *absent_phrases()]))
 
@@ -125,7 +127,9 @@ def pictures(folder: Path, arguments: argparse.Namespace, split: str, model: Sam
     size = model.config.image_size
     if arguments.data == "composed":
         return composed_split(folder, split, arguments.images, size)
-    write_dataset(folder, num_train=0, num_valid=arguments.images, image_size=size, seed=SEED)
+    write_dataset(
+        folder, num_train=0, num_valid=arguments.images, image_size=size, num_concepts=arguments.concepts, seed=SEED
+    )
     file = folder / split / "_annotations.coco.json"
     return EvalDataset(load_dataset_splits({"test": file}, check_images=False)["test"], size)
 

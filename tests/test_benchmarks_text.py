@@ -26,7 +26,7 @@ def test_what_a_smaller_text_encoder_keeps(tmp_path):
 
 @pytest.mark.parametrize("data", ["generated", "composed"])
 def test_words_that_are_learnt_are_not_those_that_are_composed(data):
-    phrases = text_towers.phrases_of(data)
+    phrases = text_towers.phrases_of(data, 4)
     assert "circle" in phrases and "red squares" in phrases and "orange juice" in phrases
     if data == "composed":
         assert not set(UNSEEN_PHRASES) & set(phrases)
