@@ -74,10 +74,11 @@ def map_with_phrases(
         ValueError: as there, or there are less than two phrases.
     """
     fitted, held_out = hold_out(everyday_phrases() if phrases is None else list(dict.fromkeys(phrases)))
+    start = layer_maps(checkpoint.config, config)[TEXT_LAYERS]  # raises what can be said before the work
     sample = fitted[:: max(len(fitted) // SAMPLE, 1)]
     batches = ([ids.to(device) for ids in batches_of(tokenizer, part)] for part in (sample, held_out))
     fit = _TextFit(checkpoint, config, *batches)
-    kept, tried = fit.choose_layers(shapes)
+    kept, tried = fit.choose_layers(start, shapes)
     layers = options.pop("layers", None) or {}
     state, report = map_checkpoint(
         checkpoint,
@@ -159,9 +160,8 @@ class _TextFit:
             basis = rotation(self.signals.moment, width)
             self.basis = replace(basis, matrix=basis.matrix.to(self.device))
 
-    def choose_layers(self, shapes: dict[str, tuple[int, ...]]) -> tuple[list[int], int]:
-        """The layers to keep, and how many choices were tried: the even spread is improved."""
-        start = layer_maps(self.checkpoint.config, self.config)[TEXT_LAYERS]
+    def choose_layers(self, start: list[int], shapes: dict[str, tuple[int, ...]]) -> tuple[list[int], int]:
+        """The layers to keep, and how many choices were tried: the even spread, `start`, is improved."""
         types = [False] * len(self.teacher.text.encoder.layers)
         if len(start) == len(types):
             return start, 0
