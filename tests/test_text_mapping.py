@@ -148,6 +148,7 @@ def test_convert(source, narrow, tmp_path):
     assert result.exit_code == 0, result.output
     model = Sam3LiteModel.from_pretrained(tmp_path / "small")
     assert all(torch.equal(tensor, narrow.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert "made smaller and fitted to 60 phrases" in (tmp_path / "small/README.md").read_text()
     again = run("convert", tmp_path / "small", tmp_path / "tiny", "--preset", "tiny", "--mapping", "skip")
     assert again.exit_code == 0, again.output
     assert Sam3LiteModel.from_pretrained(tmp_path / "tiny").config.text_config.hidden_size == 32

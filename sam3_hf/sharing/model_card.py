@@ -373,6 +373,9 @@ def _origin_text(
         if report.get("text_source"):
             words = report["text_source"]
             text += f" Their text encoder is that of {_shown(Origin(words, None, not os.path.exists(words)))}."
+        fitted = report.get("calibration", {}).get("text")
+        if fitted:
+            text += f" Their text encoder was made smaller and fitted to {fitted['phrases_fitted']} phrases."
         data = "on unlabelled images" if report["strategy"] == "calibrated" else "without data"
         text += f" To fit these sizes they were mapped with the strategy {markdown_code(report['strategy'])}, {data}:"
     return text
