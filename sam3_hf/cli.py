@@ -3,6 +3,7 @@
 import typer
 
 from .commands.convert import convert
+from .commands.distill_text import distill_text
 from .commands.evaluate import evaluate
 from .commands.info import info
 from .commands.label import label
@@ -19,6 +20,7 @@ def main():
 
 
 app.command()(convert)
+app.command()(distill_text)
 app.command()(evaluate)
 app.command()(info)
 app.command()(label)

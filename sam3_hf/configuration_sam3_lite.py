@@ -42,6 +42,7 @@ _SHORT_NAMES = {
     "vision_global_attn_indexes": ("vision_config", "backbone_config", "global_attn_indexes"),
     "vision_window_size": ("vision_config", "backbone_config", "window_size"),
     "text_hidden_size": ("text_config", "hidden_size"),
+    "text_intermediate_size": ("text_config", "intermediate_size"),
     "text_num_hidden_layers": ("text_config", "num_hidden_layers"),
     "text_num_attention_heads": ("text_config", "num_attention_heads"),
     "detr_encoder_layers": ("detr_encoder_config", "num_layers"),
@@ -258,9 +259,9 @@ class Sam3LiteConfig(Sam3Config):
             overrides: fields of this config (nested dicts are merged), or the short names `image_size`,
                 `patch_size`, `vision_hidden_size`, `vision_intermediate_size`, `vision_num_hidden_layers`,
                 `vision_num_attention_heads`, `vision_global_attn_indexes`, `vision_window_size`,
-                `text_hidden_size`, `text_num_hidden_layers`, `text_num_attention_heads`, `detr_encoder_layers`,
-                `detr_decoder_layers`, `num_queries`. A new ViT width keeps the preset's head size and MLP ratio,
-                a new depth spreads its global layers evenly, unless those are given as well.
+                `text_hidden_size`, `text_intermediate_size`, `text_num_hidden_layers`, `text_num_attention_heads`,
+                `detr_encoder_layers`, `detr_decoder_layers`, `num_queries`. A new width keeps the preset's head size
+                and MLP ratio, a new depth of the ViT spreads its global layers evenly, unless those are given as well.
 
         Raises:
             ValueError: no such preset, text encoder or field, or the sizes do not fit together.
@@ -270,8 +271,8 @@ class Sam3LiteConfig(Sam3Config):
     def at_preset(self, name: str, **overrides) -> Sam3LiteConfig:
         """
         The sizes of a preset for what this configuration is used for: its input resolution, patches and windows,
-        number of queries, summary token, mask supervision, epsilon of the ViT and vocabulary stay, and so does a text
-        encoder of SAM3-LiteText. `overrides` as in [`~Sam3LiteConfig.from_preset`].
+        number of queries, summary token, mask supervision, epsilon of the ViT, vocabulary and text encoder stay.
+        `overrides` as in [`~Sam3LiteConfig.from_preset`].
 
         Raises:
             ValueError: no such preset or field, or the sizes do not fit together.
@@ -289,7 +290,7 @@ class Sam3LiteConfig(Sam3Config):
                 }
             },
         }
-        if self.text_config.model_type == LITE_TEXT and "text" not in overrides:
+        if "text" not in overrides:
             kept["text_config"] = self.text_config.to_dict()
         return self.from_preset(name, **_merge(kept, overrides))
 
@@ -314,10 +315,11 @@ class Sam3LiteConfig(Sam3Config):
         for key in overrides:
             if key not in own:
                 raise ValueError(_unknown_field_message(key, own))
+        completed = _complete_text_sizes(_merge(fields, overrides), short)
         for key, value in _complete_vision_sizes(fields, short).items():
             _set_path(fields, _SHORT_NAMES[key], value)
         fields = _merge(fields, overrides)
-        for key, value in short.items():
+        for key, value in completed.items():
             _set_path(fields, _SHORT_NAMES[key], value)
         return cls(**fields)
 
@@ -463,23 +465,39 @@ def parameter_sizes(config: Sam3LiteConfig) -> tuple:
 def _complete_vision_sizes(fields: dict, short: dict) -> dict:
     """Sizes that follow from the changed ones: heads and MLP from the width, global layers from the depth."""
     vit = fields["vision_config"]["backbone_config"]
-    completed = dict(short)
-    width = short.get("vision_hidden_size", vit["hidden_size"])
-    if isinstance(width, int) and width != vit["hidden_size"]:
-        head_dim = vit["hidden_size"] // vit["num_attention_heads"]
-        if "vision_num_attention_heads" not in short:
-            if width < 1 or width % head_dim:
-                below = max(width // head_dim, 1) * head_dim
-                raise ValueError(
-                    f"`vision_hidden_size`={width} is not a positive multiple of the head size {head_dim}: use "
-                    f"{below} or {below + head_dim}, or set `vision_num_attention_heads`."
-                )
-            completed["vision_num_attention_heads"] = width // head_dim
-        completed.setdefault("vision_intermediate_size", max(round(width * MLP_RATIO), 1))
+    completed = _complete_width("vision", vit, MLP_RATIO, short)
     depth = short.get("vision_num_hidden_layers", vit["num_hidden_layers"])
     if isinstance(depth, int) and depth != vit["num_hidden_layers"]:
         num_global = len(vit["global_attn_indexes"])
         completed.setdefault("vision_global_attn_indexes", spread_global_layers(depth, num_global))
+    return completed
+
+
+def _complete_text_sizes(fields: dict, short: dict) -> dict:
+    """As [`_complete_vision_sizes`]."""
+    text = fields["text_config"]
+    sizes = [_field(text, field) for field in ("hidden_size", "intermediate_size", "num_attention_heads")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return short
+    return _complete_width("text", text, sizes[1] / sizes[0], short)
+
+
+def _complete_width(tower: str, part, mlp_ratio: float, short: dict) -> dict:
+    """The sizes `short`, with heads and MLP of a tower where its width is among them."""
+    completed = dict(short)
+    old, heads = (_field(part, field) for field in ("hidden_size", "num_attention_heads"))
+    width = short.get(f"{tower}_hidden_size", old)
+    if isinstance(width, int) and width != old:
+        head_dim = old // heads
+        if f"{tower}_num_attention_heads" not in short:
+            if width < 1 or width % head_dim:
+                below = max(width // head_dim, 1) * head_dim
+                raise ValueError(
+                    f"`{tower}_hidden_size`={width} is not a positive multiple of the head size {head_dim}: use "
+                    f"{below} or {below + head_dim}, or set `{tower}_num_attention_heads`."
+                )
+            completed[f"{tower}_num_attention_heads"] = width // head_dim
+        completed.setdefault(f"{tower}_intermediate_size", max(round(width * mlp_ratio), 1))
     return completed
 
 

@@ -53,6 +53,18 @@ def joined(text: str) -> str:
 
 
 @contextmanager
+def model_errors(source: str) -> Iterator[None]:
+    """Raises a ValueError that names the model, of whatever error the files of a damaged or foreign one lead to."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, AssertionError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{source} cannot be loaded, a file of it is damaged or no model's: {reason}") from error
+
+
+@contextmanager
 def named_source(source: str | os.PathLike, token: str | bool | None = None) -> Iterator[None]:
     """Raises what `missing_source` says instead of an error of the Hub, or of what lies on the way there."""
     try:

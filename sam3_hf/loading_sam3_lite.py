@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -76,6 +76,7 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
         preset: str | None = None,
         mapping: str = "auto",
         text_encoder: str | os.PathLike | None = None,
+        text_phrases: Sequence[str] | None = None,
         config: Sam3LiteConfig | str | os.PathLike | None = None,
         **kwargs,
     ) -> Sam3LitePreTrainedModel:
@@ -89,9 +90,12 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
             preset (`str`, *optional*): sizes of the model, see [`~Sam3LiteConfig.at_preset`], or `"same"` for those
                 of the source. Default: `"lite"` for a standard source, `"same"` for a lite one.
             mapping (`str`, *optional*, defaults to `"auto"`): how weights are carried to smaller sizes: `"isometry"`,
-                `"select"` or `"skip"`, see [`map_checkpoint`]; `"auto"` is the best of them. Equal sizes are copied.
+                `"select"` or `"skip"`, see [`map_checkpoint`]; `"auto"` is the best of them, and fits a smaller text
+                encoder to phrases besides. Equal sizes are copied.
             text_encoder (`str`, *optional*): another source, of any of these kinds, that words are taken from: its
                 text encoder and projection are copied, its other tensors not read.
+            text_phrases (`list[str]`, *optional*): what a text encoder that becomes smaller (`text_hidden_size`,
+                `text_num_hidden_layers`) is fitted to, instead of some thousand everyday phrases.
             config (`Sam3LiteConfig` or path, *optional*): sizes of the model, instead of `preset`.
             kwargs: those of [`~PreTrainedModel.from_pretrained`] (`dtype`, `device_map`, `revision`, `token`, ...),
                 and fields of the config such as `image_size`, or `num_queries`: queries beyond those of the source
@@ -143,7 +147,7 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
                 from sam3_hf.mapping.plan import plan_mapping
             except ImportError as error:
                 raise needs_package("A model of other sizes, or of another kind,") from error
-            plan = plan_mapping(source, fields, preset, config, kwargs, text_encoder)
+            plan = plan_mapping(source, fields, preset, config, kwargs, text_encoder, text_phrases)
         if plan is None:
             return cls._load(source, *model_args, config=config, **kwargs)
         state_dict, report = plan.map(cls.parameter_shapes, mapping)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ftfy
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, CLIPTokenizer, Sam3ImageProcessor, Sam3Processor
 from transformers.utils import cached_file, logging
@@ -121,10 +122,16 @@ class Sam3LiteProcessor(Sam3Processor):
         As [`~ProcessorMixin.from_pretrained`].
 
         Raises:
-            OSError: there is no such folder or repository, or it has no tokenizer.
+            OSError: there is no such folder or repository, or it has no tokenizer, or that is not known offline.
         """
         source = pretrained_model_name_or_path
-        if not cls.has_tokenizer(source, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}):
+        hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        if not cls.has_tokenizer(source, **hub_arguments):
+            if _may_have_tokenizer(source, **hub_arguments):
+                raise OSError(
+                    f"{source}: its tokenizer is not on this machine, and the Hub cannot be asked for it: connect, or "
+                    "copy its tokenizer.json from where it is."
+                )
             raise OSError(
                 f"{source} has no tokenizer: tokenizer.json is missing. Copy it from the model that this one was made "
                 "of; CLIP's is written by `Sam3LiteProcessor.from_config(model.config).save_pretrained(folder)`."
@@ -153,7 +160,14 @@ class Sam3LiteProcessor(Sam3Processor):
         Raises:
             ValueError: the tokenizer is not that of the model, or damaged.
         """
-        if source is None or os.path.isfile(source) or not cls.has_tokenizer(source, **hub_arguments):
+        if source is None or os.path.isfile(source):
+            return cls.from_config(config)
+        if not cls.has_tokenizer(source, **hub_arguments):
+            if _may_have_tokenizer(source, **hub_arguments):
+                logger.warning_once(
+                    f"{source}: its tokenizer is not on this machine, and the Hub cannot be asked for it: its words "
+                    "are read with CLIP's. If it has another one, load its processor once with a connection."
+                )
             return cls.from_config(config)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **hub_arguments)
@@ -321,6 +335,24 @@ class Sam3LiteProcessor(Sam3Processor):
                 masks = _full_masks(masks, (height, width), mask_threshold)
             results.append({"scores": scores[index][keep], "boxes": boxes, "masks": masks})
         return results
+
+
+def _may_have_tokenizer(
+    source: str | os.PathLike, cache_dir=None, revision: str | None = None, subfolder: str = "", **hub_arguments
+) -> bool:
+    """
+    Whether a repository of which no tokenizer was found may have one all the same: the Hub was not asked for its
+    files, as there is no connection, and the cache does not know.
+    """
+    if os.path.isdir(source):
+        return False
+
+    def known_missing(name: str) -> bool:
+        name = os.path.join(subfolder or "", name)
+        cache = cache_dir or constants.HF_HUB_CACHE
+        return try_to_load_from_cache(os.fspath(source), name, cache, revision) is _CACHED_NO_EXIST
+
+    return not all(any(map(known_missing, names)) for names in _TOKENIZER_FILES)
 
 
 def _image_processor(config) -> Sam3ImageProcessor:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .configuration_sam3_lite import MAX_TOKENS, VISUAL_PHRASE, context_length
+
+logger = logging.get_logger(__name__)
 
 # Names of its buffers in the model that hold integers, whatever the precision of the model.
 INTEGER_BUFFERS = ("vocabulary.input_ids", "vocabulary.attention_mask")
@@ -32,6 +35,25 @@ def check_tokenizer(tokenizer, config):
             f"The tokenizer has {len(tokenizer)} tokens with ids up to {largest}, the text embedding of the model has "
             f"{rows} rows: take the tokenizer that was saved with the model."
         )
+
+
+def warn_of_alike(phrases: list[str], input_ids: Tensor, attention_mask: Tensor):
+    """
+    Warns, once, of phrases that are one to the model: it reads small letters, and the first tokens only.
+
+    Args:
+        input_ids, attention_mask: `(phrases, tokens)` int.
+    """
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for phrase, ids in zip(phrases, input_ids.masked_fill(attention_mask == 0, -1).tolist(), strict=True):
+        groups.setdefault(tuple(ids), []).append(phrase)
+    for alike in map(list, map(dict.fromkeys, groups.values())):
+        if len(alike) > 1:
+            logger.warning_once(
+                f"{_listed(alike)}: one phrase to the model, which makes letters small and reads "
+                f"{input_ids.shape[1]} tokens of a phrase. Its answers to them are the same: give it phrases that "
+                "differ earlier."
+            )
 
 
 @torch.no_grad()
@@ -76,6 +98,7 @@ def phrase_features(
     if model.vocabulary is not None:
         model.vocabulary.check(phrases, processor)
     tokens = processor(text=list(phrases))
+    warn_of_alike(phrases, tokens["input_ids"], tokens["attention_mask"])
     length = None if padded else int(tokens["attention_mask"].nonzero()[:, 1].max()) + 1
     input_ids, mask = (tokens[name][:, :length].to(device or model.device) for name in ("input_ids", "attention_mask"))
     return encode_phrases(model, input_ids, mask), mask
@@ -121,6 +144,7 @@ class Sam3LiteVocabulary(nn.Module):
         tokens = processor(text=vocabulary_phrases(classes)).to(model.device)
         input_ids, mask = tokens["input_ids"], tokens["attention_mask"]
         num_tokens = context_length(model.config.text_config)
+        warn_of_alike(classes, input_ids[: len(classes)], mask[: len(classes)])
         features = encode_phrases(model, input_ids, mask)
         features = features * mask.to(features).unsqueeze(-1)
         vocabulary = cls(classes, features.shape[-1], num_tokens)
@@ -215,4 +239,11 @@ def _listed(phrases: list[str]) -> str:
     return ", ".join(map(repr, phrases[:_LISTED])) + (f" and {rest} more" if rest > 0 else "")
 
 
-__all__ = ["Sam3LiteVocabulary", "check_tokenizer", "encode_phrases", "phrase_features", "vocabulary_phrases"]
+__all__ = [
+    "Sam3LiteVocabulary",
+    "check_tokenizer",
+    "encode_phrases",
+    "phrase_features",
+    "vocabulary_phrases",
+    "warn_of_alike",
+]

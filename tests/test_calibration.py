@@ -13,10 +13,10 @@ from sam3_hf.checkpoints import Checkpoint, LoadedTensors
 from sam3_hf.mapping import map_checkpoint
 from sam3_hf.mapping.calibration import calibrate_mapping
 from sam3_hf.mapping.calibration.images import draw_images, load_pixels
-from sam3_hf.mapping.calibration.least_squares import LeastSquares
-from sam3_hf.mapping.calibration.refit import VIT_SITES, observe
-from sam3_hf.mapping.calibration.signals import measure_signals
-from sam3_hf.mapping.calibration.vision import embed, layer_runner, pyramid_cosines, search_layers
+from sam3_hf.mapping.calibration.vision import embed, layer_runner, measure_vision, pyramid_cosines
+from sam3_hf.mapping.depth import search_layers
+from sam3_hf.mapping.least_squares import LeastSquares
+from sam3_hf.mapping.refit import VIT_SITES, observe
 
 TEACHER = {
     "vision_hidden_size": 64,
@@ -151,7 +151,7 @@ def test_images_that_are_not_there_are_an_error(tmp_path, teacher):
 @torch.no_grad()
 def test_head_scores_are_the_energies_that_heads_add(teacher, pictures):
     batch = pixels(pictures[:4], teacher.config)
-    signals = measure_signals(teacher.vision_encoder, [batch[:2], batch[2:]])
+    signals = measure_vision(teacher.vision_encoder, [batch[:2], batch[2:]])
     layer = teacher.vision_encoder.backbone.layers[2]
     seen = {}
     hook = layer.attention.o_proj.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].flatten(0, -2)))

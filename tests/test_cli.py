@@ -267,6 +267,18 @@ def test_calibration_from_the_command_line(tmp_path):
     assert result.exit_code == 1 and "Error:" in result.output and "nothing is not a folder" in result.output
 
 
+@pytest.mark.parametrize("kind", ["lite", "standard"])
+def test_damaged_weights_of_a_calibration_are_said_in_a_line(model, tmp_path, kind):
+    (model if kind == "lite" else model.to_sam3()).save_pretrained(tmp_path / "source")
+    weights = tmp_path / "source" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50_000])
+    options = ("--preset", "tiny", "--calibration-images", "generated", "--num-calibration-images", 2)
+    result = run(tmp_path / "source", tmp_path / "target", *options)
+    assert result.exit_code == 1 and result.output.startswith("Error: ") and result.output.count("\n") == 1
+    assert str(tmp_path / "source") in result.output and "damaged" in result.output
+    assert not (tmp_path / "target").exists()
+
+
 def test_calibration_options_that_would_be_ignored_are_errors(tmp_path):
     result = run("source", tmp_path / "target", "--calibration-prompt", "cat")
     assert result.exit_code == 2 and "--calibration-images" in result.output

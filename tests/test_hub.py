@@ -247,6 +247,26 @@ def test_from_memory_and_with_the_mapping_report(hub, tmp_path):
         shake(loaded).push_to_hub("me/copy")
 
 
+def test_a_tokenizer_that_was_left_on_the_hub(hub, model, monkeypatch, caplog, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    Sam3LiteProcessor.from_config(model.config).save_pretrained(tmp_path / "model")
+    push_folder(tmp_path / "model", "me/words")
+    push_folder(tmp_path / "model", "me/wordless")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        del hub.repositories["me/wordless"].branches["main"][-1].files[name]
+    loaded = Sam3LiteModel.from_pretrained("me/words")
+    Sam3LiteProcessor.of_source("me/wordless", loaded.config)  # the Hub says that there is none
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    Sam3LiteProcessor.of_source("me/wordless", loaded.config)
+    assert "tokenizer is not on this machine" not in caplog.text
+    for _ in range(2):
+        processor = Sam3LiteProcessor.of_source("me/words", loaded.config)
+    assert len(processor.tokenizer) == loaded.config.text_config.vocab_size
+    assert caplog.text.count("me/words: its tokenizer is not on this machine") == 1
+    with pytest.raises(OSError, match="me/words: its tokenizer is not on this machine.*connect"):
+        Sam3LiteProcessor.from_pretrained("me/words")
+
+
 def test_the_command_in_a_process_of_its_own(hub, folder, tmp_path):
     environment = {
         **os.environ,

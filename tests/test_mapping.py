@@ -274,8 +274,9 @@ def test_a_low_rank_teacher_maps_without_loss(box_inputs, tmp_path):
     assert relative_error(selected(**box_inputs)["pred_masks"], expected["pred_masks"]) > 0.05
 
 
+@pytest.mark.parametrize("mapping", ["isometry", "auto"])
 @torch.no_grad()
-def test_a_low_rank_text_encoder_maps_without_loss(inputs, tmp_path):
+def test_a_low_rank_text_encoder_maps_without_loss(inputs, tmp_path, mapping):
     wide = make(wide_config(text_hidden_size=64, text_num_attention_heads=4))
     generator = torch.Generator().manual_seed(7)
     factor = torch.randn(64, 47, generator=generator)
@@ -288,8 +289,8 @@ def test_a_low_rank_text_encoder_maps_without_loss(inputs, tmp_path):
         if name.endswith("out_proj.weight"):
             parameter[:, 16:32] = 0  # the second head
     wide.save_pretrained(tmp_path)
-    config = wide_config(text_hidden_size=48, text_num_attention_heads=3)
-    model = Sam3LiteModel.from_pretrained(tmp_path, config=config)
+    config = wide_config(text_hidden_size=48, text_intermediate_size=256)
+    model = Sam3LiteModel.from_pretrained(tmp_path, config=config, mapping=mapping)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     features = model.get_text_features(**text).pooler_output
     assert relative_error(features, wide.get_text_features(**text).pooler_output) <= 1e-4

@@ -54,6 +54,10 @@ ADDED = {
     "sam3-lite train": ONE_STEP,
     "sam3-lite convert facebook/sam3 sam3-lite-calibrated": "--preset tiny --no-search-depth",
     "sam3-lite convert facebook/sam3 sam3-lite-fp16": "--preset tiny",
+    "sam3-lite convert facebook/sam3 sam3-lite-words": (
+        "--preset tiny-plus --text-hidden-size 16 --text-num-hidden-layers 1"
+    ),
+    "sam3-lite distill-text": "--steps 2",
     "sam3-lite label": "--workers 0",
     "sam3-lite predict": "--workers 0",
     "sam3-lite evaluate": "--workers 0",

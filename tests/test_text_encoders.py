@@ -1,5 +1,6 @@
 """Text encoders of SAM3-LiteText in the place of CLIP's: sizes, equality with Transformers, phrases one by one."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,20 @@ def test_presets_have_text_encoders_as_an_axis(preset, kind):
     table = (Path(__file__).parents[1] / "docs/mapping.md").read_text(encoding="utf-8")
     assert row in next(line for line in table.splitlines() if line.startswith(f"| {preset}, text {kind} |"))
     assert (preset_of(model.config), text_encoder_of(model.config)) == (preset, kind)
+
+
+@pytest.mark.parametrize("preset", ["lite", "small"])
+def test_the_sizes_of_the_readme(preset):
+    lines = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    [header] = [line for line in lines if line.strip().startswith("| preset | text")]
+    kinds = re.findall(r"text `(\w+)`", header)
+    assert kinds == ["standard", "l", "s1", "s0"]
+    cells = [f"`{preset}`"]
+    for kind in kinds:
+        with torch.device("meta"):
+            total = Sam3LiteModel(Sam3LiteConfig.from_preset(preset, text=kind)).num_parameters() / 1e6
+        cells.append(f"{total:.0f}M, {2 * total:.0f} MB")
+    assert f"| {' | '.join(cells)} |" in [line.strip() for line in lines]
 
 
 @pytest.mark.parametrize("kind", KINDS)

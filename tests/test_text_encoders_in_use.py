@@ -13,8 +13,10 @@ from train_cases import state_of, train
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.data.generated import write_dataset
+from sam3_hf.prediction.pipeline import Sam3LitePipeline
 from sam3_hf.sharing.info import model_info
-from sam3_hf.training.arguments import ModelArguments
+from sam3_hf.training.arguments import ModelArguments, parse_arguments
+from sam3_hf.training.phrases import build_text
 
 
 @pytest.fixture(params=KINDS)
@@ -75,6 +77,30 @@ def test_info_and_cards_name_the_text_encoder(processor, model, tmp_path):
     assert result.exit_code == 0, result.output
     card = ModelCard.load(tmp_path / "again/README.md").text
     assert "| preset | `tiny` with text encoder `s1` |" in card and "a phrase of up to 16 tokens" in card
+
+
+ALIKE = ["a photo of a very small and quite dirty old grey and white street cat" + end for end in (" left", " right")]
+
+
+def test_phrases_that_are_one_to_the_model_are_named(caplog):
+    model = lite_text_model("s1")
+    processor = Sam3LiteProcessor.from_config(model.config)
+    pipe = Sam3LitePipeline(model, processor)
+    for _ in range(2):
+        text = pipe.text_features([ALIKE[0], "cat", ALIKE[1]])
+    assert torch.equal(text[ALIKE[0]][0], text[ALIKE[1]][0])
+    said = f"{ALIKE[0]!r}, {ALIKE[1]!r}: one phrase to the model, which makes letters small and reads 16 tokens"
+    assert caplog.text.count(said) == 1 and "'cat'," not in caplog.text
+    model.freeze_vocabulary(["Dog", "cat", "dog", "visual"], processor)
+    assert "'Dog', 'dog': one phrase to the model" in caplog.text and "'visual'" not in caplog.text
+
+
+def test_categories_that_are_one_to_a_text_encoder_that_trains_are_named(caplog):
+    model = lite_text_model("s0")
+    arguments = parse_arguments(["--data", "x", "--train_text_encoder", "true"])
+    words = [phrase.upper() for phrase in ALIKE]
+    build_text(None, arguments, model, Sam3LiteProcessor.from_config(model.config), ["cat", *words, "cat"])
+    assert f"{words[0]!r}, {words[1]!r}: one phrase to the model" in caplog.text and "'cat'" not in caplog.text
 
 
 def test_words_in_training_need_a_model_to_join():

@@ -9,7 +9,8 @@ from PIL import Image
 
 from sam3_hf.data import Augmentation, DatasetError, PromptCollator, TrainDataset, concept_names, load_dataset_splits
 from sam3_hf.data.generated import write_dataset
-from sam3_hf.data.unlabelled import UnlabelledDataset, everyday_nouns, load_pictures
+from sam3_hf.data.unlabelled import UnlabelledDataset, load_pictures
+from sam3_hf.phrases import everyday_nouns
 from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.data import load_unlabelled
 from sam3_hf.training.phrase_choice import ABSENT, PRESENT, PhraseChoice

@@ -61,10 +61,6 @@ class JoinedCheckpoint(Checkpoint):
     def note(self, name: str) -> str:
         return f"from {self.text_source}" if name.startswith(_TEXT) else ""
 
-    def config_at(self, preset: str, **sizes):
-        own = {} if "text" in sizes else {"text_config": self.config.text_config.to_dict()}
-        return self.config.at_preset(preset, **{**own, **sizes})
-
     @property
     def size(self) -> int:
         return self._eyes.size

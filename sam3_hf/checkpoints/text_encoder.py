@@ -10,6 +10,7 @@ from transformers import initialization as init
 from ..errors import missing_source, named_source
 from ..text_sam3_lite import build_text_encoder
 from ..vocabulary_sam3_lite import Sam3LiteVocabulary
+from .checkpoint import Checkpoint
 from .opening import open_checkpoint
 
 # Largest relative difference of text features that rounding explains, half precision at both ends included. Those of
@@ -44,18 +45,43 @@ def read_text_encoder(source: str | os.PathLike, model, **hub_arguments) -> tupl
             f"{source} has a tokenizer of {text_config.vocab_size} tokens, this model one of "
             f"{model.config.text_config.vocab_size}."
         )
-    with init.no_init_weights():
-        encoder = build_text_encoder(text_config)
-        projection = nn.Linear(text_config.hidden_size, hidden_size)
-    parts = nn.ModuleDict({"text_encoder": encoder, "text_projection": projection})
-    missing = checkpoint.check({name: tensor.shape for name, tensor in parts.state_dict().items()})
-    if missing:
-        raise ValueError(f"{source} has no whole text encoder: it lacks {', '.join(missing[:4])}.")
-    parts.load_state_dict({name: checkpoint.read(name) for name in parts.state_dict()})
+    parts = read_text(checkpoint, text_config)
+    encoder, projection = parts["text_encoder"], parts["text_projection"]
     parts.to(model.device).train(model.training)
     _check_features(source, model.vocabulary, encoder, projection)
     parts.to(model.dtype)
     return encoder, projection
+
+
+def text_parts(text_config, hidden_size: int) -> nn.ModuleDict:
+    """
+    A text encoder and its projection under their names in the model, in float32, without values.
+
+    Args:
+        hidden_size: width of the detector.
+    """
+    with init.no_init_weights():
+        encoder = build_text_encoder(copy.deepcopy(text_config))
+        projection = nn.Linear(text_config.hidden_size, hidden_size)
+    return nn.ModuleDict({"text_encoder": encoder, "text_projection": projection})
+
+
+def read_text(checkpoint: Checkpoint, text_config=None) -> nn.ModuleDict:
+    """
+    The text encoder and projection of a checkpoint, in float32.
+
+    Args:
+        text_config: that of the checkpoint by default.
+
+    Raises:
+        ValueError: the checkpoint lacks a tensor of them, or has it in another size than its configuration says.
+    """
+    parts = text_parts(text_config or checkpoint.config.text_config, checkpoint.config.detr_encoder_config.hidden_size)
+    missing = checkpoint.check({name: tensor.shape for name, tensor in parts.state_dict().items()})
+    if missing:
+        raise ValueError(f"{checkpoint.label} has no whole text encoder: it lacks {', '.join(missing[:4])}.")
+    parts.load_state_dict({name: checkpoint.read(name) for name in parts.state_dict()})
+    return parts.eval()
 
 
 @torch.no_grad()

@@ -10,13 +10,15 @@ import torch
 import typer
 
 from ..checkpoints import open_checkpoint
-from ..files import recover, write_folder
+from ..errors import model_errors
 from ..mapping.calibration import calibrate_mapping
 from ..modeling_sam3_lite import Sam3LiteModel
+from ..phrases import read_phrases
 from ..processing_sam3_lite import Sam3LiteProcessor
-from ..sharing.model_card import Origin, origin_of, versions, write_card
+from ..sharing.model_card import origin_of, versions
 from ..sources_sam3_lite import is_training_checkpoint
-from .errors import model_errors, one_line_errors
+from .errors import one_line_errors
+from .writing import check_target, write_model
 
 
 def convert(
@@ -32,6 +34,14 @@ def convert(
     image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels.")] = None,
     text_encoder: Annotated[
         str | None, typer.Option(help="Take words from this model, of any of these kinds, instead of the source.")
+    ] = None,
+    text_hidden_size: Annotated[
+        int | None, typer.Option(help="Width of a smaller text encoder, a multiple of its head size, 64.")
+    ] = None,
+    text_num_hidden_layers: Annotated[int | None, typer.Option(help="Layers of a smaller text encoder.")] = None,
+    text_phrases: Annotated[
+        Path | None,
+        typer.Option(help="Text file, one phrase a line, to fit it to. Default: some thousand everyday ones."),
     ] = None,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of the source on the Hub.")] = "main",
     calibration_images: Annotated[
@@ -60,9 +70,19 @@ def convert(
     if calibration_images is not None and mapping != "auto":
         raise typer.BadParameter("--mapping and --calibration-images exclude each other")
     where = {"revision": revision, "variant": "ema" if ema else None, "text_encoder": text_encoder}
-    wanted = {"preset": preset, "dtype": dtype, **({} if image_size is None else {"image_size": image_size})}
+    sizes = {
+        "image_size": image_size,
+        "text_hidden_size": text_hidden_size,
+        "text_num_hidden_layers": text_num_hidden_layers,
+    }
+    wanted = {"preset": preset, "dtype": dtype, **{name: size for name, size in sizes.items() if size is not None}}
     with one_line_errors(memory_option="--num-calibration-images"):
-        _check(source, target, ema, overwrite)
+        check_target(target, overwrite)
+        if ema and not is_training_checkpoint(source):
+            raise ValueError(
+                f"{source} is no checkpoint folder of a training run: only those have averaged weights (--ema)."
+            )
+        wanted["text_phrases"] = None if text_phrases is None else read_phrases(text_phrases)
         if calibration_images is None:
             with model_errors(source):
                 model = Sam3LiteModel.from_pretrained(source, mapping=mapping, **wanted, **where)
@@ -83,36 +103,13 @@ def convert(
         else:
             processor = Sam3LiteProcessor.of_source(text_encoder, model.config)
         origin = origin_of(source, text_encoder, revision=revision)
-        _write(model, processor, target, origin)
+        write_model(model, processor, target, {"origin": asdict(origin), "versions": versions()})
     if report and model.mapping_report is not None:
         typer.echo(str(model.mapping_report))
     typer.echo(
         f"{target}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters in {model.dtype}, "
         f"{open_checkpoint(target).size / 1e6:.1f} MB ({before})"
     )
-
-
-def _check(source: str, target: Path, ema: bool, overwrite: bool):
-    """Raises a ValueError for what would fail after the work is done."""
-    recover(target.parent, target.name)
-    if target.exists() and not overwrite:
-        raise ValueError(f"{target} exists: choose another folder, or pass --overwrite.")
-    if ema and not is_training_checkpoint(source):
-        raise ValueError(
-            f"{source} is no checkpoint folder of a training run: only those have averaged weights (--ema)."
-        )
-
-
-def _write(model: Sam3LiteModel, processor: Sam3LiteProcessor, target: Path, origin: Origin):
-    """Writes the folder of a model, read back before it takes the place of `target`."""
-
-    def write(folder: Path):
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        write_card(folder, {"origin": asdict(origin), "versions": versions()})
-        _verify(model, folder)
-
-    write_folder(target, write)
 
 
 def _before(source: str, where: dict) -> str:
@@ -124,11 +121,3 @@ def _before(source: str, where: dict) -> str:
         everything = sum(path.stat().st_size for path in files)
         text += f" of weights, {(everything - weights) / 1e6:.1f} MB of training state left behind"
     return text
-
-
-def _verify(model: Sam3LiteModel, folder: Path):
-    """Compares the files with the model, tensor by tensor."""
-    written = open_checkpoint(folder)
-    for name, tensor in model.state_dict().items():
-        if name not in written or not torch.equal(written.read(name), tensor):
-            raise OSError(f"{folder}: `{name}` was not written as it is in memory; is the disk full?")

@@ -30,18 +30,6 @@ def one_line_errors(memory_option: str = "--batch-size", task: str | None = None
         raise typer.Exit(1) from error
 
 
-@contextmanager
-def model_errors(source: str) -> Iterator[None]:
-    """Raises a ValueError that names the model, of whatever error the files of a damaged or foreign one lead to."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, AssertionError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{source} cannot be loaded, a file of it is damaged or no model's: {reason}") from error
-
-
 def list_failures(title: str, messages: list[str]) -> None:
     """Writes messages to stderr, each on a line below their title; nothing if there are none."""
     for line in [title, *(f"  {joined(message)}" for message in messages)] if messages else []:

@@ -11,10 +11,11 @@ import torch
 import typer
 
 from ..checkpoints import refuse_training_checkpoint
+from ..errors import model_errors
 from ..files import write_file
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
-from .errors import model_errors, one_line_errors
+from .errors import one_line_errors
 
 COLUMNS = ("AP", "AP50", "AP75", "AR100", "cgF1", "positive_micro_F1", "IL_MCC", "objects")
 

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ..errors import model_errors
 from ..plain_text import plain
 from ..sharing.info import model_info
-from .errors import model_errors, one_line_errors
+from .errors import one_line_errors
 
 
 def info(

@@ -6,9 +6,9 @@ import torch
 import typer
 
 from ..checkpoints import refuse_training_checkpoint
+from ..errors import model_errors
 from ..prediction.pipeline import Sam3LitePipeline
 from ..prediction.processes import Processes
-from .errors import model_errors
 
 
 def open_pipeline(

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from ..errors import model_errors
 from ..sharing.hub import push_folder
-from .errors import model_errors, one_line_errors
+from .errors import one_line_errors
 
 
 class Approval(str, Enum):

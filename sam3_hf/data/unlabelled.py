@@ -8,7 +8,6 @@ from pathlib import Path
 import datasets
 from torch.utils.data import Dataset
 
-from ..files import asset_lines
 from ..picture_files import find_pictures
 from . import transforms
 from .checks import DatasetError, Problems, check_dataset
@@ -131,8 +130,3 @@ class UnlabelledDataset(Dataset):
         transform = transforms.draw_transform(row["width"], row["height"], self.image_size, self.augmentation, rng)
         pixels = augmented_pixels(row, transform, self.augmentation, rng)
         return Sample(pixel_values=pixels, phrases=[], labels=[], boxes=[], image_id=row["image_id"], key=key)
-
-
-def everyday_nouns() -> tuple[str, ...]:
-    """What to ask a teacher for where nobody says: over a thousand names of things, English."""
-    return asset_lines("everyday_nouns.txt")

@@ -60,6 +60,10 @@ class Basis:
         """What is added to the stream: `(width, ...)`."""
         return tensor if self.matrix is None else self.scale * self.matrix.T @ tensor
 
+    def write_stream(self, stream: Tensor) -> Tensor:
+        """The stream itself: `(..., source width)` to `(..., target width)`."""
+        return self.write(stream.movedim(-1, 0).flatten(1)).T.unflatten(0, stream.shape[:-1])
+
 
 def rotation(moment: Tensor, size: int) -> Basis:
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -100,4 +101,45 @@ def source_name(name: str, layers: dict[str, list[int]]) -> str:
     return name
 
 
-__all__ = ["KNOWN_DEPTHS", "depth_map", "layer_maps", "source_name"]
+def search_layers(
+    start: list[int], types: list[bool], score: Callable[[list[int]], float], limit: int | None = None
+) -> tuple[list[int], dict[tuple[int, ...], float]]:
+    """
+    Hill climbing: exchanges a kept layer for a dropped one of its type as long as the score rises.
+
+    Args:
+        start: layers to keep at first, in order.
+        types: of all layers: whether attention is global.
+        score: of a choice; higher is better.
+        limit: most choices to try.
+
+    Returns:
+        The best choice, and the scores of all that were tried.
+    """
+    best = tuple(start)
+    tried = {best: score(list(best))}
+    improved = True
+    while improved:
+        improved = False
+        for choice in _neighbours(best, types):
+            if len(tried) == limit and choice not in tried:
+                break
+            if choice not in tried:
+                tried[choice] = score(list(choice))
+            if tried[choice] > tried[best]:
+                best, improved = choice, True
+                break
+    return list(best), tried
+
+
+def _neighbours(kept: tuple[int, ...], types: list[bool]) -> Iterator[tuple[int, ...]]:
+    """Choices that differ in one layer, where the sequence of types stays the same."""
+    for position, layer in enumerate(kept):
+        low = kept[position - 1] if position else -1
+        high = kept[position + 1] if position + 1 < len(kept) else len(types)
+        for other in range(low + 1, high):
+            if other != layer and types[other] == types[layer]:
+                yield (*kept[:position], other, *kept[position + 1 :])
+
+
+__all__ = ["KNOWN_DEPTHS", "depth_map", "layer_maps", "search_layers", "source_name"]

@@ -32,7 +32,7 @@ class Mapper:
         shapes: name and shape of every parameter of the target that is wanted.
         strategy: `isometry`, `select` or `skip`.
         dtype: of the result. All sums are computed in float32.
-        vision_signals: measured ones of the source's ViT; estimated from its weights by default.
+        vision_signals, text_signals: measured ones of the source's towers; estimated from its weights by default.
         layers: the layers to keep of some stacks, by their prefix; evenly spread by default.
     """
 
@@ -45,10 +45,11 @@ class Mapper:
         *,
         dtype: torch.dtype,
         vision_signals: TowerSignals | None = None,
+        text_signals: TowerSignals | None = None,
         layers: dict[str, list[int]] | None = None,
     ):
         self.checkpoint, self.config, self.strategy = checkpoint, config, strategy
-        self.vision_signals, self.layers = vision_signals, layers or {}
+        self.vision_signals, self.text_signals, self.layers = vision_signals, text_signals, layers or {}
         self.transfer = Transfer(checkpoint, shapes, strategy, dtype)
         self.mismatched: list[str] = []  # tensors left to initialisation because their sizes differ
 
@@ -59,7 +60,7 @@ class Mapper:
             layers = layer_maps(self.checkpoint.config, self.config) | self.layers
             self._map_tower(vision_tower, layers, self.vision_signals, vision_entry, map_vision_ends)
             if has_clip(self.config):
-                self._map_tower(text_tower, layers, None, text_entry, map_text_ends)
+                self._map_tower(text_tower, layers, self.text_signals, text_entry, map_text_ends)
         transfer.report.layers = layers
         for name in transfer.shapes:
             if name not in transfer.state:
@@ -200,6 +201,7 @@ def map_checkpoint(
     dtype: torch.dtype = torch.float32,
     ignore_mismatched_sizes: bool = False,
     vision_signals: TowerSignals | None = None,
+    text_signals: TowerSignals | None = None,
     layers: dict[str, list[int]] | None = None,
 ) -> tuple[dict[str, Tensor], MappingReport]:
     """
@@ -217,6 +219,7 @@ def map_checkpoint(
         ignore_mismatched_sizes: leave tensors of sizes that no strategy can change (those of the detector) to
             initialisation.
         vision_signals: what passes through the source's ViT, if it was measured; see `sam3_hf.mapping.calibration`.
+        text_signals: the same of its text encoder; see [`map_with_phrases`].
         layers: the layers to keep of some stacks, by their prefix (as in `MappingReport.layers`), instead of evenly
             spread ones.
 
@@ -231,7 +234,8 @@ def map_checkpoint(
         raise ValueError(f"There is no mapping {strategy!r}: use one of {', '.join(STRATEGIES)}.")
     _check_vocabularies(checkpoint, config)
     strategy = "isometry" if strategy == "auto" else strategy
-    mapper = Mapper(checkpoint, config, shapes, strategy, dtype=dtype, vision_signals=vision_signals, layers=layers)
+    signals = {"vision_signals": vision_signals, "text_signals": text_signals}
+    mapper = Mapper(checkpoint, config, shapes, strategy, dtype=dtype, layers=layers, **signals)
     state, report = mapper.run()
     if mapper.mismatched and strategy != "skip" and not ignore_mismatched_sizes:
         raise ValueError(

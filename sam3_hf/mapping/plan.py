@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..configuration_sam3_lite import Sam3LiteConfig
 from ..errors import missing_source
+from ..processing_sam3_lite import Sam3LiteProcessor
 from ..sources_sam3_lite import HUB_ARGUMENTS, listed
 from .mapper import map_checkpoint
 from .report import MappingReport
+from .text import fits_text, map_with_phrases
 
 # Keyword arguments of `from_pretrained` that are also fields of a config, but not sizes.
 _LOADING_KEYWORDS = {"attn_implementation", "dtype", "torch_dtype", "quantization_config", "name_or_path"}
@@ -29,6 +32,8 @@ class MappingPlan:
         dtype: of the model.
         ignore_mismatched_sizes: see [`map_checkpoint`].
         rest: arguments of `from_pretrained` that are left to Transformers.
+        tokenizer: makes that of the source.
+        text_phrases: what a smaller text encoder is fitted to; everyday ones by default.
     """
 
     checkpoint: Checkpoint
@@ -36,12 +41,15 @@ class MappingPlan:
     dtype: torch.dtype
     ignore_mismatched_sizes: bool
     rest: dict
+    tokenizer: Callable[[], CLIPTokenizer]
+    text_phrases: Sequence[str] | None = None
 
     def map(
         self, shapes_of: Callable[[Sam3LiteConfig], dict[str, tuple[int, ...]]], strategy: str
     ) -> tuple[dict[str, Tensor], MappingReport]:
         """
-        The parameters of the model; see [`map_checkpoint`].
+        The parameters of the model; see [`map_checkpoint`], and [`map_with_phrases`], which `auto` is for a smaller
+        text encoder.
 
         Args:
             shapes_of: the name and shape of each parameter of a model with some configuration.
@@ -58,14 +66,17 @@ class MappingPlan:
                 f"{listed(missing)}. {self.checkpoint.unknown_names()}. Get it again, or pass "
                 "`ignore_mismatched_sizes=True` to initialise them at random."
             )
-        return map_checkpoint(
-            self.checkpoint,
-            self.config,
-            shapes_of(self.config),
-            strategy,
-            dtype=self.dtype,
-            ignore_mismatched_sizes=self.ignore_mismatched_sizes,
-        )
+        sides = self.checkpoint, self.config, shapes_of(self.config)
+        options = {"dtype": self.dtype, "ignore_mismatched_sizes": self.ignore_mismatched_sizes}
+        fits = fits_text(self.checkpoint.config, self.config)
+        if strategy == "auto" and fits:
+            return map_with_phrases(*sides, self.tokenizer(), self.text_phrases, **options)
+        if self.text_phrases is not None:
+            why = f"the mapping is {strategy!r}" if fits else "it does not become smaller, or is not SAM 3's"
+            raise ValueError(
+                f"`text_phrases` are what a smaller text encoder is fitted to, and here {why}: omit them."
+            )
+        return map_checkpoint(*sides, strategy, **options)
 
 
 def plan_mapping(
@@ -75,6 +86,7 @@ def plan_mapping(
     config: Sam3LiteConfig | None,
     keywords: dict,
     text_encoder: str | os.PathLike | None = None,
+    text_phrases: Sequence[str] | None = None,
 ) -> MappingPlan | None:
     """
     Args:
@@ -82,7 +94,7 @@ def plan_mapping(
         fields: content of its `config.json`, if it has one.
         preset, config: sizes of the model, as there.
         keywords: the other arguments of `from_pretrained`.
-        text_encoder: as there.
+        text_encoder, text_phrases: as there.
 
     Returns:
         The plan, or `None` if the source has neither a `config.json` nor a native file, and there is `config`.
@@ -109,7 +121,15 @@ def plan_mapping(
         config = config or checkpoint.config
         config = config.changed(**sizes) if sizes else config
     dtype = resolve_dtype(rest.pop("dtype", None), rest.pop("torch_dtype", None), checkpoint.dtype)
-    return MappingPlan(checkpoint, config, dtype, rest.pop("ignore_mismatched_sizes", False), rest)
+
+    def tokenizer() -> CLIPTokenizer:
+        if text_encoder is not None:
+            shared = {key: value for key, value in where.items() if key not in ("revision", "subfolder")}
+            return Sam3LiteProcessor.of_source(text_encoder, checkpoint.config, **shared).tokenizer
+        return Sam3LiteProcessor.of_source(source, checkpoint.config, **where).tokenizer
+
+    lenient = rest.pop("ignore_mismatched_sizes", False)
+    return MappingPlan(checkpoint, config, dtype, lenient, rest, tokenizer, text_phrases)
 
 
 def resolve_dtype(dtype, torch_dtype, stored: torch.dtype) -> torch.dtype:

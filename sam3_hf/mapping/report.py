@@ -22,8 +22,8 @@ class MappingRow:
 
     Args:
         group: name without `weight` and `bias`, layer indices as `*`.
-        action: `copied`, `rotated`, `selected`, `refit` (fitted to images), `extended` (copied, and new queries as in
-            an untrained model), `initialized` (at random, as an untrained model) or `dropped`.
+        action: `copied`, `rotated`, `selected`, `refit` (fitted to images or phrases), `extended` (copied, and new
+            queries as in an untrained model), `initialized` (at random, as an untrained model) or `dropped`.
         tensors, parameters: how many, in the target; in the source if dropped.
         source_shape, target_shape: of a weight, if there is one; `None` where it is not on that side.
         energy: share of the estimated signal that is kept, mean over the group; `None` where nothing is lost.
@@ -50,7 +50,7 @@ class MappingReport:
         source: where the weights come from.
         strategy: `isometry`, `select`, `skip`, `calibrated`, or `copy` where both sides have the same sizes.
         layers: for each stack of layers, the source layer that each target layer comes from.
-        calibration: what a calibrated mapping measured.
+        calibration: what a mapping that is fitted to images or phrases measured.
         source_is_lite: whether the source was a lite model, and not one of SAM 3 itself.
         text_source: where the text encoder comes from, if from another checkpoint.
     """
@@ -105,12 +105,22 @@ class MappingReport:
         return totals
 
     def summary(self) -> str:
-        """One sentence."""
+        """One sentence, and one of how near a text encoder came that was fitted to phrases."""
         parts = [f"{total['tensors']} {action}" for action, total in self.totals.items()]
         words = f", with the text encoder of {self.text_source}," if self.text_source else ""
         return (
             f"Weights of {self.source}{words} were mapped by `{self.strategy}`: {', '.join(parts)} tensors. "
-            "`print(model.mapping_report)` shows them."
+            f"{self._text_sentence()}`print(model.mapping_report)` shows them."
+        )
+
+    def _text_sentence(self) -> str:
+        text = self.calibration.get("text")
+        if text is None:
+            return ""
+        return (
+            f"The smaller text encoder was fitted to {text['phrases_fitted']} phrases: cosine of its features to the "
+            f"larger one's {text['cosine']:.3f} on {text['phrases_held_out']} others "
+            f"({text['cosine_before_fit']:.3f} before the fit). "
         )
 
     def to_json(self) -> str:

@@ -158,7 +158,8 @@ def write_card(folder: str | os.PathLike, provenance: dict, example: str | os.Pa
         folder: holds config and safetensors weights, and `mapping_report.json` if they were mapped.
         provenance: `origin` (the fields of an [`Origin`]) and `versions`; of a training run also `arguments` (flat),
             `steps`, `epochs`, `images_per_step`, `dataset` (`name`, `hub_id`, `training images`, `concepts`) and
-            `best` (`step`, `epoch`, `scores`) or None.
+            `best` (`step`, `epoch`, `scores`) or None. Of a distilled text encoder `text_distilled`: `teacher`,
+            `teacher_on_hub` and the figures of `distill_text`.
         example: PNG file to show.
     """
     folder = Path(folder)
@@ -242,7 +243,7 @@ def _render(
         sizes=sizes,
         placeholder=PLACEHOLDER,
         phrases=_phrases(phrases),
-        origin=_origin_text(origin, trained, preset, report),
+        origin=_origin_text(origin, trained, preset, report, provenance.get("text_distilled")),
         mapping=_mapping_rows(report),
         text_replaced=text_replaced,
         dataset=_dataset_text(provenance["dataset"]) if trained else "",
@@ -345,7 +346,9 @@ def _shown(origin: Origin) -> str:
     return _link(origin.base) if origin.on_hub else markdown_code(Path(origin.base).name)
 
 
-def _origin_text(origin: Origin, trained: bool, preset: str | None, report: dict | None) -> str:
+def _origin_text(
+    origin: Origin, trained: bool, preset: str | None, report: dict | None, distilled: dict | None = None
+) -> str:
     if preset and origin.derived:
         command = f"`sam3-lite convert {origin.base} OUTPUT --preset {preset}`"
         if preset == "standard":
@@ -359,10 +362,20 @@ def _origin_text(origin: Origin, trained: bool, preset: str | None, report: dict
     if origin.base is None:
         return "It is not recorded where the weights come from."
     text = f"They started from {_shown(origin)}."
+    if distilled is not None:
+        teacher = Origin(distilled["teacher"], None, distilled["teacher_on_hub"])
+        text += (
+            f" Text distilled from {_shown(teacher)} on {distilled['phrases_fitted']} phrases: the cosine of its "
+            f"features on {distilled['phrases_held_out']} others went from {distilled['cosine_before']:.3f} to "
+            f"{distilled['cosine_after']:.3f}."
+        )
     if report is not None:
         if report.get("text_source"):
             words = report["text_source"]
             text += f" Their text encoder is that of {_shown(Origin(words, None, not os.path.exists(words)))}."
+        fitted = report.get("calibration", {}).get("text")
+        if fitted:
+            text += f" Their text encoder was made smaller and fitted to {fitted['phrases_fitted']} phrases."
         data = "on unlabelled images" if report["strategy"] == "calibrated" else "without data"
         text += f" To fit these sizes they were mapped with the strategy {markdown_code(report['strategy'])}, {data}:"
     return text

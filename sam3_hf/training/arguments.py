@@ -50,6 +50,11 @@ class ModelArguments:
         "take words from this model, of any of these kinds (as vil-uob/sam3-litetext-s0), instead of --init: its text "
         "encoder is copied, nothing else of it read",
     )
+    text_phrases: str | None = option(
+        None,
+        "text file, one phrase a line, to fit a text encoder to that --model_overrides makes smaller "
+        "(text_hidden_size, text_num_hidden_layers); by default some thousand everyday phrases",
+    )
     preset: str = option(
         "lite",
         "model size: standard, medium, depth16, lite-plus, lite, small-plus, small; for tries, tiny-standard, "

@@ -22,7 +22,8 @@ from ..data.concepts import unseen_concepts
 from ..data.generated import write_dataset
 from ..data.loading import is_labelled, open_dataset
 from ..data.rows import crowded_images, first_of, objects_per_category
-from ..data.unlabelled import UnlabelledDataset, everyday_nouns, load_pictures
+from ..data.unlabelled import UnlabelledDataset, load_pictures
+from ..phrases import everyday_nouns, read_phrases
 from .arguments import DRAWN, Arguments, DataArguments
 
 logger = logging.getLogger(__name__)
@@ -189,12 +190,5 @@ def warn_of_crowds(train: TrainDataset, validation: EvalDataset, num_queries: in
 
 
 def read_words(path: str | None) -> tuple[str, ...]:
-    """The phrases of a text file, one a line; empty lines do not count.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    if path is None:
-        return ()
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    """The phrases of a text file; none without one. See [`read_phrases`]."""
+    return () if path is None else read_phrases(path)

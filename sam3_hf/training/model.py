@@ -19,6 +19,7 @@ from ..errors import missing_source, named_source
 from ..mapping import REPORT_FILE
 from ..mapping.calibration import calibrate_mapping
 from ..modeling_sam3_lite import Sam3LiteModel
+from ..phrases import read_phrases
 from ..processing_sam3_lite import Sam3LiteProcessor
 from ..sharing.model_card import RANDOM_WEIGHTS, Origin, origin_of
 from ..sources_sam3_lite import read_json
@@ -66,6 +67,7 @@ def calibrated_model(arguments: Arguments, train_data: TrainDataset, device: tor
         TrainingImages(train_data.rows),
         config=initial_config(arguments),
         prompts=train_data.concepts,
+        text_phrases=text_phrases(arguments),
         seed=arguments.optimization.seed,
         device=device,
         dtype=torch.float32,
@@ -148,6 +150,7 @@ def load_initial(arguments: Arguments) -> Sam3LiteModel:
         arguments.source,
         config=initial_config(arguments),
         text_encoder=arguments.model.text_encoder,
+        text_phrases=text_phrases(arguments),
         dtype=torch.float32,
         output_loading_info=True,
     )
@@ -157,6 +160,12 @@ def load_initial(arguments: Arguments) -> Sam3LiteModel:
         flag = _flag(arguments)
         raise ValueError(f"{flag} {arguments.source} is no whole model: {found}of a run, use the folder final/")
     return model
+
+
+def text_phrases(arguments: Arguments) -> tuple[str, ...] | None:
+    """What a text encoder that becomes smaller is fitted to, if a file says it."""
+    path = arguments.model.text_phrases
+    return None if path is None else read_phrases(path)
 
 
 def start_of_weights(arguments: Arguments) -> Origin:

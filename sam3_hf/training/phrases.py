@@ -11,6 +11,7 @@ from ..data import EvalDataset, TrainDataset
 from ..data.sampling import VISUAL_PHRASE
 from ..evaluation.text import PhraseFeatures
 from ..processing_sam3_lite import tokenize
+from ..vocabulary_sam3_lite import warn_of_alike
 from .arguments import Arguments
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,9 @@ def build_text(
         logger.info("the model has a fixed vocabulary: %s", model.vocabulary.listed())
         return TokenizedText(processor), model.vocabulary.state_dict(prefix="vocabulary.")
     if arguments.model.train_text_encoder:
-        return TokenizedText(processor), None
+        text = TokenizedText(processor)
+        warn_of_alike(phrases, **text(phrases))
+        return text, None
     text = FrozenText(model, processor, phrases, accelerator.device)
     logger.info("the text encoder is frozen: %d phrases encoded, encoder put aside", len(text.row))
     return text, text.weights()

@@ -15,22 +15,23 @@ from transformers.utils import logging
 
 from ...checkpoints import NECK, VIT, Checkpoint, LoadedTensors
 from ...configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
+from ...errors import model_errors
 from ...modeling_sam3_lite import Sam3LiteModel
 from ...processing_sam3_lite import Sam3LiteProcessor
 from ...sources_sam3_lite import HUB_ARGUMENTS
 from ...vision_sam3_lite import Sam3LiteVisionModel
 from ...vocabulary_sam3_lite import phrase_features
 from ..basis import Basis, rotation
-from ..depth import layer_maps
+from ..depth import layer_maps, search_layers
 from ..mapper import map_checkpoint
 from ..plan import resolve_dtype
+from ..refit import DETR_ENCODER_SITES, VIT_SITES
 from ..report import MappingReport
 from ..signals import TowerSignals
+from ..text import fits_text, map_with_phrases
 from .detector import PromptBatch, Side, refit_detr_encoder, refit_mask_embedder
 from .images import batches, draw_images, load_pixels
-from .refit import DETR_ENCODER_SITES, VIT_SITES
-from .signals import measure_signals
-from .vision import pyramid_cosines, refit_vision, search_layers, with_layers
+from .vision import measure_vision, pyramid_cosines, refit_vision, with_layers
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +55,7 @@ def calibrate_mapping(
     preset: str | None = None,
     config: Sam3LiteConfig | None = None,
     prompts: Sequence[str] | None = None,
+    text_phrases: Sequence[str] | None = None,
     num_images: int | None = None,
     search_depth: bool = True,
     ridge: float = 1e-2,
@@ -79,6 +81,7 @@ def calibrate_mapping(
         config: sizes of the result, instead of `preset`.
         prompts: phrases that the detector is asked on these images, best the user's own classes. Default: the fixed
             vocabulary of the source, or common nouns if it has none.
+        text_phrases: what a text encoder that becomes smaller is fitted to; see [`map_with_phrases`].
         num_images: how many images to use at most. Default: enough for 50 image tokens per feature of the widest
             fitted layer.
         search_depth: try other choices of ViT layers than evenly spread ones, and keep the one whose pyramid is
@@ -98,14 +101,15 @@ def calibrate_mapping(
 
     Raises:
         ValueError: there are no images, or the sizes cannot be mapped.
-        OSError: an image or the source cannot be read.
+        OSError, ValueError: an image or the source cannot be read.
     """
     where = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, "variant", "text_encoder") if key in kwargs}
     if config is not None and preset is not None:
         raise ValueError("`preset` and `config` both say the sizes of the model: pass one of them.")
     teacher = source
     if not isinstance(source, Sam3LiteModel):
-        teacher = Sam3LiteModel.from_pretrained(source, preset="same", **where)
+        with model_errors(os.fspath(source)):
+            teacher = Sam3LiteModel.from_pretrained(source, preset="same", **where)
     if config is None:
         config = teacher.config.at_preset(preset or "lite", **kwargs)
     elif kwargs:
@@ -122,7 +126,7 @@ def calibrate_mapping(
         hub_arguments = {key: value for key, value in where.items() if key in HUB_ARGUMENTS}
         processor = Sam3LiteProcessor.of_source(source, teacher.config, **hub_arguments)
     return (
-        _Calibration(teacher, processor, label, config, ridge, seed)
+        _Calibration(teacher, processor, label, config, ridge, seed, text_phrases)
         .run(images, prompts or config.vocabulary or PROMPTS, num_images, search_depth, batch_size)
         .to(dtype)
     )
@@ -158,8 +162,10 @@ class _Calibration:
         config: Sam3LiteConfig,
         ridge: float,
         seed: int,
+        text_phrases: Sequence[str] | None,
     ):
         self.teacher, self.processor, self.config, self.ridge, self.seed = teacher, processor, config, ridge, seed
+        self.text_phrases = text_phrases
         self.checkpoint = Checkpoint(label, LoadedTensors(teacher), teacher.config, is_lite=True)
 
     def run(self, images, prompts: Sequence[str], num_images, search_depth: bool, batch_size: int) -> Sam3LiteModel:
@@ -173,13 +179,13 @@ class _Calibration:
         fitted = [batch.to(device) for batch in batches(pixels[held_out:], batch_size)]
         held = [batch.to(device) for batch in batches(pixels[:held_out], batch_size)]
 
-        signals = measure_signals(self.teacher.vision_encoder, fitted)
+        signals = measure_vision(self.teacher.vision_encoder, fitted)
         basis = self._basis(signals)
         kept, tried = self._choose_layers(signals, basis, fitted, held) if search_depth else (None, {})
         model, report = self._map(signals, kept)
         self._refit(model, report, basis, fitted, prompts)
         report.strategy = "calibrated"
-        report.calibration = {
+        report.calibration |= {
             "images": "drawn" if images is None else "given",
             "images_fitted": len(pixels) - held_out,
             "images_held_out": held_out,
@@ -219,9 +225,12 @@ class _Calibration:
         if kept is not None:
             layers[VIT_LAYERS] = kept
         shapes = Sam3LiteModel.parameter_shapes(self.config)
-        state, report = map_checkpoint(
-            self.checkpoint, self.config, shapes, "isometry", vision_signals=signals, layers=layers
-        )
+        sides, options = (self.checkpoint, self.config, shapes), {"vision_signals": signals, "layers": layers}
+        if fits_text(self.checkpoint.config, self.config):
+            tokenizer, device = self.processor.tokenizer, self.teacher.device
+            state, report = map_with_phrases(*sides, tokenizer, self.text_phrases, device=device, **options)
+        else:
+            state, report = map_checkpoint(*sides, "isometry", **options)
         model = Sam3LiteModel(copy.deepcopy(self.config))
         model.load_state_dict(state)
         model.mapping_report = report

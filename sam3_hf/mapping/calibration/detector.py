@@ -5,8 +5,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ...modeling_sam3_lite import Sam3LiteModel, additive_mask
-from .least_squares import LeastSquares
-from .refit import DETR_ENCODER_SITES, Stack, inputs_of, refit_stack
+from ..least_squares import LeastSquares
+from ..refit import DETR_ENCODER_SITES, Stack, inputs_of, refit_stack
 
 
 class PromptBatch(NamedTuple):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .least_squares import LeastSquares
+from ..least_squares import LeastSquares
 
 
 def refit_neck(

@@ -1,15 +1,31 @@
 """The vision encoder of a smaller model: which layers to keep, and their fit to the larger one."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..basis import Basis
+from ..measure import measure_signals
+from ..refit import VIT_SITES, Run, Stack, refit_stack
+from ..signals import TowerSignals
 from .neck import refit_neck
-from .refit import VIT_SITES, Run, Stack, refit_stack
+
+
+def measure_vision(vision: nn.Module, batches: Iterable[Tensor]) -> TowerSignals:
+    """
+    What passes through a vision encoder; see [`measure_signals`].
+
+    Args:
+        vision: [`Sam3LiteVisionModel`] in evaluation mode.
+        batches: `(images, 3, height, width)` each, on any device.
+    """
+    device = next(vision.parameters()).device
+    heads = vision.config.backbone_config.num_attention_heads
+    streams = (lambda batch=batch: vision.backbone(batch.to(device)).last_hidden_state for batch in batches)
+    return measure_signals(vision.backbone.layers, "attention.o_proj", heads, streams)
 
 
 def refit_vision(
@@ -25,14 +41,11 @@ def refit_vision(
         batches: `(images, 3, height, width)`.
     """
 
-    def write(stream: Tensor) -> Tensor:
-        return basis.write(stream.movedim(-1, 0).flatten(1)).T.unflatten(0, stream.shape[:-1])
-
     sides = [
         Stack(side.backbone.layers, layer_runner(side.backbone), [embed(side, batch) for batch in batches])
         for side in (vision, teacher)
     ]
-    refit_stack(*sides, kept, VIT_SITES, write, ridge)
+    refit_stack(*sides, kept, VIT_SITES, basis.write_stream, ridge)
     maps, teacher_maps = ([stream.movedim(-1, 1) for stream in side.streams] for side in sides)
     refit_neck(vision.neck, teacher.neck, maps, teacher_maps, ridge)
 
@@ -75,41 +88,3 @@ def with_layers(vision: nn.Module, kept: list[int]) -> nn.Module:
         vision.backbone.layers = layers
     smaller.backbone.layers = nn.ModuleList([copy.deepcopy(layers[i]) for i in kept])
     return smaller
-
-
-def search_layers(
-    start: list[int], types: list[bool], score: Callable[[list[int]], float]
-) -> tuple[list[int], dict[tuple[int, ...], float]]:
-    """
-    Hill climbing: exchanges a kept layer for a dropped one of its type as long as the score rises.
-
-    Args:
-        start: layers to keep at first, in order.
-        types: of all layers: whether attention is global.
-        score: of a choice; higher is better.
-
-    Returns:
-        The best choice, and the scores of all that were tried.
-    """
-    best = tuple(start)
-    tried = {best: score(list(best))}
-    improved = True
-    while improved:
-        improved = False
-        for choice in _neighbours(best, types):
-            if choice not in tried:
-                tried[choice] = score(list(choice))
-            if tried[choice] > tried[best]:
-                best, improved = choice, True
-                break
-    return list(best), tried
-
-
-def _neighbours(kept: tuple[int, ...], types: list[bool]) -> Iterator[tuple[int, ...]]:
-    """Choices that differ in one layer, where the sequence of types stays the same."""
-    for position, layer in enumerate(kept):
-        low = kept[position - 1] if position else -1
-        high = kept[position + 1] if position + 1 < len(kept) else len(types)
-        for other in range(low + 1, high):
-            if other != layer and types[other] == types[layer]:
-                yield (*kept[:position], other, *kept[position + 1 :])

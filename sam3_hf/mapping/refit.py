@@ -18,6 +18,7 @@ class Site(NamedTuple):
 
 
 VIT_SITES = (Site("attention.o_proj", "layer_norm2"), Site("mlp.fc2", None))
+CLIP_SITES = (Site("self_attn.out_proj", "layer_norm2"), Site("mlp.fc2", None))
 DETR_ENCODER_SITES = (
     Site("self_attn.o_proj", "layer_norm2"),
     Site("cross_attn.o_proj", "layer_norm3"),

@@ -1,11 +1,11 @@
-"""What passes through a vision encoder, measured on images."""
+"""What passes through a tower, measured while it runs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from ..signals import LayerSignals, Stream, TowerSignals
+from .signals import LayerSignals, Stream, TowerSignals
 
 
 class Moments:
@@ -52,19 +52,21 @@ class Spread:
 
 
 @torch.no_grad()
-def measure_signals(vision: nn.Module, batches: Iterable[Tensor]) -> TowerSignals:
+def measure_signals(
+    layers: nn.ModuleList, out_proj: str, heads: int, streams: Iterable[Callable[[], Tensor]]
+) -> TowerSignals:
     """
-    Runs a vision encoder and records its residual stream, heads and MLP neurons.
+    Records the residual stream, heads and MLP neurons of a tower.
 
     Args:
-        vision: [`Sam3LiteVisionModel`] in evaluation mode.
-        batches: `(images, 3, height, width)` each, on any device.
+        layers: of the tower, in evaluation mode.
+        out_proj: name in a layer of what adds the heads to the stream.
+        heads: of a layer.
+        streams: each runs the tower on some inputs, and returns the stream behind the last layer.
     """
-    layers = vision.backbone.layers
-    width = vision.config.backbone_config.hidden_size
-    heads = vision.config.backbone_config.num_attention_heads
+    width = layers[0].layer_norm1.normalized_shape[0]
     final, normalized = Moments(width), torch.zeros(width, width, dtype=torch.float64)
-    values = [Moments(width) for _ in layers]
+    values = [Moments(layer.get_submodule(out_proj).in_features) for layer in layers]
     neurons = [Spread(layer.mlp.fc2.in_features) for layer in layers]
     tokens = 0
 
@@ -81,25 +83,25 @@ def measure_signals(vision: nn.Module, batches: Iterable[Tensor]) -> TowerSignal
         hooks += [
             layer.layer_norm1.register_forward_pre_hook(lambda _, args: record_stream(args[0])),
             layer.layer_norm2.register_forward_pre_hook(lambda _, args: record_stream(args[0])),
-            layer.attention.o_proj.register_forward_pre_hook(lambda _, args, value=value: value.add(args[0])),
+            layer.get_submodule(out_proj).register_forward_pre_hook(lambda _, args, value=value: value.add(args[0])),
             layer.mlp.fc2.register_forward_pre_hook(lambda _, args, neuron=neuron: neuron.add(args[0])),
         ]
-    device = next(vision.parameters()).device
     try:
-        for batch in batches:
-            stream = vision.backbone(batch.to(device)).last_hidden_state
+        for run in streams:
+            stream = run()
             record_stream(stream)
             final.add(stream)
     finally:
         for hook in hooks:
             hook.remove()
-    signals = [_layer_signals(*parts, heads) for parts in zip(layers, values, neurons, strict=True)]
+    signals = [_layer_signals(*parts, out_proj, heads) for parts in zip(layers, values, neurons, strict=True)]
     return TowerSignals((normalized / tokens).float(), signals, final.stream)
 
 
-def _layer_signals(layer: nn.Module, value: Moments, neuron: Spread, heads: int) -> LayerSignals:
+def _layer_signals(layer: nn.Module, value: Moments, neuron: Spread, out_proj: str, heads: int) -> LayerSignals:
     """Scores are the energies that a head or neuron adds to the stream around its mean, which goes into a bias."""
-    out = layer.attention.o_proj.weight.detach().float().cpu().unflatten(1, (heads, -1)).movedim(1, 0)
+    weight = layer.get_submodule(out_proj).weight.detach().float().cpu()
+    out = weight.unflatten(1, (heads, -1)).movedim(1, 0)
     stream = value.stream
     blocks = stream.covariance.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))  # (heads, d, heads, d)
     own = torch.stack([blocks[head, :, head] for head in range(heads)])
