@@ -4,6 +4,7 @@ import typer
 
 from .commands.convert import convert
 from .commands.evaluate import evaluate
+from .commands.export import export
 from .commands.info import info
 from .commands.label import label
 from .commands.predict import predict
@@ -20,6 +21,7 @@ def main():
 
 app.command()(convert)
 app.command()(evaluate)
+app.command()(export)
 app.command()(info)
 app.command()(label)
 app.command()(predict)
