@@ -2,21 +2,25 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import micro_config, run, shake
+from conftest import HUNG, micro_config, run, shake
 from PIL import Image
 
 from sam3_hf import Prompt, Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.exporting import export as exporting
+from sam3_hf.exporting.calibration import Calibration
 from sam3_hf.exporting.export import export_model
 from sam3_hf.exporting.folder import EXPORT_FILE
 from sam3_hf.exporting.opening import open_export
+from sam3_hf.exporting.quantize import stays_float
 from sam3_hf.rle import ious
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +52,7 @@ def answers(model, pixels: torch.Tensor, asked: dict):
     mask = asked["attention_mask"]
     vision = model.get_vision_features(pixels.to(model.dtype))
     asked["text_embeds"] = model.get_text_features(asked.pop("input_ids"), mask).pooler_output
-    return model(vision_embeds=vision, **asked), model.find(vision, **asked, threshold=0.2, max_detections=5)
+    return model(vision_embeds=vision, **asked), model.find(vision, **asked, threshold=0.0, max_detections=5)
 
 
 def differences(first, second) -> dict[str, float]:
@@ -295,3 +299,125 @@ def test_what_cannot_be_exported_is_said_in_one_line(small, tmp_path, options, m
 def test_what_an_exported_model_cannot_be_asked_for(exported, argument, value):
     with pytest.raises(ValueError, match=argument):
         Sam3LitePipeline.from_pretrained(exported, **{argument: value})
+
+
+def test_openvino_gives_the_same(small, graphs_at_once, picture, tmp_path):
+    export_model(small, tmp_path / "ov", format="openvino")
+    assert {path.suffix for path in tmp_path.glob("ov/*")} & {".onnx", ".data"} == set()
+    model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
+    assert_equal_in_float32(open_export(tmp_path / "ov")[0], model, with_boxes=True)
+    first, second = (Sam3LitePipeline.from_pretrained(folder, device="cpu") for folder in (tmp_path / "ov", small))
+    same(*(pipe(picture, WORDS, threshold=0.1, max_detections=9) for pipe in (first, second)))
+    with pytest.raises(ValueError, match="dtype"):
+        Sam3LitePipeline.from_pretrained(tmp_path / "ov", dtype="float16")
+    shutil.copyfile(small / "config.json", tmp_path / "ov" / "vision.bin")
+    with pytest.raises(OSError, match="vision.bin has"):
+        open_export(tmp_path / "ov")
+
+
+def test_an_openvino_that_is_too_old_is_said(small, tmp_path, monkeypatch):
+    import openvino
+
+    monkeypatch.setattr(openvino, "__version__", "2023.3.0-13775")
+    result = run("export", small, tmp_path / "out", "--format", "openvino")
+    assert result.exit_code == 1 and "openvino 2023.3.0-13775 is too old, 2025.0 is needed" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxruntime"])
+def test_what_is_not_installed_is_said(small, exported, picture, tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    command = ["export", small, tmp_path / "out"]
+    if name == "onnxruntime":
+        command = ["predict", picture, "--model", exported, "--output", tmp_path / "out", "--prompt", "cat"]
+    result = run(*command)
+    assert result.exit_code == 1 and f"{name} is not installed" in result.stderr and "sam3-hf[export]" in result.stderr
+
+
+@pytest.mark.parametrize("precision", ["int8-weights", "int8"])
+def test_int8_is_a_third_of_the_size_and_near(small, exported, graphs_at_once, picture, tmp_path, precision):
+    options = ["--precision", precision]
+    if precision == "int8":
+        options += ["--calibration-images", picture.parent, "--calibration-prompt", "cat"]
+    result = run("export", small, tmp_path / "int8", *options)
+    assert result.exit_code == 0, result.output
+    sizes = [sum(path.stat().st_size for path in folder.glob("*.onnx")) for folder in (tmp_path / "int8", exported)]
+    assert sizes[0] < 0.5 * sizes[1]  # of so small a model; weights are a quarter
+    pixels = images(open_export(exported)[0])
+    for with_boxes in (False, True):
+        (result, _), (expected, _) = (
+            answers(open_export(folder)[0], pixels, prompts(with_boxes)) for folder in (tmp_path / "int8", exported)
+        )
+        apart = differences(result, expected)
+        assert 0 < apart["pred_logits"] < 0.3 and apart["pred_boxes"] < 0.1, apart
+
+
+def test_what_stays_in_float(small, graphs_at_once, picture, tmp_path):
+    """Norms, softmax, products of activations, and what `FLOAT_ACTIVATIONS` names read no int8."""
+    export_model(small, tmp_path / "int8", precision="int8", calibration=Calibration(picture.parent, ["cat"]))
+    for path in (tmp_path / "int8").glob("*.onnx"):
+        graph = onnx.load(path).graph
+        makers = {output: node for node in graph.node for output in node.output}
+        constants = {tensor.name for tensor in graph.initializer}
+
+        def is_int8(name: str) -> bool:
+            maker = makers.get(name)  # noqa: B023
+            return maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] not in constants  # noqa: B023
+
+        seen = set()
+        for node in graph.node:
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear") or not any(map(is_int8, node.input)):
+                continue
+            seen.add(node.op_type)
+            assert not stays_float(node.name), node.name
+        assert seen <= {"MatMul", "Conv", "Add", "Reshape", "Transpose"}, (path.name, seen)
+    vision = onnx.load(tmp_path / "int8" / "vision.onnx").graph
+    assert sum(node.op_type == "QuantizeLinear" for node in vision.node) > 10
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory) -> Path:
+    """The Python of an environment with the libraries of the example and no others."""
+    folder = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=HUNG)
+    (packages,) = folder.glob("lib*/python3*/site-packages")
+    wanted = ("onnxruntime", "numpy", "numpy.libs", "PIL", "pillow.libs", "tokenizers")
+    wanted += ("google", "flatbuffers", "packaging", "sympy", "mpmath", "coloredlogs", "humanfriendly")
+    theirs = Path(np.__file__).parents[1]
+    for name in wanted:
+        if (theirs / name).exists():
+            (packages / name).symlink_to(theirs / name)
+    return next(folder.glob("bin/python"))
+
+
+def test_the_example_runs_without_torch(exported, picture, tmp_path, without_torch):
+    example = ROOT / "examples" / "onnx_without_torch.py"
+    assert len(example.read_text().splitlines()) <= 80
+    folder = tmp_path / "folder"
+    shutil.copytree(exported, folder)
+    change(folder, "thresholds", {"score": 0.1, "mask": 0.5, "nms_iou": 0.7})
+    environment = {"PATH": "", "HOME": str(tmp_path)}
+    asked = {"text": True, "timeout": HUNG, "env": environment, "capture_output": True}
+    assert "No module named 'torch'" in subprocess.run([without_torch, "-c", "import torch"], **asked).stderr
+    command = [without_torch, example, folder, picture, tmp_path / "found.json", tmp_path / "overlay.png", *WORDS]
+    finished = subprocess.run(command, **asked)
+    assert finished.returncode == 0, finished.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    expected = Sam3LitePipeline.from_pretrained(exported)(picture, WORDS, threshold=0.1, nms_iou=None)
+    assert abs(len(found) - len(expected)) <= 2 and len(found) > 3
+    scores = [one["score"] for one in found]
+    assert scores == sorted(scores, reverse=True)
+    assert np.allclose(scores[:3], expected.scores[:3], atol=0.01)  # another resampling of the picture
+    overlay = np.asarray(Image.open(tmp_path / "overlay.png"))
+    assert overlay.shape == (70, 90, 3) and (overlay != np.asarray(Image.open(picture))).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_boxes", [False, True], ids=["words", "boxes"])
+def test_fp16_is_as_near_as_half_in_pytorch(small, tmp_path, with_boxes):
+    export_model(small, tmp_path / "half", precision="fp16")
+    model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
+    half = Sam3LiteModel.from_pretrained(small, dtype=torch.float16)
+    pixels, asked = images(model), prompts(with_boxes)
+    exact, ours, theirs = (answers(one, pixels, asked)[0] for one in (model, open_export(tmp_path / "half")[0], half))
+    apart, allowed = differences(ours, exact), differences(theirs, exact)
+    assert all(apart[name] <= 2 * allowed[name] + 1e-4 for name in apart), (apart, allowed)

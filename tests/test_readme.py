@@ -63,10 +63,10 @@ NOT_RUN = {
         "installs: test_what_make_stands_for"
     ),
     "OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal": "runs this test: test_what_make_stands_for",
-    "sam3-lite export outputs/demo/final deployed": "traces for minutes: tests/test_exporting.py",
+    "sam3-lite export outputs/demo/final deployed": "traces for minutes: test_exporting.py",
     "sam3-lite export outputs/demo/final deployed-int8 --precision int8 --calibration-images path/to/images"
-    ' --calibration-prompt "striped square"': "traces for minutes: tests/test_exporting.py",
-    "sam3-lite export outputs/demo/final deployed-fp16 --precision fp16": "traces for minutes: tests/test_exporting.py",
+    ' --calibration-prompt "striped square"': "traces for minutes: test_exporting.py",
+    "sam3-lite export outputs/demo/final deployed-fp16 --precision fp16": "traces for minutes: test_exporting.py",
     "trtexec --onnx=deployed-fp16/vision.onnx --fp16 --shapes=pixel_values:1x3x1008x1008 --saveEngine=vision.plan": (
         "needs TensorRT"
     ),
