@@ -63,10 +63,13 @@ def source_of(row: tuple[str, str, str], arguments: argparse.Namespace) -> Path:
         return saved
     stored = "fp32" if precision == "bf16" else precision
     exported = saved.with_name(f"{saved.name}-{runtime}-{stored}")
-    if not exported.exists():
-        pictures = sorted((arguments.folder / "pictures" / "train").glob("*.jpg"))
-        calibration = Calibration(pictures, list(CONCEPTS), CALIBRATION_IMAGES) if stored == "int8" else None
-        export_model(saved, exported, format=runtime, precision=stored, calibration=calibration)
+    if exported.exists():
+        return exported
+    if (runtime, stored) != ("onnx", "fp32"):  # all else is made of those graphs
+        saved = source_of((model, "onnx", "fp32"), arguments)
+    pictures = sorted((arguments.folder / "pictures" / "train").glob("*.jpg"))
+    calibration = Calibration(pictures, list(CONCEPTS), CALIBRATION_IMAGES) if stored == "int8" else None
+    export_model(saved, exported, format=runtime, precision=stored, calibration=calibration)
     return exported
 
 

@@ -99,12 +99,6 @@ def exported(small, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def graphs_at_once(exported, monkeypatch):
-    """Further exports of the same weights take the graphs of the first, which took half a minute to trace."""
-    monkeypatch.setattr(exporting, "write_onnx", lambda graph, path: shutil.copyfile(exported / path.name, path))
-
-
-@pytest.fixture
 def picture(tmp_path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
@@ -146,7 +140,9 @@ def test_nothing_found_is_no_error(exported, picture):
     assert len(found) == 0 and found.masks.shape == (0, 70, 90)
 
 
-def test_a_fixed_vocabulary_has_no_text_graph(small, graphs_at_once, picture, tmp_path):
+def test_a_fixed_vocabulary_has_no_text_graph(small, exported, picture, tmp_path, monkeypatch):
+    # The graphs are the same but for that of the text, and took half a minute to trace.
+    monkeypatch.setattr(exporting, "write_onnx", lambda graph, path: shutil.copyfile(exported / path.name, path))
     model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
     model.freeze_vocabulary(WORDS, Sam3LiteProcessor.from_pretrained(small)).save_pretrained(tmp_path / "fixed")
     Sam3LiteProcessor.from_pretrained(small).save_pretrained(tmp_path / "fixed")
@@ -295,14 +291,20 @@ def test_what_cannot_be_exported_is_said_in_one_line(small, tmp_path, options, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("options", [["--precision", "fp16"], ["--image-size", "128"]])
+def test_what_cannot_be_made_of_graphs_is_said_in_one_line(exported, tmp_path, options):
+    result = run("export", exported, tmp_path / "out", *options)
+    assert result.exit_code == 1 and "holds graphs for onnx in fp32" in result.stderr, result.output
+
+
 @pytest.mark.parametrize(("argument", "value"), [("dtype", "float16"), ("image_size", 128), ("preset", "lite")])
 def test_what_an_exported_model_cannot_be_asked_for(exported, argument, value):
     with pytest.raises(ValueError, match=argument):
         Sam3LitePipeline.from_pretrained(exported, **{argument: value})
 
 
-def test_openvino_gives_the_same(small, graphs_at_once, picture, tmp_path):
-    export_model(small, tmp_path / "ov", format="openvino")
+def test_openvino_gives_the_same(small, exported, picture, tmp_path):
+    export_model(exported, tmp_path / "ov", format="openvino")
     assert {path.suffix for path in tmp_path.glob("ov/*")} & {".onnx", ".data"} == set()
     model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
     assert_equal_in_float32(open_export(tmp_path / "ov")[0], model, with_boxes=True)
@@ -334,11 +336,11 @@ def test_what_is_not_installed_is_said(small, exported, picture, tmp_path, monke
 
 
 @pytest.mark.parametrize("precision", ["int8-weights", "int8"])
-def test_int8_is_a_third_of_the_size_and_near(small, exported, graphs_at_once, picture, tmp_path, precision):
+def test_int8_is_smaller_and_near(exported, picture, tmp_path, precision):
     options = ["--precision", precision]
     if precision == "int8":
         options += ["--calibration-images", picture.parent, "--calibration-prompt", "cat"]
-    result = run("export", small, tmp_path / "int8", *options)
+    result = run("export", exported, tmp_path / "int8", *options)
     assert result.exit_code == 0, result.output
     sizes = [sum(path.stat().st_size for path in folder.glob("*.onnx")) for folder in (tmp_path / "int8", exported)]
     assert sizes[0] < 0.5 * sizes[1]  # of so small a model; weights are a quarter
@@ -351,9 +353,9 @@ def test_int8_is_a_third_of_the_size_and_near(small, exported, graphs_at_once, p
         assert 0 < apart["pred_logits"] < 0.3 and apart["pred_boxes"] < 0.1, apart
 
 
-def test_what_stays_in_float(small, graphs_at_once, picture, tmp_path):
+def test_what_stays_in_float(exported, picture, tmp_path):
     """Norms, softmax, products of activations, and what `FLOAT_ACTIVATIONS` names read no int8."""
-    export_model(small, tmp_path / "int8", precision="int8", calibration=Calibration(picture.parent, ["cat"]))
+    export_model(exported, tmp_path / "int8", precision="int8", calibration=Calibration(picture.parent, ["cat"]))
     for path in (tmp_path / "int8").glob("*.onnx"):
         graph = onnx.load(path).graph
         makers = {output: node for node in graph.node for output in node.output}

@@ -67,6 +67,7 @@ NOT_RUN = {
     "sam3-lite export outputs/demo/final deployed-int8 --precision int8 --calibration-images path/to/images"
     ' --calibration-prompt "striped square"': "traces for minutes: test_exporting.py",
     "sam3-lite export outputs/demo/final deployed-fp16 --precision fp16": "traces for minutes: test_exporting.py",
+    "sam3-lite export deployed deployed-openvino --format openvino": "needs what was not run: test_exporting.py",
     "trtexec --onnx=deployed-fp16/vision.onnx --fp16 --shapes=pixel_values:1x3x1008x1008 --saveEngine=vision.plan": (
         "needs TensorRT"
     ),

@@ -12,7 +12,7 @@ from .errors import model_errors, one_line_errors
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, or Meta's .pt file.")],
+    model: Annotated[str, typer.Argument(help="Hub id, folder (also of graphs for onnx in fp32), or .pt of Meta's.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     format: Annotated[Literal["onnx", "openvino"], typer.Option(help="For which runtime.")] = "onnx",
     precision: Annotated[

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..configuration_sam3_lite import VISUAL_PHRASE
+from ..configuration_sam3_lite import VISUAL_PHRASE, Sam3LiteConfig
 from ..files import asset_lines
 from ..mapping.calibration.images import load_pixels
 from ..vocabulary_sam3_lite import phrase_features
@@ -41,13 +41,14 @@ class Calibration:
     seed: int = 0
 
     @torch.no_grad()
-    def samples(self, folder: Path, names: list[str], model, processor) -> dict[str, list[dict[str, np.ndarray]]]:
+    def samples(
+        self, folder: Path, names: list[str], config: Sam3LiteConfig, processor
+    ) -> dict[str, list[dict[str, np.ndarray]]]:
         """
         Args:
             folder: of the graphs in float32.
             names: of the graphs.
-            model: that they were made of.
-            processor: of the model.
+            config, processor: of the model that they were made of.
 
         Returns:
             {graph: its inputs, once per call}.
@@ -57,8 +58,8 @@ class Calibration:
             OSError: a picture cannot be read.
         """
         pixels = load_pixels(self.images, self.count, processor, self.seed)
-        recorder = _Recorder(Export(folder, {"format": "onnx"}, model.config))
-        phrases = self.prompts or model.config.vocabulary or asset_lines("everyday_nouns.txt")[:_DEFAULT_PHRASES]
+        recorder = _Recorder(Export(folder, {"format": "onnx"}, config))
+        phrases = self.prompts or config.vocabulary or asset_lines("everyday_nouns.txt")[:_DEFAULT_PHRASES]
         features, masks = phrase_features(recorder, processor, list(phrases))
         visual, visual_mask = phrase_features(recorder, processor, [VISUAL_PHRASE])
         for number, picture in enumerate(pixels):

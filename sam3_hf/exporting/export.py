@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..configuration_sam3_lite import BOX_PADDING_LABEL, context_length
+from ..configuration_sam3_lite import BOX_PADDING_LABEL, Sam3LiteConfig, context_length
 from ..files import write_folder
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..presets_sam3_lite import LITE_TEXT
@@ -22,6 +24,7 @@ from ..sharing.model_card import (
     SAM_LICENSE,
     SAM_LICENSE_TEXT,
     Origin,
+    folder_origin,
     origin_of,
     versions,
 )
@@ -30,11 +33,22 @@ from .build import OPSET, write_onnx
 from .calibration import Calibration
 from .card import write_export_card
 from .engines import import_onnxruntime, import_openvino
-from .folder import EXPORT_FILE, LAYOUT, SUFFIXES, VOCABULARY_FILE, record_files
+from .folder import EXPORT_FILE, LAYOUT, SUFFIXES, VOCABULARY_FILE, Export, is_export, read_export, record_files
 from .graphs import graphs_of
+from .intermediate import convert_graphs
+from .quantize import quantize_activations, quantize_weights
 
 PRECISIONS = ("fp32", "fp16", "int8-weights", "int8")
 _THRESHOLDS = {"score": 0.3, "mask": 0.5, "nms_iou": 0.7}  # those of `PredictionSettings`
+
+
+class Source(NamedTuple):
+    """What graphs in float are made of, or copied from."""
+
+    config: Sam3LiteConfig
+    processor: Sam3LiteProcessor
+    origin: Origin
+    write: Callable[[Path], list[str]]  # the graphs, and a fixed vocabulary; returns the names of the graphs
 
 
 def export_model(
@@ -51,7 +65,8 @@ def export_model(
     Writes the graphs of a model, and what lies beside them, into a folder: whole or not at all.
 
     Args:
-        source: what [`~Sam3LiteModel.from_pretrained`] takes. Sizes stay those of the source.
+        source: what [`~Sam3LiteModel.from_pretrained`] takes, whose sizes stay; or what this function wrote for "onnx"
+            in "fp32", which saves the minutes that tracing takes.
         target: replaced if there is one.
         format: "onnx" or "openvino".
         precision: "fp32", "fp16", "int8-weights" (weights in int8, arithmetic in float), or "int8".
@@ -66,26 +81,56 @@ def export_model(
         ImportError: a library of the extra `export` is missing or too old.
     """
     _check_choices(format, precision, calibration)
-    dtype = torch.float16 if precision == "fp16" else torch.float32
+    if is_export(source):
+        start = _from_export(read_export(source), precision, image_size)
+    else:
+        start = _from_model(source, torch.float16 if precision == "fp16" else torch.float32, image_size, hub_arguments)
+
+    def write(folder: Path) -> None:
+        names = start.write(folder)
+        if precision.startswith("int8"):
+            _quantize(folder, names, start, precision, calibration)
+        if format == "openvino":
+            convert_graphs(folder, names)
+        _write_rest(folder, names, start, format, precision)
+
+    write_folder(Path(target), write)
+
+
+def _from_model(source, dtype: torch.dtype, image_size: int | None, hub_arguments: dict) -> Source:
     size = {} if image_size is None else {"image_size": image_size}
     # Attention as plain operators: fused, a ViT in FP16 loses its precision in TensorRT.
     model = Sam3LiteModel.from_pretrained(
         source, preset="same", dtype=dtype, attn_implementation="eager", **size, **hub_arguments
     ).eval()
     processor = Sam3LiteProcessor.of_source(source, model.config, **hub_arguments)
-    origin = origin_of(source, **hub_arguments)
 
-    def write(folder: Path) -> None:
-        names = _write_graphs(model, folder)
-        if precision.startswith("int8"):
-            _quantize(folder, names, model, processor, precision, calibration)
-        if format == "openvino":
-            from .intermediate import convert_graphs
+    def write(folder: Path) -> list[str]:
+        graphs = graphs_of(model)
+        for name, graph in graphs.items():
+            write_onnx(graph, folder / f"{name}.onnx")
+        if model.vocabulary is not None:
+            arrays = {name: tensor.numpy() for name, tensor in model.vocabulary.state_dict().items()}
+            np.savez(folder / VOCABULARY_FILE, **arrays)
+        return list(graphs)
 
-            convert_graphs(folder, names)
-        _write_rest(folder, names, model, processor, format, precision, origin)
+    return Source(model.config, processor, origin_of(source, **hub_arguments), write)
 
-    write_folder(Path(target), write)
+
+def _from_export(export: Export, precision: str, image_size: int | None) -> Source:
+    if (export.format, export.precision) != ("onnx", "fp32") or precision == "fp16" or image_size is not None:
+        raise ValueError(
+            f"{export.folder} holds graphs for {export.format} in {export.precision}: from those for onnx in fp32, "
+            "other formats and int8 can be made, and nothing else; export the model itself."
+        )
+
+    def write(folder: Path) -> list[str]:
+        for name in export.facts["files"]:
+            shutil.copyfile(export.folder / name, folder / name)
+        return list(export.facts["graphs"])
+
+    processor = Sam3LiteProcessor.of_source(export.folder, export.config)
+    return Source(export.config, processor, folder_origin(export.folder), write)
 
 
 def _check_choices(format: str, precision: str, calibration: Calibration | None) -> None:
@@ -108,31 +153,19 @@ def _check_choices(format: str, precision: str, calibration: Calibration | None)
             raise ImportError(f"{name} is not installed, which exports need: pip install 'sam3-hf[export]'") from error
 
 
-def _write_graphs(model: Sam3LiteModel, folder: Path) -> list[str]:
-    names = []
-    for name, graph in graphs_of(model).items():
-        write_onnx(graph, folder / f"{name}.onnx")
-        names.append(name)
-    if model.vocabulary is not None:
-        arrays = {name: tensor.numpy() for name, tensor in model.vocabulary.state_dict().items()}
-        np.savez(folder / VOCABULARY_FILE, **arrays)
-    return names
-
-
-def _quantize(folder: Path, names: list[str], model, processor, precision: str, calibration) -> None:
-    from .quantize import quantize_activations, quantize_weights
-
+def _quantize(folder: Path, names: list[str], start: Source, precision: str, calibration: Calibration | None) -> None:
     if precision == "int8-weights":
         for name in names:
             quantize_weights(folder / f"{name}.onnx")
         return
-    for name, samples in calibration.samples(folder, names, model, processor).items():
+    for name, samples in calibration.samples(folder, names, start.config, start.processor).items():
         quantize_activations(folder / f"{name}.onnx", samples)
 
 
-def _write_rest(folder: Path, names: list[str], model, processor, format: str, precision: str, origin: Origin) -> None:
+def _write_rest(folder: Path, names: list[str], start: Source, format: str, precision: str) -> None:
     """The JSON, the tokenizer, the card and, where the weights derive from SAM 3, its licence."""
-    files, images, config = record_files(folder), processor.image_processor, model.config
+    config, processor, origin, _ = start
+    files, images = record_files(folder), processor.image_processor
     facts = {
         "layout": LAYOUT,
         "format": format,
