@@ -12,13 +12,17 @@ import pytest
 import torch
 from conftest import HUNG, micro_config, run, shake
 from PIL import Image
+from test_text_encoders import PHRASES, lite_text_model
 
 from sam3_hf import Prompt, Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.exporting import export as exporting
+from sam3_hf.exporting.build import write_onnx
 from sam3_hf.exporting.calibration import Calibration
 from sam3_hf.exporting.export import export_model
-from sam3_hf.exporting.folder import EXPORT_FILE
+from sam3_hf.exporting.folder import EXPORT_FILE, Export
+from sam3_hf.exporting.graphs import graphs_of
+from sam3_hf.exporting.model import ExportedModel
 from sam3_hf.exporting.opening import open_export
 from sam3_hf.exporting.quantize import stays_float
 from sam3_hf.rle import ious
@@ -156,6 +160,21 @@ def test_a_fixed_vocabulary_has_no_text_graph(small, exported, picture, tmp_path
         pipes[0](picture, "dog")
 
 
+@pytest.mark.parametrize("kind", ["s0", pytest.param("s1", marks=pytest.mark.slow)])
+def test_text_encoders_that_see_padding_are_those_of_pytorch(kind, tmp_path):
+    model = lite_text_model(kind)
+    model.set_attn_implementation("eager")
+    write_onnx(graphs_of(model)["text"], tmp_path / "text.onnx")
+    exported = ExportedModel(Export(tmp_path, {"format": "onnx"}, model.config))
+    tokens = Sam3LiteProcessor.from_config(model.config)(text=PHRASES)
+    longest = int(tokens["attention_mask"].sum(1).max())
+    for length in (longest, None):
+        ids, mask = (tokens[name][:, :length] for name in ("input_ids", "attention_mask"))
+        with torch.no_grad():
+            found, expected = (one.get_text_features(ids, mask).pooler_output for one in (exported, model))
+        torch.testing.assert_close(found[mask != 0], expected[mask != 0], atol=1e-4, rtol=1e-4)
+
+
 def test_commands_take_it(small, exported, picture, tmp_path):
     told = run("info", exported)
     assert told.exit_code == 0 and "onnx in fp32" in told.output and "detector" in told.output
@@ -222,7 +241,7 @@ def test_it_is_written_whole_or_not_at_all(small, tmp_path, monkeypatch):
     result = run("export", small, tmp_path / "old")
     assert result.exit_code == 1 and "exists" in result.stderr and not written
     result = run("export", small, tmp_path / "old", "--overwrite")
-    assert result.exit_code == 1 and "disk is full" in result.stderr and result.stderr.count("\n") == 1
+    assert result.exit_code == 1 and result.stderr.endswith("the disk is full: make space\n"), result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["old"] and (tmp_path / "old" / "kept").exists()
 
 
@@ -238,7 +257,7 @@ def test_it_is_written_whole_or_not_at_all(small, tmp_path, monkeypatch):
         (lambda folder: (folder / EXPORT_FILE).write_text("{"), "is no JSON"),
         (lambda folder: change(folder, "layout", 99), "has layout 99, this version of sam3-hf reads 1"),
         (lambda folder: change(folder, "format", "mnn"), "`format` 'mnn' is none of onnx, openvino"),
-        (lambda folder: change(folder, "graphs", None), "lacks `graphs`"),
+        (lambda folder: change(folder, "graphs"), "lacks `graphs`"),
         (lambda folder: change(folder, "format", "openvino"), "does not know boxes.xml"),
         (lambda folder: rewrite(folder, b"no graph"), "it is damaged or another program's"),
         (lambda folder: newer(folder), "has a newer operator set than onnxruntime"),
@@ -255,11 +274,11 @@ def test_bad_folders_are_named_in_one_line(exported, picture, tmp_path, damage, 
     assert not (tmp_path / "out" / "predictions").exists()
 
 
-def change(folder: Path, key: str, value):
-    """Another value in the JSON; None takes it out."""
+def change(folder: Path, key: str, value=None):
+    """Another value in the JSON; without one the key goes."""
     facts = json.loads((folder / EXPORT_FILE).read_text())
-    facts[key] = value
-    facts = {name: value for name, value in facts.items() if value is not None}
+    facts.pop(key)
+    facts |= {} if value is None else {key: value}
     (folder / EXPORT_FILE).write_text(json.dumps(facts))
 
 
@@ -344,34 +363,34 @@ def test_int8_is_smaller_and_near(exported, picture, tmp_path, precision):
     assert result.exit_code == 0, result.output
     sizes = [sum(path.stat().st_size for path in folder.glob("*.onnx")) for folder in (tmp_path / "int8", exported)]
     assert sizes[0] < 0.5 * sizes[1]  # of so small a model; weights are a quarter
-    pixels = images(open_export(exported)[0])
+    exact, ours = (open_export(folder)[0] for folder in (exported, tmp_path / "int8"))
+    pixels = images(exact).clamp(-1, 1)
     for with_boxes in (False, True):
-        (result, _), (expected, _) = (
-            answers(open_export(folder)[0], pixels, prompts(with_boxes)) for folder in (tmp_path / "int8", exported)
-        )
+        (result, _), (expected, _) = (answers(model, pixels, prompts(with_boxes)) for model in (ours, exact))
         apart = differences(result, expected)
-        assert 0 < apart["pred_logits"] < 0.3 and apart["pred_boxes"] < 0.1, apart
+        assert 0 < apart["pred_logits"] < 0.6 and apart["pred_boxes"] < 0.1, apart
 
 
 def test_what_stays_in_float(exported, picture, tmp_path):
-    """Norms, softmax, products of activations, and what `FLOAT_ACTIVATIONS` names read no int8."""
+    """Norms, softmax, products of two activations, and what `FLOAT_ACTIVATIONS` names."""
     export_model(exported, tmp_path / "int8", precision="int8", calibration=Calibration(picture.parent, ["cat"]))
     for path in (tmp_path / "int8").glob("*.onnx"):
         graph = onnx.load(path).graph
         makers = {output: node for node in graph.node for output in node.output}
         constants = {tensor.name for tensor in graph.initializer}
 
-        def is_int8(name: str) -> bool:
-            maker = makers.get(name)  # noqa: B023
-            return maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] not in constants  # noqa: B023
+        def is_int8(name: str, makers=makers, constants=constants) -> bool:
+            """Whether a tensor is an activation that was rounded to int8."""
+            maker = makers.get(name)
+            return maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] not in constants
 
-        seen = set()
         for node in graph.node:
-            if node.op_type in ("QuantizeLinear", "DequantizeLinear") or not any(map(is_int8, node.input)):
-                continue
-            seen.add(node.op_type)
-            assert not stays_float(node.name), node.name
-        assert seen <= {"MatMul", "Conv", "Add", "Reshape", "Transpose"}, (path.name, seen)
+            if node.op_type in ("Softmax", "LayerNormalization"):
+                assert not any(map(is_int8, node.input)), node.name
+            elif node.op_type in ("MatMul", "Conv") and any(map(is_int8, node.input)):
+                weight = makers.get(node.input[1])
+                assert weight.op_type == "DequantizeLinear" and weight.input[0] in constants, node.name
+                assert not stays_float(node.name), node.name
     vision = onnx.load(tmp_path / "int8" / "vision.onnx").graph
     assert sum(node.op_type == "QuantizeLinear" for node in vision.node) > 10
 
@@ -381,7 +400,7 @@ def without_torch(tmp_path_factory) -> Path:
     """The Python of an environment with the libraries of the example and no others."""
     folder = tmp_path_factory.mktemp("venv")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=HUNG)
-    (packages,) = folder.glob("lib*/python3*/site-packages")
+    (packages,) = folder.glob("lib/python3*/site-packages")
     wanted = ("onnxruntime", "numpy", "numpy.libs", "PIL", "pillow.libs", "tokenizers")
     wanted += ("google", "flatbuffers", "packaging", "sympy", "mpmath", "coloredlogs", "humanfriendly")
     theirs = Path(np.__file__).parents[1]

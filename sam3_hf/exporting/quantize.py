@@ -70,7 +70,9 @@ def quantize_activations(path: Path, samples: list[dict[str, np.ndarray]]) -> No
         def get_next(self):
             return next(self.left, None)
 
-    nodes = onnx.load(path, load_external_data=False).graph.node
+    graph = onnx.load(path, load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    in_float = [node.name for node in graph.node if stays_float(node.name) or is_product(node, weights)]
     with _quiet(), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         output = Path(scratch) / path.name
         quantize_static(
@@ -79,11 +81,15 @@ def quantize_activations(path: Path, samples: list[dict[str, np.ndarray]]) -> No
             Reader(),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["MatMul", "Conv"],
-            nodes_to_exclude=[node.name for node in nodes if stays_float(node.name)],
+            nodes_to_exclude=in_float,
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
+            extra_options={
+                "WeightSymmetric": True,
+                "OpTypesToExcludeOutputQuantization": ["MatMul"],  # what follows is in float
+                "DedicatedQDQPair": True,  # else whoever reads the same reads it rounded
+            },
         )
         _save(onnx.load(output), path)
     quantize_weights(path)
@@ -93,6 +99,11 @@ def stays_float(node_name: str) -> bool:
     """Whether the products of a node stay in float; it is named `<module>/<operator>`."""
     module = node_name.rsplit("/", 1)[0]
     return any(re.match(pattern, module) for pattern in FLOAT_ACTIVATIONS)
+
+
+def is_product(node, weights: set[str]) -> bool:
+    """Whether a node is the product of two activations, as those of attention and of masks are."""
+    return node.op_type == "MatMul" and node.input[1] not in weights
 
 
 def _axis_of(node) -> tuple[int, int | None]:
