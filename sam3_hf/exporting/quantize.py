@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-# Modules whose products stay in float where activations are int8, and why.
+# Modules whose products stay in float where activations are int8, with what tiny-standard loses of its scores (segm AP
+# 0.7595, bbox AP 0.6736, cgF1 0.630 on 24 drawn pictures) where they do not.
 FLOAT_ACTIVATIONS: dict[str, str] = {
-    r"dot_product_scoring": "scores",
-    r"detr_decoder\.(box_head|presence_head|ref_point_head|.*box_rpb_embed)": "boxes",
-    r"mask_decoder\.mask_embedder": "masks",
+    r"dot_product_scoring": "scores: cgF1 0.627",
+    r"detr_decoder\.(box_head|presence_head|ref_point_head|.*box_rpb_embed)": "boxes: bbox AP 0.6689, segm AP 0.7573",
+    r"mask_decoder\.mask_embedder": "masks: segm AP 0.7582; so have the products that it enters: 0.7586",
 }
 SMALLEST = 4096  # elements of a weight that is worth it
 # Operators with weights: which input it is, and the axis of its output channels.
