@@ -5,6 +5,7 @@ import typer
 from .commands.convert import convert
 from .commands.distill_text import distill_text
 from .commands.evaluate import evaluate
+from .commands.export import export
 from .commands.info import info
 from .commands.label import label
 from .commands.predict import predict
@@ -22,6 +23,7 @@ def main():
 app.command()(convert)
 app.command()(distill_text)
 app.command()(evaluate)
+app.command()(export)
 app.command()(info)
 app.command()(label)
 app.command()(predict)

@@ -30,6 +30,7 @@ from .outputs_sam3_lite import (
     Sam3LiteVisionOutput,
     assign_images,
     check_boxes,
+    choose_queries,
     refuse_arguments,
 )
 from .passes_sam3_lite import TrainingPass
@@ -387,24 +388,16 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         )
         found = self._run_detector(levels, self.image_summary(vision_embeds), prompts)
         output = self._predictions(found)
-        scores = output.pred_logits.sigmoid() * output.presence_logits.sigmoid()  # (prompts, queries)
-        said = (output.pred_logits, output.presence_logits, output.pred_boxes)
-        prompt, query = (scores > threshold).nonzero(as_tuple=True)
-        if max_detections is not None:
-            best_first = scores[prompt, query].argsort(descending=True, stable=True)
-            owners = prompts.image_index[prompt[best_first]]
-            kept = torch.cat([best_first[owners == image][:max_detections] for image in owners.unique()] or [owners])
-            kept = kept.sort().values
-            prompt, query = prompt[kept], query[kept]
+        chosen = choose_queries(output, prompts.image_index, threshold, max_detections)
         masks = None
         if self.config.mask_supervision:
-            masks = self._masks_of(levels, prompts.image_index, found, prompt, query)
+            masks = self._masks_of(levels, prompts.image_index, found, chosen.prompt, chosen.query)
         return Sam3LiteFindings(
-            scores=scores[prompt, query],
-            boxes=output.pred_boxes[prompt, query],
-            prompt_index=prompt,
+            scores=chosen.scores,
+            boxes=output.pred_boxes[chosen.prompt, chosen.query],
+            prompt_index=chosen.prompt,
             mask_logits=masks,
-            finite=torch.stack([values.isfinite().all() for values in said]).all(),
+            finite=chosen.finite,
         )
 
     def _masks_of(

@@ -117,6 +117,37 @@ class Prompts(NamedTuple):
     input_boxes_labels: Tensor | None
 
 
+class Chosen(NamedTuple):
+    """The queries that are detections, by prompt and query; see [`~Sam3LiteModel.find`]."""
+
+    scores: Tensor  # (chosen,)
+    prompt: Tensor  # (chosen,) int64
+    query: Tensor  # (chosen,) int64
+    finite: Tensor  # () bool: whether all that the detector said is
+
+
+def choose_queries(
+    output: Sam3LiteOutput, image_index: Tensor, threshold: float | Tensor, max_detections: int | None
+) -> Chosen:
+    """
+    Args:
+        image_index: `(prompts,)` int, the image of each prompt.
+        threshold: float or `(prompts, 1)`: detections have a higher score.
+        max_detections: of each image, the best so many over its prompts.
+    """
+    scores = output.pred_logits.sigmoid() * output.presence_logits.sigmoid()  # (prompts, queries)
+    said = (output.pred_logits, output.presence_logits, output.pred_boxes)
+    prompt, query = (scores > threshold).nonzero(as_tuple=True)
+    if max_detections is not None:
+        best_first = scores[prompt, query].argsort(descending=True, stable=True)
+        owners = image_index[prompt[best_first]]
+        kept = torch.cat([best_first[owners == image][:max_detections] for image in owners.unique()] or [owners])
+        kept = kept.sort().values
+        prompt, query = prompt[kept], query[kept]
+    finite = torch.stack([values.isfinite().all() for values in said]).all()
+    return Chosen(scores[prompt, query], prompt, query, finite)
+
+
 def check_boxes(boxes: Tensor, labels: Tensor | None) -> Tensor:
     """The labels of box prompts, all positive by default; a ValueError names shapes that are wrong."""
     if boxes.ndim != 3 or boxes.shape[-1] != 4:
@@ -170,6 +201,7 @@ def refuse_arguments(arguments: dict, config):
 
 
 __all__ = [
+    "Chosen",
     "DetectorOutput",
     "Prompts",
     "Sam3LiteFindings",
@@ -177,5 +209,6 @@ __all__ = [
     "Sam3LiteVisionOutput",
     "assign_images",
     "check_boxes",
+    "choose_queries",
     "refuse_arguments",
 ]

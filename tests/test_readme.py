@@ -70,6 +70,18 @@ NOT_RUN = {
         "installs: test_what_make_stands_for"
     ),
     "OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal": "runs this test: test_what_make_stands_for",
+    "sam3-lite export outputs/demo/final deployed": "traces for minutes: test_exporting.py",
+    "sam3-lite export outputs/demo/final deployed-int8 --precision int8 --calibration-images path/to/images"
+    ' --calibration-prompt "striped square"': "traces for minutes: test_exporting.py",
+    "sam3-lite export outputs/demo/final deployed-fp16 --precision fp16": "traces for minutes: test_exporting.py",
+    "sam3-lite export deployed deployed-openvino --format openvino": "needs what was not run: test_exporting.py",
+    "trtexec --onnx=deployed-fp16/vision.onnx --fp16 --shapes=pixel_values:1x3x1008x1008 --saveEngine=vision.plan": (
+        "needs TensorRT"
+    ),
+    "trtexec --onnx=deployed-fp16/detector.onnx --fp16 --saveEngine=detector.plan"
+    " --minShapes=coarse:1x256x72x72,prompt:1x8x256,prompt_mask:1x8,image_index:1"
+    " --optShapes=coarse:1x256x72x72,prompt:1x33x256,prompt_mask:1x33,image_index:1"
+    " --maxShapes=coarse:1x256x72x72,prompt:8x33x256,prompt_mask:8x33,image_index:8": "needs TensorRT",
 }
 
 

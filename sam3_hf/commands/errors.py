@@ -25,7 +25,7 @@ def one_line_errors(memory_option: str = "--batch-size", task: str | None = None
             raise
         typer.echo(f"Error: {error.name} is not installed; {task} needs sam3-hf[train].", err=True)
         raise typer.Exit(1) from error
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         typer.echo(f"Error: {one_line(error, memory_option)}", err=True)
         raise typer.Exit(1) from error
 

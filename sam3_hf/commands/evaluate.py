@@ -12,6 +12,8 @@ import typer
 
 from ..checkpoints import refuse_training_checkpoint
 from ..errors import model_errors
+from ..exporting.folder import is_export
+from ..exporting.opening import open_export
 from ..files import write_file
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
@@ -56,12 +58,17 @@ def _scores(source, data, split, image_folder, category_map, batch_size, workers
     splits = load_dataset_splits(data, image_folder, category_map, check_images=[split])
     if split not in splits:
         raise ValueError(f"{data} has no split {split}: --split takes {', '.join(splits)}.")
-    accelerator = Accelerator(mixed_precision="fp16" if torch.cuda.is_available() else "no")
     with model_errors(source):
         refuse_training_checkpoint(source)
-        model = Sam3LiteModel.from_pretrained(source, preset="same", dtype="float32", revision=revision)
-        model.to(accelerator.device).eval()
-        processor = Sam3LiteProcessor.of_source(source, model.config, revision=revision)
+        exported = is_export(source)
+        if exported:
+            model, processor = open_export(source)
+        else:
+            model = Sam3LiteModel.from_pretrained(source, preset="same", dtype="float32", revision=revision).eval()
+            processor = Sam3LiteProcessor.of_source(source, model.config, revision=revision)
+    half = torch.cuda.is_available() and not exported
+    accelerator = Accelerator(mixed_precision="fp16" if half else "no", cpu=exported)
+    model.to(accelerator.device)
     dataset = EvalDataset(splits[split], model.config.image_size)
     if dataset.has_masks and not model.config.mask_supervision:
         typer.echo(f"{source} was trained on boxes alone: its boxes are scored, and no masks.", err=True)
@@ -78,7 +85,7 @@ def _scores(source, data, split, image_folder, category_map, batch_size, workers
         num_workers=workers,
         more=(PrecisionRecall, Confusion),
     )
-    precision = accelerator.mixed_precision.replace("no", "fp32")
+    precision = model.export.precision if exported else accelerator.mixed_precision.replace("no", "fp32")
     about = {"model": source, "data": data, "split": split, "images": len(dataset), "precision": precision}
     return about | figures
 

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import model_errors
+from ..exporting.folder import is_export
+from ..exporting.info import export_info
 from ..plain_text import plain
 from ..sharing.info import model_info
 from .errors import one_line_errors
@@ -18,10 +20,14 @@ def info(
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = "main",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ):
-    """Shows parts, parameters, bytes, FLOPs per image and per prompt, vocabulary and licence of a model."""
+    """
+    Shows parts, parameters, bytes, FLOPs per image and per prompt, vocabulary and licence of a model; of an exported
+    one, what its graphs take on disk.
+    """
     with one_line_errors(), model_errors(model):
-        facts = model_info(model, revision=revision)
-    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else as_text(facts))
+        facts = export_info(model) if is_export(model) else model_info(model, revision=revision)
+    text = exported_as_text if "format" in facts else as_text
+    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else text(facts))
 
 
 def as_text(facts: dict) -> str:
@@ -31,37 +37,50 @@ def as_text(facts: dict) -> str:
         flops = (f"{part['flops'] / 1e9:.2f}", part["per"]) if "flops" in part else ("", "")
         rows.append((name, f"{part['parameters']:,}", f"{part['bytes'] / 1e6:.2f}", *flops))
     rows.append(("all", f"{facts['parameters']:,}", f"{facts['bytes'] / 1e6:.2f}", "", ""))
+    return "\n".join([*_head(facts, facts["dtype"]), *_mapped(facts), "", *_table(rows), "", *_costs(facts)])
+
+
+def exported_as_text(facts: dict) -> str:
+    """The facts of [`export_info`] as lines, with a table of the graphs."""
+    rows = [("graph", "MB"), *((name, f"{part['bytes'] / 1e6:.2f}") for name, part in facts["parts"].items())]
+    rows.append(("all", f"{facts['bytes'] / 1e6:.2f}"))
+    return "\n".join([*_head(facts, f"{facts['format']} in {facts['precision']}"), "", *_table(rows)])
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
+    return [
         "  ".join(
             cell.ljust(width) if column in (0, 4) else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
-    return "\n".join([*_head(facts), "", *table, "", *_costs(facts)])
 
 
-def _head(facts: dict) -> list[str]:
+def _head(facts: dict, stored: str) -> list[str]:
     sizes, vocabulary = facts["sizes"], facts["vocabulary"]
-    mapping = facts["mapping"]
     preset = facts["preset"] or "sizes of its own"
     if facts["text_encoder"] not in (None, "standard"):
         preset += f" with text encoder {facts['text_encoder']}"
-    lines = [
-        f"{facts['source']}: {preset}, {facts['dtype']}, licence {facts['license']}",
+    return [
+        f"{facts['source']}: {preset}, {stored}, licence {facts['license']}",
         f"ViT {sizes['vision_width']} x {sizes['vision_layers']} x {sizes['vision_heads']}, "
         f"DETR {sizes['detr_encoder_layers']} + {sizes['detr_decoder_layers']}, {sizes['queries']} queries, "
         f"images of {sizes['image_size']} px in patches of {sizes['patch_size']}",
         "vocabulary: any text" if vocabulary is None else f"vocabulary: {', '.join(map(plain, vocabulary))}",
     ]
-    if mapping is not None:
-        totals = ", ".join(
-            f"{total['tensors']} tensors {action} ({total['parameters']:,} parameters)"
-            for action, total in mapping["totals"].items()
-        )
-        lines.append(f"mapped from {mapping['source']} by {mapping['strategy']}: {totals}")
-    return lines
+
+
+def _mapped(facts: dict) -> list[str]:
+    mapping = facts["mapping"]
+    if mapping is None:
+        return []
+    totals = ", ".join(
+        f"{total['tensors']} tensors {action} ({total['parameters']:,} parameters)"
+        for action, total in mapping["totals"].items()
+    )
+    return [f"mapped from {mapping['source']} by {mapping['strategy']}: {totals}"]
 
 
 def _costs(facts: dict) -> list[str]:

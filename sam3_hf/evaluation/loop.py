@@ -65,7 +65,8 @@ def evaluate(
         more: metrics whose figures are wanted beside those of `CocoAP` and `CGF1`.
 
     Returns:
-        "loss" and the figures of the metrics in the main process, None in the others and after a stop.
+        "loss" (where the model has one) and the figures of the metrics in the main process, None in the others and
+        after a stop.
     """
     model.eval()
     batches = eval_batches(len(dataset), batch_size, accelerator.process_index, accelerator.num_processes)
@@ -78,18 +79,19 @@ def evaluate(
                 return None
             rows = []
             for chunk, outputs in outputs_by_chunk(accelerator, model, text, batch):
-                total += outputs.loss * len(chunk["phrases"])
-                prompts += len(chunk["phrases"])
+                if outputs.loss is not None:  # an exported model has none
+                    total += outputs.loss * len(chunk["phrases"])
+                    prompts += len(chunk["phrases"])
                 rows += prediction_rows(processor, outputs, chunk, dataset.has_masks)
             for metric in metrics:
                 metric.add_batch(predictions=rows, references=batch["references"])
             if pictures is not None:
                 draw_batch(accelerator, dataset, indices, batch, rows, pictures)
-        loss = accelerator.reduce(total / prompts, "mean").item()
+        loss = {"loss": accelerator.reduce(total / prompts, "mean").item()} if prompts else {}
         figures = [metric.compute() for metric in metrics]
     if not accelerator.is_main_process:
         return None
-    return {"loss": loss, **merge_figures(*figures[:2]), **dict(chain.from_iterable(map(dict.items, figures[2:])))}
+    return {**loss, **merge_figures(*figures[:2]), **dict(chain.from_iterable(map(dict.items, figures[2:])))}
 
 
 def metric_options(accelerator: Accelerator, dataset: EvalDataset, cache: str) -> dict:

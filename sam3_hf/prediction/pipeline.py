@@ -14,6 +14,9 @@ from transformers.utils import logging
 
 from ..boxes_sam3_lite import pack_boxes, relative_boxes
 from ..configuration_sam3_lite import VISUAL_PHRASE
+from ..exporting.folder import is_export
+from ..exporting.model import ExportedModel
+from ..exporting.opening import open_export
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor, enlarge_masks
 from ..reading import ImageInput, read_image
@@ -171,7 +174,7 @@ class Sam3LitePipeline:
     ```
     """
 
-    def __init__(self, model: Sam3LiteModel, processor: Sam3LiteProcessor):
+    def __init__(self, model: Sam3LiteModel | ExportedModel, processor: Sam3LiteProcessor):
         """
         Args:
             model: on the device and in the precision to compute in; set to evaluation mode.
@@ -194,11 +197,15 @@ class Sam3LitePipeline:
     ) -> Sam3LitePipeline:
         """
         Args:
-            pretrained_model_name_or_path: folder or Hub id of a saved model and processor, or a `.pt` of Meta's.
-            device: default: the GPU if there is one.
-            dtype: default: float16 on a GPU, float32 on a CPU, which is slow in float16.
+            pretrained_model_name_or_path: folder or Hub id of a saved model and processor, a `.pt` of Meta's, or a
+                folder that `sam3-lite export` wrote, which its runtime computes.
+            device: default: the GPU if there is one; for an exported model the CPU.
+            dtype: default: float16 on a GPU, float32 on a CPU, which is slow in float16. An exported model computes in
+                the precision that it was exported in; for OpenVINO it may be bfloat16.
             kwargs: those of [`Sam3LiteModel.from_pretrained`]. Sizes are those of the checkpoint unless told.
         """
+        if is_export(pretrained_model_name_or_path):
+            return cls(*open_export(pretrained_model_name_or_path, device, dtype, **kwargs))
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
         kwargs.setdefault("preset", None if kwargs.get("config") is not None else "same")

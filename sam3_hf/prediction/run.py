@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..exporting.model import ExportedModel
 from ..picture_files import InputFile
 from ..reading import read_image
 from ..visualization import LONGEST_SIDE
@@ -119,7 +120,9 @@ def _reduced(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 of the weights in the precision they are in."""
+    """SHA-256 of the weights in the precision they are in; of an exported model, of its files."""
+    if isinstance(model, ExportedModel):
+        return model.fingerprint
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

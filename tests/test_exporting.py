@@ -1,0 +1,444 @@
+"""Models as graphs: equal to what they were made of, usable as a model, whole or not at all."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import HUNG, micro_config, run, shake
+from PIL import Image
+from test_text_encoders import PHRASES, lite_text_model
+
+from sam3_hf import Prompt, Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
+from sam3_hf.data.generated import write_dataset
+from sam3_hf.exporting import export as exporting
+from sam3_hf.exporting.build import write_onnx
+from sam3_hf.exporting.calibration import Calibration
+from sam3_hf.exporting.export import export_model
+from sam3_hf.exporting.folder import EXPORT_FILE, Export
+from sam3_hf.exporting.graphs import graphs_of
+from sam3_hf.exporting.model import ExportedModel
+from sam3_hf.exporting.opening import open_export
+from sam3_hf.exporting.quantize import stays_float
+from sam3_hf.rle import ious
+
+ROOT = Path(__file__).parents[1]
+WORDS = ["cat", "red car"]
+
+
+def images(model) -> torch.Tensor:
+    side = model.config.image_size
+    return torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def prompts(with_boxes: bool) -> dict:
+    """Four prompts on three images, of different lengths."""
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.ones(4, 11, dtype=torch.long)
+    mask[1, 4:] = mask[2, 6:] = 0
+    asked = {"input_ids": torch.randint(3, 1000, (4, 11), generator=generator), "attention_mask": mask}
+    asked["image_index"] = torch.tensor([0, 1, 1, 2])
+    if with_boxes:
+        asked["input_boxes"] = torch.rand(4, 2, 4, generator=generator) * 0.3 + 0.3
+        asked["input_boxes_labels"] = torch.tensor([[1, 0], [1, -10], [-10, -10], [0, 1]])
+    return asked
+
+
+@torch.no_grad()
+def answers(model, pixels: torch.Tensor, asked: dict):
+    """Of `forward` and of `find`."""
+    asked = dict(asked)
+    mask = asked["attention_mask"]
+    vision = model.get_vision_features(pixels.to(model.dtype))
+    asked["text_embeds"] = model.get_text_features(asked.pop("input_ids"), mask).pooler_output
+    return model(vision_embeds=vision, **asked), model.find(vision, **asked, threshold=0.0, max_detections=5)
+
+
+def differences(first, second) -> dict[str, float]:
+    names = ("pred_boxes", "pred_logits", "presence_logits", "pred_masks")
+    return {name: (first[name].float() - second[name].float()).abs().max().item() for name in names}
+
+
+def assert_equal_in_float32(exported, model, with_boxes: bool):
+    """Boxes and scores within 1e-4, masks with an IoU of at least 0.999."""
+    pixels, asked = images(model), prompts(with_boxes)
+    (forward, found), (expected_forward, expected) = (answers(one, pixels, asked) for one in (exported, model))
+    for result, wanted in ((forward.pred_boxes, expected_forward.pred_boxes), (found.boxes, expected.boxes)):
+        torch.testing.assert_close(result, wanted, atol=1e-4, rtol=0)
+    for name in ("pred_logits", "presence_logits"):
+        torch.testing.assert_close(forward[name].sigmoid(), expected_forward[name].sigmoid(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=0)
+    assert torch.equal(found.prompt_index, expected.prompt_index) and len(found.scores) > 3
+    for result, wanted in (
+        (forward.pred_masks, expected_forward.pred_masks),
+        (found.mask_logits, expected.mask_logits),
+    ):
+        inside, truth = (logits.flatten(0, -3) > 0 for logits in (result, wanted))
+        union = (inside | truth).sum((1, 2))
+        assert ((inside & truth).sum((1, 2)) >= 0.999 * union).all()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A folder with a model and its processor."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("small")
+    model = shake(Sam3LiteModel(micro_config(detr_encoder_layers=1))).eval()
+    model.save_pretrained(folder)
+    Sam3LiteProcessor.from_config(model.config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(small, tmp_path_factory) -> Path:
+    """Its graphs in float32, to be read and copied only."""
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    export_model(small, folder)
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def same(first, second, tolerance=1e-4):
+    """Whether two lists of detections are alike."""
+    assert first.labels == second.labels and len(first) > 2
+    torch.testing.assert_close(first.scores, second.scores, atol=tolerance, rtol=0)
+    torch.testing.assert_close(first.boxes, second.boxes, atol=100 * tolerance, rtol=0)  # pixels
+    for one, other in zip(first.rle, second.rle, strict=True):
+        assert ious([one], [other])[0, 0] >= 0.99  # at the full size a pixel of a small mask is more than 0.001
+
+
+@pytest.mark.parametrize("with_boxes", [False, True], ids=["words", "boxes"])
+def test_outputs_are_those_of_pytorch(small, exported, with_boxes):
+    model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
+    assert_equal_in_float32(open_export(exported)[0], model, with_boxes)
+
+
+def test_the_pipeline_takes_it_as_any_model(small, exported, picture):
+    first, second = (Sam3LitePipeline.from_pretrained(folder, device="cpu") for folder in (exported, small))
+    asked = [
+        "cat",
+        Prompt("dog", boxes=[[10, 10, 40, 50]], negative_boxes=[[50, 20, 80, 60]]),
+        Prompt(boxes=[[5, 5, 60, 60]]),
+    ]
+    same(*(pipe(picture, asked, threshold=0.1, max_detections=9) for pipe in (first, second)))
+    tiles = {"tile_size": 50, "tile_overlap": 10, "threshold": 0.1, "max_detections": 9}
+    same(*(pipe(picture, WORDS, **tiles) for pipe in (first, second)))
+    one, other = (pipe([picture, picture], [["cat"], ["dog", "cat"]], threshold=0.1) for pipe in (first, second))
+    for found, expected in zip(one, other, strict=True):
+        same(found, expected)
+
+
+def test_nothing_found_is_no_error(exported, picture):
+    found = Sam3LitePipeline.from_pretrained(exported)(picture, WORDS, threshold=1.0)
+    assert len(found) == 0 and found.masks.shape == (0, 70, 90)
+
+
+def test_a_fixed_vocabulary_has_no_text_graph(small, exported, picture, tmp_path, monkeypatch):
+    # The graphs are the same but for that of the text, and took half a minute to trace.
+    monkeypatch.setattr(exporting, "write_onnx", lambda graph, path: shutil.copyfile(exported / path.name, path))
+    model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
+    model.freeze_vocabulary(WORDS, Sam3LiteProcessor.from_pretrained(small)).save_pretrained(tmp_path / "fixed")
+    Sam3LiteProcessor.from_pretrained(small).save_pretrained(tmp_path / "fixed")
+    export_model(tmp_path / "fixed", tmp_path / "onnx")
+    assert not (tmp_path / "onnx" / "text.onnx").exists()
+    pipes = [Sam3LitePipeline.from_pretrained(tmp_path / name, device="cpu") for name in ("onnx", "fixed")]
+    same(*(pipe(picture, [*WORDS, Prompt(boxes=[[5, 5, 60, 60]])], threshold=0.1, max_detections=9) for pipe in pipes))
+    with pytest.raises(
+        ValueError, match="'dog': not in the fixed vocabulary of this model, which is: 'cat', 'red car'"
+    ):
+        pipes[0](picture, "dog")
+
+
+@pytest.mark.parametrize("kind", ["s0", pytest.param("s1", marks=pytest.mark.slow)])
+def test_text_encoders_that_see_padding_are_those_of_pytorch(kind, tmp_path):
+    model = lite_text_model(kind)
+    model.set_attn_implementation("eager")
+    write_onnx(graphs_of(model)["text"], tmp_path / "text.onnx")
+    exported = ExportedModel(Export(tmp_path, {"format": "onnx"}, model.config))
+    tokens = Sam3LiteProcessor.from_config(model.config)(text=PHRASES)
+    longest = int(tokens["attention_mask"].sum(1).max())
+    for length in (longest, None):
+        ids, mask = (tokens[name][:, :length] for name in ("input_ids", "attention_mask"))
+        with torch.no_grad():
+            found, expected = (one.get_text_features(ids, mask).pooler_output for one in (exported, model))
+        torch.testing.assert_close(found[mask != 0], expected[mask != 0], atol=1e-4, rtol=1e-4)
+
+
+def test_commands_take_it(small, exported, picture, tmp_path):
+    told = run("info", exported)
+    assert told.exit_code == 0 and "onnx in fp32" in told.output and "detector" in told.output
+    facts = json.loads(run("info", exported, "--json").output)
+    assert facts["bytes"] == sum(path.stat().st_size for path in exported.glob("*.onnx"))
+    for name, folder in (("one", exported), ("other", small)):
+        output, words = tmp_path / name, ["--prompt", "cat", "--prompt", "dog"]
+        options = ["--output", output, "--threshold", 0.1, "--max-detections", 5, "--workers", 0, *words]
+        result = run("predict", picture, "--model", folder, *options)
+        assert result.exit_code == 0, result.output
+    one, other = (
+        json.loads((tmp_path / name / "predictions" / "picture.png.json").read_text()) for name in ("one", "other")
+    )
+    assert [found["label"] for found in one["detections"]] == [found["label"] for found in other["detections"]]
+    result = run(
+        "label", picture, "--model", exported, "--output", tmp_path / "labelled", "--workers", 0, "--prompt", "cat"
+    )
+    assert result.exit_code == 0, result.output
+
+
+def test_scores_are_those_of_pytorch(small, exported, tmp_path):
+    data = write_dataset(tmp_path / "data", num_train=1, num_valid=3, image_size=64, num_concepts=2, seed=3)
+    scores = []
+    for folder in (exported, small):
+        result = run("evaluate", "--model", folder, "--data", data, "--workers", 0, "--output", tmp_path / folder.name)
+        assert result.exit_code == 0, result.output
+        scores.append(json.loads((tmp_path / folder.name / "metrics.json").read_text()))
+    assert scores[0]["precision"] == "fp32" and "loss" not in scores[0]
+    for name in ("segm_AP", "bbox_AP", "segm_cgF1"):
+        assert scores[0][name] == pytest.approx(scores[1][name], abs=1e-3)
+
+
+def test_the_json_says_what_a_program_needs(exported):
+    facts = json.loads((exported / EXPORT_FILE).read_text())
+    assert facts["image"]["mean"] == [0.5, 0.5, 0.5] and facts["sizes"]["image_size"] == 64
+    assert facts["thresholds"] == {"score": 0.3, "mask": 0.5, "nms_iou": 0.7} and facts["operator_set"] == 20
+    assert {"torch", "onnx", "sam3-hf"} <= set(facts["versions"]) and facts["license"]
+    assert (exported / "tokenizer.json").is_file() and "sam3-lite export" in (exported / "README.md").read_text()
+
+
+def test_attention_is_of_plain_operators_and_nothing_tells_of_this_machine(exported):
+    for path in exported.glob("*.onnx"):
+        graph = onnx.load(path).graph
+        assert {node.domain for node in graph.node} == {""}
+        assert "Attention" not in {node.op_type for node in graph.node}
+        assert str(ROOT).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
+    for name, axes in {"vision": ["images"], "boxes": ["prompts", "boxes"], "masks": ["images"]}.items():
+        first = onnx.load(exported / f"{name}.onnx").graph.input[0]
+        assert [axis.dim_param for axis in first.type.tensor_type.shape.dim][: len(axes)] == axes
+
+
+def test_it_is_written_whole_or_not_at_all(small, tmp_path, monkeypatch):
+    written = []
+
+    def write(graph, path):
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(exporting, "write_onnx", write)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "kept").touch()
+    result = run("export", small, tmp_path / "old")
+    assert result.exit_code == 1 and "exists" in result.stderr and not written
+    result = run("export", small, tmp_path / "old", "--overwrite")
+    assert result.exit_code == 1 and result.stderr.endswith("the disk is full: make space\n"), result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["old"] and (tmp_path / "old" / "kept").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "masks.onnx").unlink(), "masks.onnx is missing, the folder is half copied"),
+        (lambda folder: (folder / "vision.onnx").write_bytes(b"abc"), "vision.onnx has 3 of"),
+        (
+            lambda folder: (folder / EXPORT_FILE).unlink(),
+            f"no {EXPORT_FILE}: it is half copied, or of another program",
+        ),
+        (lambda folder: (folder / EXPORT_FILE).write_text("{"), "is no JSON"),
+        (lambda folder: change(folder, "layout", 99), "has layout 99, this version of sam3-hf reads 1"),
+        (lambda folder: change(folder, "format", "mnn"), "`format` 'mnn' is none of onnx, openvino"),
+        (lambda folder: change(folder, "graphs"), "lacks `graphs`"),
+        (lambda folder: change(folder, "format", "openvino"), "does not know boxes.xml"),
+        (lambda folder: rewrite(folder, b"no graph"), "it is damaged or another program's"),
+        (lambda folder: newer(folder), "has a newer operator set than onnxruntime"),
+    ],
+)
+def test_bad_folders_are_named_in_one_line(exported, picture, tmp_path, damage, message):
+    folder = tmp_path / "folder"
+    shutil.copytree(exported, folder)
+    damage(folder)
+    options = ["--output", tmp_path / "out", "--prompt", "cat", "--workers", 0]
+    result = run("predict", picture, "--model", folder, *options)
+    assert result.exit_code == 1 and message in result.stderr, result.output
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    assert not (tmp_path / "out" / "predictions").exists()
+
+
+def change(folder: Path, key: str, value=None):
+    """Another value in the JSON; without one the key goes."""
+    facts = json.loads((folder / EXPORT_FILE).read_text())
+    facts.pop(key)
+    facts |= {} if value is None else {key: value}
+    (folder / EXPORT_FILE).write_text(json.dumps(facts))
+
+
+def rewrite(folder: Path, content: bytes):
+    """A file of the text graph with another content, of which the JSON knows."""
+    (folder / "text.onnx").write_bytes(content)
+    files = json.loads((folder / EXPORT_FILE).read_text())["files"]
+    files["text.onnx"]["bytes"] = len(content)
+    change(folder, "files", files)
+
+
+def newer(folder: Path):
+    model = onnx.load(folder / "text.onnx")
+    model.opset_import[0].version = 99
+    rewrite(folder, model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--precision", "int8"], "--precision int8 fits ranges to pictures: pass --calibration-images DIR"),
+        (["--calibration-images", "."], "--calibration-images is for --precision int8 alone"),
+        (["--image-size", "60"], "image_size"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_in_one_line(small, tmp_path, options, message):
+    result = run("export", small, tmp_path / "out", *options)
+    assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1, result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["--precision", "fp16"], ["--image-size", "128"]])
+def test_what_cannot_be_made_of_graphs_is_said_in_one_line(exported, tmp_path, options):
+    result = run("export", exported, tmp_path / "out", *options)
+    assert result.exit_code == 1 and "holds graphs for onnx in fp32" in result.stderr, result.output
+
+
+@pytest.mark.parametrize(("argument", "value"), [("dtype", "float16"), ("image_size", 128), ("preset", "lite")])
+def test_what_an_exported_model_cannot_be_asked_for(exported, argument, value):
+    with pytest.raises(ValueError, match=argument):
+        Sam3LitePipeline.from_pretrained(exported, **{argument: value})
+
+
+def test_openvino_gives_the_same(small, exported, picture, tmp_path):
+    export_model(exported, tmp_path / "ov", format="openvino")
+    assert {path.suffix for path in tmp_path.glob("ov/*")} & {".onnx", ".data"} == set()
+    model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
+    assert_equal_in_float32(open_export(tmp_path / "ov")[0], model, with_boxes=True)
+    first, second = (Sam3LitePipeline.from_pretrained(folder, device="cpu") for folder in (tmp_path / "ov", small))
+    same(*(pipe(picture, WORDS, threshold=0.1, max_detections=9) for pipe in (first, second)))
+    with pytest.raises(ValueError, match="dtype"):
+        Sam3LitePipeline.from_pretrained(tmp_path / "ov", dtype="float16")
+    shutil.copyfile(small / "config.json", tmp_path / "ov" / "vision.bin")
+    with pytest.raises(OSError, match="vision.bin has"):
+        open_export(tmp_path / "ov")
+
+
+def test_an_openvino_that_is_too_old_is_said(small, tmp_path, monkeypatch):
+    import openvino
+
+    monkeypatch.setattr(openvino, "__version__", "2023.3.0-13775")
+    result = run("export", small, tmp_path / "out", "--format", "openvino")
+    assert result.exit_code == 1 and "openvino 2023.3.0-13775 is too old, 2025.0 is needed" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxruntime"])
+def test_what_is_not_installed_is_said(small, exported, picture, tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    command = ["export", small, tmp_path / "out"]
+    if name == "onnxruntime":
+        command = ["predict", picture, "--model", exported, "--output", tmp_path / "out", "--prompt", "cat"]
+    result = run(*command)
+    assert result.exit_code == 1 and f"{name} is not installed" in result.stderr and "sam3-hf[export]" in result.stderr
+
+
+@pytest.mark.parametrize("precision", ["int8-weights", "int8"])
+def test_int8_is_smaller_and_near(exported, picture, tmp_path, precision):
+    options = ["--precision", precision]
+    if precision == "int8":
+        options += ["--calibration-images", picture.parent, "--calibration-prompt", "cat"]
+    result = run("export", exported, tmp_path / "int8", *options)
+    assert result.exit_code == 0, result.output
+    sizes = [sum(path.stat().st_size for path in folder.glob("*.onnx")) for folder in (tmp_path / "int8", exported)]
+    assert sizes[0] < 0.5 * sizes[1]  # of so small a model; weights are a quarter
+    exact, ours = (open_export(folder)[0] for folder in (exported, tmp_path / "int8"))
+    pixels = images(exact).clamp(-1, 1)
+    for with_boxes in (False, True):
+        (result, _), (expected, _) = (answers(model, pixels, prompts(with_boxes)) for model in (ours, exact))
+        apart = differences(result, expected)
+        assert 0 < apart["pred_logits"] < 0.6 and apart["pred_boxes"] < 0.1, apart
+
+
+def test_what_stays_in_float(exported, picture, tmp_path):
+    """Norms, softmax, products of two activations, and what `FLOAT_ACTIVATIONS` names."""
+    export_model(exported, tmp_path / "int8", precision="int8", calibration=Calibration(picture.parent, ["cat"]))
+    for path in (tmp_path / "int8").glob("*.onnx"):
+        graph = onnx.load(path).graph
+        makers = {output: node for node in graph.node for output in node.output}
+        constants = {tensor.name for tensor in graph.initializer}
+
+        def is_int8(name: str, makers=makers, constants=constants) -> bool:
+            """Whether a tensor is an activation that was rounded to int8."""
+            maker = makers.get(name)
+            return maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] not in constants
+
+        for node in graph.node:
+            if node.op_type in ("Softmax", "LayerNormalization"):
+                assert not any(map(is_int8, node.input)), node.name
+            elif node.op_type in ("MatMul", "Conv") and any(map(is_int8, node.input)):
+                weight = makers.get(node.input[1])
+                assert weight.op_type == "DequantizeLinear" and weight.input[0] in constants, node.name
+                assert not stays_float(node.name), node.name
+    vision = onnx.load(tmp_path / "int8" / "vision.onnx").graph
+    assert sum(node.op_type == "QuantizeLinear" for node in vision.node) > 10
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory) -> Path:
+    """The Python of an environment with the libraries of the example and no others."""
+    folder = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=HUNG)
+    (packages,) = folder.glob("lib/python3*/site-packages")
+    wanted = ("onnxruntime", "numpy", "numpy.libs", "PIL", "pillow.libs", "tokenizers")
+    wanted += ("google", "flatbuffers", "packaging", "sympy", "mpmath", "coloredlogs", "humanfriendly")
+    theirs = Path(np.__file__).parents[1]
+    for name in wanted:
+        if (theirs / name).exists():
+            (packages / name).symlink_to(theirs / name)
+    return next(folder.glob("bin/python"))
+
+
+def test_the_example_runs_without_torch(exported, picture, tmp_path, without_torch):
+    example = ROOT / "examples" / "onnx_without_torch.py"
+    assert len(example.read_text().splitlines()) <= 80
+    folder = tmp_path / "folder"
+    shutil.copytree(exported, folder)
+    change(folder, "thresholds", {"score": 0.1, "mask": 0.5, "nms_iou": 0.7})
+    environment = {"PATH": "", "HOME": str(tmp_path)}
+    asked = {"text": True, "timeout": HUNG, "env": environment, "capture_output": True}
+    assert "No module named 'torch'" in subprocess.run([without_torch, "-c", "import torch"], **asked).stderr
+    command = [without_torch, example, folder, picture, tmp_path / "found.json", tmp_path / "overlay.png", *WORDS]
+    finished = subprocess.run(command, **asked)
+    assert finished.returncode == 0, finished.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    expected = Sam3LitePipeline.from_pretrained(exported)(picture, WORDS, threshold=0.1, nms_iou=None)
+    assert abs(len(found) - len(expected)) <= 2 and len(found) > 3
+    scores = [one["score"] for one in found]
+    assert scores == sorted(scores, reverse=True)
+    assert np.allclose(scores[:3], expected.scores[:3], atol=0.01)  # another resampling of the picture
+    overlay = np.asarray(Image.open(tmp_path / "overlay.png"))
+    assert overlay.shape == (70, 90, 3) and (overlay != np.asarray(Image.open(picture))).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_boxes", [False, True], ids=["words", "boxes"])
+def test_fp16_is_as_near_as_half_in_pytorch(small, tmp_path, with_boxes):
+    export_model(small, tmp_path / "half", precision="fp16")
+    model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
+    half = Sam3LiteModel.from_pretrained(small, dtype=torch.float16)
+    pixels, asked = images(model), prompts(with_boxes)
+    exact, ours, theirs = (answers(one, pixels, asked)[0] for one in (model, open_export(tmp_path / "half")[0], half))
+    apart, allowed = differences(ours, exact), differences(theirs, exact)
+    assert all(apart[name] <= 2 * allowed[name] + 1e-4 for name in apart), (apart, allowed)
