@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..errors import model_errors
 from ..files import recover
-from .errors import model_errors, one_line_errors
+from .errors import one_line_errors
 
 
 def export(
