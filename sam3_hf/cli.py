@@ -2,6 +2,7 @@
 
 import typer
 
+from .commands.check import check
 from .commands.convert import convert
 from .commands.evaluate import evaluate
 from .commands.info import info
@@ -18,6 +19,7 @@ def main():
     """Lite SAM 3 models."""
 
 
+app.command()(check)
 app.command()(convert)
 app.command()(evaluate)
 app.command()(info)

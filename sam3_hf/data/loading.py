@@ -60,6 +60,19 @@ def load_dataset_splits(
     """
     problems = Problems()
     splits = read_splits(data, image_folder, problems)
+    return prepare_splits(splits, category_map, check_images, problems)
+
+
+def prepare_splits(
+    splits: list[RawSplit],
+    category_map: Source | Mapping[str, str] | None,
+    check_images: bool | Collection[str],
+    problems: Problems,
+) -> datasets.DatasetDict:
+    """
+    Checks and repairs what `read_splits` returns, in place, and brings it into one row schema; arguments and errors as
+    of `load_dataset_splits`.
+    """
     names = list(dict.fromkeys(name for split in splits for name in split.category_names))
     category_map = read_category_map(category_map, names)
     unnamed = [name for name in names if name not in category_map]
@@ -156,6 +169,14 @@ def read_splits(data, image_folder, problems: Problems) -> list[RawSplit]:
     if isinstance(loaded, datasets.Dataset):
         loaded = {"train": loaded}
     return [read_objects(split_name(name), split, str(data), problems) for name, split in loaded.items()]
+
+
+def format_of(data: Source) -> str:
+    """The name of the format that `read_splits` takes a dataset for; errors as there."""
+    if _coco_files(data):
+        return "COCO"
+    found = None if is_saved(str(data)) else find_format(data)
+    return found.format if found else "datasets"
 
 
 def _only_split(name: str, source: Source, image_folder, problems: Problems) -> RawSplit:
