@@ -173,6 +173,12 @@ def test_yolo_without_data_yaml_and_with_lists_of_files(tmp_path):
     assert concept_names(load_dataset_splits(tmp_path)["train"]) == ["cat", "dog"]
 
 
+def test_yolo_without_names_says_what_is_missing(tmp_path):
+    write_yolo(tmp_path, "0 .5 .5 .5 .5")
+    (tmp_path / "data.yaml").unlink()
+    assert "labels of YOLO and no names of its classes: name its data.yaml" in str(load_error(tmp_path))
+
+
 def voc_of(entry: dict, items: list[dict], names: list[str], first: int = 0) -> str:
     text = f"<size><width>{entry['width']}</width><height>{entry['height']}</height><depth>3</depth></size>"
     for item in items:

@@ -13,7 +13,17 @@ import yaml
 from ..checks import DatasetError, Problems, one_line, short
 from ..coco import split_name
 from ..rows import RawSplit
-from .pictures import Folders, Labelled, SplitBuilder, box_of, files_in, make_object, pair_labels, split_folders
+from .pictures import (
+    Folders,
+    Labelled,
+    SplitBuilder,
+    box_of,
+    files_in,
+    folders_in,
+    make_object,
+    pair_labels,
+    split_folders,
+)
 
 NAME_LISTS = ("classes.txt", "obj.names")
 
@@ -35,7 +45,7 @@ def find(path: Path) -> dict[str, Part] | None:
     {split: what to read} of a `data.yaml`, or of a folder with one or with a list of names; None of anything else.
 
     Raises:
-        DatasetError: the YAML file cannot be used.
+        DatasetError: the YAML file cannot be used, or there are labels and no names of classes.
     """
     if path.suffix in (".yaml", ".yml"):
         return _from_yaml(path, _load(path)) if path.is_file() else None
@@ -53,6 +63,9 @@ def find(path: Path) -> dict[str, Part] | None:
             parts = {split: Part([], names, file, each) for split, each in split_folders(path, ("labels",)).items()}
             labels = (label for part in parts.values() for label in files_in(part.folders.labels, ".txt"))
             return parts if any(label.name not in NAME_LISTS for label in labels) else None
+    children = folders_in(path)
+    if {"images", "labels"} <= children.keys() and any(files_in(children["labels"], ".txt")):
+        raise DatasetError(f"{path} has labels of YOLO and no names of its classes: name its data.yaml, or add one")
     return None
 
 
