@@ -1,7 +1,10 @@
 """The `sam3-lite` command: one module in `commands` for each of its subcommands."""
 
+from typing import Annotated
+
 import typer
 
+from .commands.check import check
 from .commands.convert import convert
 from .commands.distill_text import distill_text
 from .commands.evaluate import evaluate
@@ -11,15 +14,27 @@ from .commands.label import label
 from .commands.predict import predict
 from .commands.push import push
 from .commands.train import train
+from .version import __version__
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+def _show_version(wanted: bool):
+    if wanted:
+        typer.echo(f"sam3-hf {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main():
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+):
     """Lite SAM 3 models."""
 
 
+app.command()(check)
 app.command()(convert)
 app.command()(distill_text)
 app.command()(evaluate)

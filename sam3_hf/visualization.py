@@ -143,6 +143,34 @@ def in_a_row(pictures: Sequence[Image.Image], titles: Sequence[str]) -> Image.Im
     return row
 
 
+def contact_sheet(
+    pictures: Sequence[Image.Image], titles: Sequence[str], legend: Mapping[str, Colour], columns: int = 4
+) -> Image.Image:
+    """Pictures of any sizes in a grid, each under its title, above a legend {text: colour}."""
+    margin, tile, title_height = 16, 384, 24
+    columns = max(min(columns, len(pictures)), 1)
+    width = columns * (tile + margin) + margin
+    lines = _flow([f"     {plain(text)}" for text in legend], width - 2 * margin)
+    rows = -(-len(pictures) // columns)
+    top = rows * (tile + title_height + margin) + margin
+    sheet = Image.new("RGB", (width, top + 28 * len(lines) + margin), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        left = margin + number % columns * (tile + margin)
+        above = margin + number // columns * (tile + title_height + margin)
+        draw.text((left, above), _fit(plain(title, 400), tile, 16), font=_font(16), fill=INK)
+        small = picture.convert("RGB")
+        small.thumbnail((tile, tile), Image.Resampling.LANCZOS)
+        sheet.paste(small, (left, above + title_height))
+    for row, entries in enumerate(lines):
+        for x, index in entries:
+            text, color = list(legend.items())[index]
+            middle = top + 28 * row + 10
+            draw.rectangle((margin + x, middle - 7, margin + x + 14, middle + 7), fill=color)
+            draw.text((margin + x + 22, middle), plain(text), font=_font(17), fill=INK, anchor="lm")
+    return sheet
+
+
 def plot_curves(metrics_jsonl: str | Path, out_png: str | Path) -> Path:
     """Draws the curves of a training run: losses, scores and learning rates by step.
 

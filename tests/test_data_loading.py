@@ -262,7 +262,7 @@ FATAL_ANNOTATIONS = {
     "polygon out of the image": {"segmentation": [[10, 15, 40, 15, 40, HEIGHT + 3]]},
     "dangling image_id": {"image_id": 99},
     "dangling category_id": {"category_id": 99},
-    "malformed id": {"image_id": "1"},
+    "malformed id": {"image_id": "1.5"},
     "invalid segmentation": {"segmentation": "all of it"},
     "invalid run-length encoding": {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [5, 5]}},
 }

@@ -24,7 +24,7 @@ COLUMNS = ("AP", "AP50", "AP75", "AR100", "cgF1", "positive_micro_F1", "IL_MCC",
 
 def evaluate(
     model: Annotated[str, typer.Option(help="Hub id or folder.")],
-    data: Annotated[str, typer.Option(help="Dataset as in training: Roboflow folder, COCO file, Hub repository.")],
+    data: Annotated[str, typer.Option(help="Dataset as in training: folder, COCO file, Hub repository.")],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
     output: Annotated[
         Path | None, typer.Option(help="Folder for metrics.json, precision_recall.png and confusion.png.")

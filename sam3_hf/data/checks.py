@@ -18,6 +18,7 @@ from .rows import RawSplit
 
 logger = logging.getLogger(__name__)
 
+CORNER_TOLERANCE = 1.0  # pixels between a mask and its box as two corners
 EDGE_TOLERANCE = 2.0  # pixels over the edge that rounding in annotation tools explains; more is a mistake
 LEAST_OVERLAP = 0.1  # IoU of a box and that of its mask: amodal boxes, the loosest there are, stay well above
 LISTED = 10  # problems that the message spells out
@@ -138,7 +139,7 @@ def check_object(item: dict, row: dict, problems: Problems, repairs: Counter) ->
 
     Args:
         item: {"id", "bbox" xywh in pixels, "segmentation", "area", ...}; changed in place.
-        row: the image's row, for its `file_name`, `width` and `height`.
+        row: the image's row, for its `file_name`, or `label_file` if it has its own, `width` and `height`.
         problems, repairs: what is found is added to them.
     """
     width, height = row["width"], row["height"]
@@ -147,7 +148,7 @@ def check_object(item: dict, row: dict, problems: Problems, repairs: Counter) ->
         wrong = check_segmentation(item, width, height, repairs)
         found = wrong or found or check_mask(item)
     if found:
-        problems.add(found[0], row["file_name"], found[1], item["id"])
+        problems.add(found[0], row.get("label_file", row["file_name"]), found[1], item["id"])
 
 
 def check_crowd_flag(item: dict, repairs: Counter) -> tuple[str, str] | None:
@@ -176,7 +177,8 @@ def check_box(item: dict, width: int, height: int, repairs: Counter) -> tuple[st
     over = max(-x, -y, x + box_width - width, y + box_height - height)
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + box_width, width), min(y + box_height, height)
     if over > EDGE_TOLERANCE or right <= left or bottom <= top:
-        return "box out of the image", f"bbox {short(box)} ([x, y, width, height]), image {width}x{height}"
+        hint = _corners_hint(box) if box[2] <= width + EDGE_TOLERANCE and box[3] <= height + EDGE_TOLERANCE else ""
+        return "box out of the image", f"bbox {short(box)} ([x, y, width, height]), image {width}x{height}{hint}"
     if over > 0:
         item["bbox"] = [left, top, right - left, bottom - top]
         repairs["boxes over the edge of the image clipped"] += 1
@@ -242,6 +244,11 @@ def check_mask(item: dict) -> tuple[str, str] | None:
         for (low, high), (first, last) in pairs
     ):
         return None  # small objects, of which one pixel more or less is much
+    if all(
+        abs(corner - edge) <= CORNER_TOLERANCE
+        for corner, edge in zip(box, [*map(min, own), *map(max, own)], strict=True)
+    ):
+        return "box as two corners", f"bbox {short(box)} and its segmentation fit{_corners_hint(box)}"
     overlap = math.prod(max(min(high, last) - max(low, first), 0) for (low, high), (first, last) in pairs)
     union = math.prod(box[2:]) + math.prod(extent[2:]) - overlap
     if overlap < LEAST_OVERLAP * union:
@@ -275,7 +282,7 @@ def compute_missing_areas(split: RawSplit) -> None:
         for item in row["objects"]:
             if not _are_numbers([item["area"]]):
                 item["area"] = _area(item, row["width"], row["height"])
-                count += 1
+                count += "label_file" not in row  # formats of their own state none
             item["area"] = float(item["area"])  # an integer may have more than 64 bits
     if count:
         logger.warning("%s: %d missing areas computed", split.source, count)
@@ -301,6 +308,14 @@ def _area(item: dict, width: int, height: int) -> float:
     if item["segmentation"] is None:
         return float(item["bbox"][2] * item["bbox"][3])
     return float(rle.mask_areas([rle.encode_segmentation(item["segmentation"], height, width)])[0])
+
+
+def _corners_hint(box: list) -> str:
+    """What to add to a message where [x1, y1, x2, y2] may have been written; empty if that cannot be."""
+    left, top, right, bottom = box
+    if left < 0 or top < 0 or right <= left or bottom <= top:
+        return ""
+    return f"; likely it is [x1, y1, x2, y2]: then write {short([left, top, right - left, bottom - top])} in all boxes"
 
 
 def _polygon_area(polygon: list) -> float:

@@ -62,7 +62,8 @@ def read_coco(name: str, file: Path, image_folder: Path | None, problems: Proble
     Args:
         name: split.
         file: JSON with `images`, `annotations`, `categories`.
-        image_folder: where each `file_name` starts; default: the folder of `file`, or `images/` in it.
+        image_folder: where each `file_name` starts; default: the folder of `file`, or `images/` in it; of a file in
+            `annotations/`, a folder beside that one, which may be named after the split.
         problems: what is wrong inside is added: missing fields, ids that are no whole numbers of 64 bits, duplicate or
             dangling ids, duplicate category names, names that are no text, file names that lead out of the image
             folder by `..`, a root or a drive (a symbolic link in the folder may point anywhere, as the Hub's cache
@@ -75,7 +76,7 @@ def read_coco(name: str, file: Path, image_folder: Path | None, problems: Proble
     images = _valid_entries(content, "images", file, problems)
     annotations = _valid_entries(content, "annotations", file, problems)
     categories = _read_categories(_valid_entries(content, "categories", file, problems), annotations, file, problems)
-    roots = [image_folder] if image_folder is not None else [file.parent, file.parent / "images"]
+    roots = [image_folder] if image_folder is not None else _image_folders(file)
     rows, sources, objects_by_image = [], [], {}
     for image in images:
         objects_by_image[image["id"]] = objects = []
@@ -98,6 +99,33 @@ def read_coco(name: str, file: Path, image_folder: Path | None, problems: Proble
         else:
             objects_by_image[annotation["image_id"]].append(_object(annotation, categories))
     return RawSplit(name, str(file), rows, sources, list(dict.fromkeys(categories.values())))
+
+
+def find_annotation_files(folder: Path) -> dict[str, Path]:
+    """
+    {split: annotation file} of a folder with `annotations/instances_train.json`, as CVAT and COCO itself write it;
+    CVAT's `default` is the training split. Empty if there is none.
+
+    Raises:
+        DatasetError: two files are the same split.
+    """
+    files = {}
+    for file in sorted((folder / "annotations").glob("instances_*.json")):
+        name = file.stem.removeprefix("instances_").lower().rstrip("0123456789")  # of instances_train2017.json: train
+        name = "train" if name == "default" else split_name(name)
+        if name in files:
+            raise DatasetError(f"{file} and {files[name]} are both the {name} split: leave one")
+        files[name] = file
+    return files
+
+
+def _image_folders(file: Path) -> list[Path]:
+    """Where the images of an annotation file may be, where nobody says so."""
+    beside = [file.parent, file.parent / "images"]
+    if file.parent.name != "annotations":
+        return beside
+    folder, subset = file.parent.parent, file.stem.removeprefix("instances_")
+    return [folder / "images" / subset, folder / "images", folder / subset, folder, *beside]
 
 
 def load_json(file: Path) -> dict:
@@ -123,10 +151,11 @@ def _valid_entries(content: dict, kind: str, file: Path, problems: Problems) -> 
         if not isinstance(entry, dict):
             problems.add("malformed entry", file, f"{kind}[{position}] is not an object")
             continue
-        annotation_id = entry.get("id") if kind == "annotations" else None
         missing = [field for field in REQUIRED_FIELDS[kind] if entry.get(field) is None]
         ids = [field for field in ("id", "image_id", "category_id") if field in REQUIRED_FIELDS[kind]]
+        entry.update({field: _whole_number(entry[field]) for field in ids if field in entry})
         malformed = [field for field in ids if field not in missing and not _is_id(entry[field])]
+        annotation_id = entry.get("id") if kind == "annotations" else None
         if missing:
             detail = f"{kind}[{position}] lacks '{missing[0]}'"
             problems.add("missing field", file, detail, annotation_id)
@@ -174,6 +203,15 @@ def _image_entry_fault(image: dict) -> tuple[str, str] | None:
     if not all(type(side) is int and side > 0 for side in (width, height)) or width * height > LARGEST_IMAGE:
         return "invalid image size", f"{short(width)}x{short(height)}"
     return None
+
+
+def _whole_number(value):
+    """A whole number for one that is written as a fraction or as text (`2.0`, `"2"`); anything else as it is."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and len(value) < 20 and value.isascii() and value.removeprefix("-").isdigit():
+        return int(value)
+    return value
 
 
 def _is_id(value) -> bool:

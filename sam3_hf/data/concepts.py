@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 
 from ..processing_sam3_lite import clean_phrase, clip_tokenizer, tokenize
-from .checks import Problems
+from .checks import DatasetError, Problems
 from .rows import concept_names, first_of, objects_per_category
 
 logger = logging.getLogger(__name__)
@@ -66,3 +66,14 @@ def warn_of_unseen_concepts(splits: datasets.DatasetDict) -> None:
                 "meant, rename with a category_map"
             )
             logger.warning(text, name, len(unseen), listed)
+
+
+def check_common_concepts(train: datasets.Dataset, validation: datasets.Dataset, source: str) -> None:
+    """Raises DatasetError if the validation split has objects, and none of a concept that the training split shows."""
+    unseen, shown = unseen_concepts(train, validation), unseen_concepts(validation, train)
+    counts = objects_per_category(validation)
+    if unseen and len(unseen) == np.any(counts > 0, axis=0).sum():
+        raise DatasetError(
+            f"{source}: no concept of the validation split ({first_of(list(unseen))}) is in the training split "
+            f"({first_of(list(shown))}): give it the same categories, or rename them with --category_map"
+        )

@@ -4,15 +4,17 @@ import glob
 import logging
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import yaml
 
 from .checks import DatasetError, Problems, check_dataset
-from .coco import find_roboflow_files, read_coco, split_name
+from .coco import find_annotation_files, find_roboflow_files, read_coco, split_name
 from .concepts import check_phrases, warn_of_unseen_concepts
 from .decoding import decode_images
+from .formats import Found, find_format
 from .objects import read_objects
 from .rows import RawSplit, build_dataset
 
@@ -35,7 +37,10 @@ def load_dataset_splits(
         data: one of
             a folder in the Roboflow layout (train/, valid/, test/ with _annotations.coco.json, images beside it or
             under images/);
-            a COCO file, or {split: COCO file};
+            a COCO file, or a folder with annotations/instances_train.json and the like, as CVAT writes it;
+            a folder of YOLO (or its data.yaml), Pascal VOC or LabelMe, or of pictures with masks (see
+            `sam3_hf.data.formats`);
+            {split: COCO file, or folder of one split};
             a folder written by `datasets` (`save_to_disk`, parquet) or a repository of the Hub with the columns
             `image` and `objects` (see `sam3_hf.data.objects`).
         image_folder: for COCO files: where their file names start, or {split: folder}; default: the folder of the
@@ -56,7 +61,20 @@ def load_dataset_splits(
             has an unknown name, or leaves numbers without a name; or two phrases are one to the model.
     """
     problems = Problems()
-    splits = _read(data, image_folder, problems, opened)
+    splits = read_splits(data, image_folder, problems, opened)
+    return prepare_splits(splits, category_map, check_images, problems)
+
+
+def prepare_splits(
+    splits: list[RawSplit],
+    category_map: Source | Mapping[str, str] | None,
+    check_images: bool | Collection[str],
+    problems: Problems,
+) -> datasets.DatasetDict:
+    """
+    Checks and repairs what `read_splits` returns, in place, and brings it into one row schema; arguments and errors as
+    of `load_dataset_splits`.
+    """
     names = list(dict.fromkeys(name for split in splits for name in split.category_names))
     category_map = read_category_map(category_map, names)
     unnamed = [name for name in names if name not in category_map]
@@ -131,7 +149,11 @@ def read_category_map(category_map: Source | Mapping[str, str] | None, names: li
     return {name: phrase.strip() for name, phrase in category_map.items()}
 
 
-def _read(data, image_folder, problems: Problems, opened) -> list[RawSplit]:
+def read_splits(data, image_folder, problems: Problems, opened=None) -> list[RawSplit]:
+    """The splits of a dataset as they are, before the checks; arguments as of `load_dataset_splits`."""
+    if isinstance(data, Mapping) and any(os.path.isdir(source) or find_format(source) for source in data.values()):
+        folders = image_folder if isinstance(image_folder, Mapping) else dict.fromkeys(data, image_folder)
+        return [_only_split(name, source, folders.get(name), problems) for name, source in data.items()]
     files = _coco_files(data)
     if files:
         folders = image_folder if isinstance(image_folder, Mapping) else dict.fromkeys(files, image_folder)
@@ -141,10 +163,44 @@ def _read(data, image_folder, problems: Problems, opened) -> list[RawSplit]:
         return [read_coco(name, file, folders.get(name), problems) for name, file in files.items()]
     if image_folder is not None:
         raise DatasetError(f"image_folder is for COCO files; {data} is not one")
+    found = None if opened is not None else _find_format(data)
+    if found:
+        logger.info("%s is read as %s", data, found.format)
+        return _without_unlabelled_test([read(problems) for read in found.splits.values()])
     loaded = load_with_datasets(str(data)) if opened is None else opened
     if isinstance(loaded, datasets.Dataset):
         loaded = {"train": loaded}
     return [read_objects(split_name(name), split, str(data), problems) for name, split in loaded.items()]
+
+
+def format_of(data: Source) -> str:
+    """The name of the format that `read_splits` takes a dataset for; errors as there."""
+    if _coco_files(data):
+        return "COCO"
+    found = _find_format(data)
+    return found.format if found else "datasets"
+
+
+def _find_format(data: Source) -> Found | None:
+    """As `find_format`; None for what `datasets` wrote."""
+    return None if is_saved(str(data)) else find_format(data)
+
+
+def _only_split(name: str, source: Source, image_folder, problems: Problems) -> RawSplit:
+    """The one split of a source, under another name."""
+    splits = read_splits(source, image_folder, problems)
+    if len(splits) != 1:
+        listed = ", ".join(split.name for split in splits)
+        raise DatasetError(f"{source} holds the splits {listed}, where one is meant for {name}: name a folder of it")
+    return replace(splits[0], name=split_name(name))
+
+
+def _without_unlabelled_test(splits: list[RawSplit]) -> list[RawSplit]:
+    """The splits but for a test split whose labels were not given away."""
+    empty = [split for split in splits if split.name == "test" and not any(row["objects"] for row in split.rows)]
+    for split in empty:
+        logger.info("%s: the test split has no labels; left out", split.source)
+    return [split for split in splits if split not in empty]
 
 
 def _coco_files(data) -> dict[str, Path]:
@@ -156,43 +212,47 @@ def _coco_files(data) -> dict[str, Path]:
     elif str(data).endswith(".json"):
         files = {"train": Path(data)}
     else:
-        files = find_roboflow_files(Path(data))
+        files = find_roboflow_files(Path(data)) or find_annotation_files(Path(data))
     for file in files.values():
         if not file.is_file():
             raise FileNotFoundError(f"there is no annotation file {file}")
     return files
 
 
-def open_dataset(data: Source) -> datasets.Dataset | datasets.DatasetDict | None:
-    """What the `datasets` library has to open: neither COCO files nor pictures alone, for which it is None."""
-    if _coco_files(data) or is_picture_source(str(data)):
+def open_dataset(data: Source | Mapping[str, Source]) -> datasets.Dataset | datasets.DatasetDict | None:
+    """What the `datasets` library has to open: neither annotated in files nor pictures alone, for which it is None."""
+    if isinstance(data, Mapping) or _coco_files(data) or _find_format(data) or is_picture_source(str(data)):
         return None
     return load_with_datasets(str(data))
 
 
-def is_labelled(data: Source, opened: datasets.Dataset | datasets.DatasetDict | None) -> bool:
+def is_labelled(data: Source | Mapping[str, Source], opened: datasets.Dataset | datasets.DatasetDict | None) -> bool:
     """
-    Whether these are COCO files, or a dataset with `objects`, rather than pictures alone.
+    Whether these are annotated in files, or a dataset with `objects`, rather than pictures alone.
 
     Args:
         opened: what `open_dataset` made of them.
     """
     if opened is None:
-        return bool(_coco_files(data))
+        return bool(_coco_files(data) or _find_format(data))
     splits = [opened] if isinstance(opened, datasets.Dataset) else opened.values()
     return all("objects" in split.features for split in splits)
 
 
 def is_picture_source(data: str) -> bool:
     """Whether this is a folder, a file or a pattern that `datasets` did not write."""
-    saved = any(os.path.isfile(os.path.join(data, name)) for name in SAVED_BY_DATASETS)
-    return not saved and (os.path.lexists(data) or glob.has_magic(data))
+    return not is_saved(data) and (os.path.lexists(data) or glob.has_magic(data))
+
+
+def is_saved(data: str) -> bool:
+    """Whether this is a folder that `datasets` wrote."""
+    return any(os.path.isfile(os.path.join(data, name)) for name in SAVED_BY_DATASETS)
 
 
 def load_with_datasets(data: str) -> datasets.Dataset | datasets.DatasetDict:
     """A folder that `datasets` wrote, or a repository of the Hub. Raises FileNotFoundError for a path to nothing."""
     folder = Path(data)
-    if any((folder / name).is_file() for name in SAVED_BY_DATASETS):
+    if is_saved(data):
         return datasets.load_from_disk(data)
     if not folder.exists() and (folder.is_absolute() or data.startswith(".") or data.count("/") > 1):
         raise FileNotFoundError(f"there is no dataset {data}: neither a file or folder, nor 'owner/name' of the Hub")

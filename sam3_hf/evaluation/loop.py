@@ -1,7 +1,9 @@
 """Scores, loss and pictures of a model on a split of a dataset."""
 
+import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import convert_to_fp32, send_to_device
+from tqdm import tqdm
 
 from ..data import EvalDataset, eval_batches, make_loader
 from ..data.images import load_image
@@ -23,6 +26,8 @@ from .cgf1 import CGF1
 from .coco_ap import CocoAP
 from .metric import DetectionMetric
 from .rows import CONFIDENT, MAX_DETECTIONS, prediction_row
+
+logger = logging.getLogger(__name__)
 
 PROMPTS_AT_ONCE = 16  # bounds memory: 200 queries at 1008 px have 66 MB of mask logits for each prompt in float32
 LOWEST_SCORE = 0.01  # detections below are too many to encode: COCO AP goes without the far end of its curves
@@ -74,7 +79,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as cache, batches_of(loader) as loaded:
         metrics = [metric(**metric_options(accelerator, dataset, cache)) for metric in (CocoAP, CGF1, *more)]
         total, prompts = torch.zeros((), device=accelerator.device), 0
-        for indices, batch in zip(batches, loaded, strict=True):
+        for indices, batch in with_progress(zip(batches, loaded, strict=True), len(batches), accelerator):
             if stop is not None and stop():
                 return None
             rows = []
@@ -92,6 +97,20 @@ def evaluate(
     if not accelerator.is_main_process:
         return None
     return {**loss, **merge_figures(*figures[:2]), **dict(chain.from_iterable(map(dict.items, figures[2:])))}
+
+
+def with_progress(batches: Iterable, count: int, accelerator: Accelerator) -> Iterator:
+    """
+    The batches, with a bar and the time that is left on the terminal of the main process; where there is none, with a
+    line of the log at each quarter.
+    """
+    is_main, start = accelerator.is_main_process, time.perf_counter()
+    bar = tqdm(batches, "evaluating", count, unit="batch", leave=False, disable=None if is_main else True)
+    for done, batch in enumerate(bar):
+        if is_main and bar.disable and done and 4 * done // count > 4 * (done - 1) // count:
+            left = tqdm.format_interval((time.perf_counter() - start) / done * (count - done))
+            logger.info("evaluating: %d of %d batches, %s left", done, count, left)
+        yield batch
 
 
 def metric_options(accelerator: Accelerator, dataset: EvalDataset, cache: str) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..plain_text import plain
 from ..rle import decode_mask, ious
 
+SHOWN = 10  # detections, and prompts, that the text of a result lists
 
-@dataclass
+
+@dataclass(repr=False)
 class Detections:
     """
     The detections of one image, best first. Masks are kept run-length encoded, a few hundred bytes each.
@@ -36,6 +40,20 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        """What is there of each label, and the best few with score and box; fits on a screen."""
+        height, width = self.size
+        found = Counter(self.labels)
+        counts = ", ".join(f"{found[label]} {plain(label)}" for label in self.prompts[:SHOWN])
+        counts += f", and {len(self.prompts) - SHOWN} more prompts" if len(self.prompts) > SHOWN else ""
+        masks = "" if self.rle is not None else ", no masks"
+        lines = [f"Detections({counts}; image of {width}x{height} pixels{masks})"]
+        for label, score, box in zip(self.labels[:SHOWN], self.scores.tolist(), self.boxes.tolist(), strict=False):
+            corners = ", ".join(f"{side:.0f}" for side in box)
+            lines.append(f"  {score:.2f}  {plain(label)}  [{corners}]")
+        lines += [f"  and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
+        return "\n".join(lines)
 
     @property
     def masks(self) -> Tensor | None:

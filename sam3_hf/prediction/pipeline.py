@@ -251,6 +251,8 @@ class Sam3LitePipeline:
         for start in range(0, len(images), batch_size):
             batch = slice(start, start + batch_size)
             prepared = [settings.prepare(image, self.processor.image_processor) for image in images[batch]]
+            for image, own in zip(prepared, prompts[batch], strict=True):
+                _check_boxes(own, image.size)
             results += self.detect(prepared, prompts[batch], text, settings, batch_size)
         return results[0] if single else results
 
@@ -386,6 +388,19 @@ def prompts_of_images(prompts, num_images: int) -> list[list[Prompt]]:
     if not all(len(own) for own in lists):
         raise ValueError("There are no prompts for an image: `prompts` or one of its lists is empty.")
     return [[Prompt(one) if isinstance(one, str) else one for one in own] for own in lists]
+
+
+def _check_boxes(prompts: list[Prompt], size: tuple[int, int]) -> None:
+    """Raises ValueError for a box of a prompt that has nothing of an image of this height and width in it."""
+    height, width = size
+    for prompt in prompts:
+        for left, top, right, bottom in prompt.all_boxes:
+            if right <= 0 or bottom <= 0 or left >= width or top >= height:
+                box = [float(side) for side in (left, top, right, bottom)]
+                raise ValueError(
+                    f"The box {box} of the prompt {prompt.label!r} is outside of the picture of {width}x{height}"
+                    " pixels: give left, top, right, bottom in pixels of the upright picture."
+                )
 
 
 def _relative(boxes: list[Sequence[float]], size: tuple[int, int]) -> Tensor:

@@ -101,12 +101,13 @@ class DataArguments:
 
     data: str | None = option(
         None,
-        "dataset: a folder in the Roboflow layout (train/_annotations.coco.json), a COCO file, a repository of the "
-        "Hub or save_to_disk folder with 'objects', or pictures drawn into OUTPUT_DIR/data: 'generated' ones of a few "
+        "dataset: a folder in the Roboflow layout (train/_annotations.coco.json), of YOLO (or its data.yaml), Pascal "
+        "VOC, LabelMe, CVAT's COCO or masks in PNG files; a COCO file; a repository of the Hub or save_to_disk folder "
+        "with 'objects'; or pictures drawn into OUTPUT_DIR/data: 'generated' ones of a few "
         "concepts, 'composed' ones of 204 phrases that overlap",
     )
     validation_data: str | None = option(
-        None, "COCO file of the validation split, if --data is the COCO file of the training split"
+        None, "COCO file or folder of the validation split, if --data is that of the training split alone"
     )
     image_folder: str | None = option(
         None, "where the file names of COCO files start; by default beside the file, or in images/ beside it"
@@ -128,7 +129,7 @@ class DataArguments:
     )
     validation_split: float = option(
         0.1,
-        "share of the pictures without labels, above 0 and below 1, that is held out, to compare with the teacher",
+        "share of the pictures, above 0 and below 1, that is held out by --seed where there is no validation split",
     )
     prompts_per_image: int = option(8, "prompts drawn for each image in each step, at most")
     negative_ratio: float = option(0.5, "share of the prompts, 0 to 1, whose concept is not in the image")

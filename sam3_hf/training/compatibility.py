@@ -17,12 +17,13 @@ FIXED = (
 )
 
 
-def check_compatible(saved: dict, current: dict) -> None:
+def check_compatible(saved: dict, current: dict, finished: bool = False) -> None:
     """
     Compares the settings of a checkpoint with those of the run that goes on from it, and logs harmless differences.
 
     Args:
         saved, current: "arguments" (flat), "images_per_step" and "dataset" of trainer_state.json.
+        finished: no step is left, so that other settings change nothing.
 
     Raises:
         ValueError: they differ in what the checkpoint depends on; the message names all such settings.
@@ -48,7 +49,13 @@ def check_compatible(saved: dict, current: dict) -> None:
         )
     for name, value in now.items():
         if name in before and value != before[name] and name not in (*FIXED, "resume", "output_dir"):
-            logger.warning("%s was %s up to the checkpoint and is %s from here on", name, before.get(name), value)
+            if finished:
+                text = (
+                    "the run is finished: %s was %s, and %s changes no step of it; add --epochs to train on, or start "
+                )
+                logger.warning(text + "anew in another --output_dir", name, before[name], value)
+            else:
+                logger.warning("%s was %s up to the checkpoint and is %s from here on", name, before.get(name), value)
 
 
 def _differences(before: dict, now: dict) -> str:

@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 
 import datasets
-import numpy as np
 from accelerate import Accelerator
 
 from ..data import (
@@ -18,10 +17,11 @@ from ..data import (
     load_dataset_splits,
 )
 from ..data.composed import write_composed
-from ..data.concepts import unseen_concepts
+from ..data.concepts import check_common_concepts
 from ..data.generated import write_dataset
+from ..data.held_out import hold_out
 from ..data.loading import is_labelled, open_dataset
-from ..data.rows import crowded_images, first_of, objects_per_category
+from ..data.rows import crowded_images, first_of
 from ..data.unlabelled import UnlabelledDataset, load_pictures
 from ..phrases import everyday_nouns, read_phrases
 from .arguments import DRAWN, Arguments, DataArguments
@@ -33,24 +33,22 @@ DRAWN_FILE = "drawn.json"  # beside drawn pictures: what they were drawn by, onc
 
 def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -> tuple[TrainDataset, EvalDataset]:
     """
-    The checked training and validation splits.
+    The checked training and validation splits. Where there is none for validation, a part of the other is held out.
 
     Args:
         image_size: side of the model's input in pixels.
 
     Raises:
-        DatasetError: the dataset has faults, or no validation split.
+        DatasetError: the dataset has faults, no training split, or one picture and no validation split.
     """
     options = arguments.data
     splits = load_splits(arguments, data_source(accelerator, arguments, image_size))
-    for split in ("train", "validation"):
-        if split not in splits:
-            raise DatasetError(
-                f"{options.data} has no {split} split, only {', '.join(splits)}: a Roboflow folder has train/ and "
-                "valid/, for COCO files give --validation_data"
-            )
-    check_common_concepts(splits["train"], splits["validation"], options.data)
+    if "train" not in splits:
+        raise DatasetError(f"{options.data} has no train split, only {', '.join(splits)}: name a folder train/")
     seed = arguments.optimization.seed
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = hold_out(splits["train"], options.validation_split, seed)
+    check_common_concepts(splits["train"], splits["validation"], options.data)
     train = TrainDataset(splits["train"], image_size, prompt_sampling(options), augmentation(options), seed)
     return train, EvalDataset(splits["validation"], image_size)
 
@@ -87,15 +85,6 @@ def load_unlabelled(
     asked = dict.fromkeys([*(phrases or concept_names(rows)), *read_words(options.negative_words)])
     train = UnlabelledDataset(rows, asked, image_size, prompt_sampling(options), augmentation(options), seed)
     return train, held_out
-
-
-def hold_out(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The rows without a random share of them, at least one, and that share, both in order."""
-    if len(rows) < 2:
-        raise DatasetError(f"there is {len(rows)} picture, and one is held out: two are needed at least")
-    order = np.random.default_rng(seed).permutation(len(rows))
-    count = min(max(round(share * len(rows)), 1), len(rows) - 1)
-    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
 
 
 def data_source(accelerator: Accelerator, arguments: Arguments, image_size: int) -> str | Path:
@@ -164,17 +153,6 @@ def draw(arguments: Arguments, folder: Path, image_size: int) -> None:
     else:
         write_dataset(folder, num_train=counts["train"], num_valid=counts["valid"], **common)
     finished.write_text(settings, encoding="utf-8")
-
-
-def check_common_concepts(train, validation, source: str) -> None:
-    """Raises DatasetError if the validation split has objects, and none of a concept that the training split shows."""
-    unseen, shown = unseen_concepts(train, validation), unseen_concepts(validation, train)
-    counts = objects_per_category(validation)
-    if unseen and len(unseen) == np.any(counts > 0, axis=0).sum():
-        raise DatasetError(
-            f"{source}: no concept of the validation split ({first_of(list(unseen))}) is in the training split "
-            f"({first_of(list(shown))}): give it the same categories, or rename them with --category_map"
-        )
 
 
 def warn_of_crowds(train: TrainDataset, validation: EvalDataset, num_queries: int) -> None:

@@ -129,11 +129,11 @@ def progress_bar(step: int, total_steps: int, is_main: bool) -> tqdm:
     return tqdm(total=total_steps, initial=step, unit="step", disable=None if is_main else True, dynamic_ncols=True)
 
 
-def log_step(step: int, total_steps: int, values: dict, bar: tqdm) -> None:
+def log_step(step: int, total_steps: int, images_per_step: int, values: dict, bar: tqdm) -> None:
     """A line for the log, which has no progress bar: {"loss", "lr", "images_per_second", ...}."""
     logger.info(
         "step %d/%d, epoch %.2f: loss %.4f, lr %.2e, %.1f images/s, %.0f%% of the time waiting for data, %.2f GB, "
-        "%d overflows",
+        "%d overflows, %s of training left",
         step,
         total_steps,
         values["epoch"],
@@ -143,8 +143,14 @@ def log_step(step: int, total_steps: int, values: dict, bar: tqdm) -> None:
         100 * values["data_wait"],
         values["memory_gb"],
         values["overflows"],
+        tqdm.format_interval(seconds_left(total_steps - step, images_per_step, values["images_per_second"])),
         extra={"on_bar": not bar.disable},
     )
+
+
+def seconds_left(steps: int, images_per_step: int, images_per_second: float) -> float:
+    """How long so many steps take at this speed; evaluations come on top."""
+    return steps * images_per_step / max(images_per_second, 1e-9)
 
 
 def main_scores(scores: dict) -> dict[str, float]:

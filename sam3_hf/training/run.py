@@ -181,7 +181,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _resume(self, checkpoint: Path, saved: dict) -> None:
-        check_compatible(saved, self.state())
+        check_compatible(saved, self.state(), finished=saved["step"] >= self.total_steps)
         self.loop.resume(checkpoint, saved)
         self.evaluated, self.best = saved["evaluated"], saved["best"]
         self.retained_before = saved.get("retained_before")

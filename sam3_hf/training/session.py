@@ -100,7 +100,7 @@ def take_steps(run: Run, batches: Iterator, metrics: Metrics | None, bar: tqdm, 
             values = {"epoch": run.epoch, **done.terms, "lr": done.rate, **speed.read()}
             values |= {"memory_gb": memory, "overflows": run.loop.overflows}
             metrics.write("train", run.step, values)
-            log_step(run.step, run.total_steps, values, bar)
+            log_step(run.step, run.total_steps, run.images_per_step, values, bar)
         if run.at_epoch_end():
             run.save()  # before the evaluation, which may take long: the epoch is safe
             if run.evaluation_due() and not stopped:
