@@ -130,19 +130,6 @@ def side_by_side(
     return panel
 
 
-def in_a_row(pictures: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
-    """Pictures of one size beside each other, each under its title."""
-    width, height = pictures[0].size
-    margin, title_height = 16, 34
-    row = Image.new("RGB", (len(pictures) * (width + margin) + margin, margin + title_height + height + margin), PAPER)
-    draw = ImageDraw.Draw(row)
-    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-        left = margin + number * (width + margin)
-        draw.text((left, margin - 2), _fit(plain(title, 400), width, 22), font=_font(22), fill=INK)
-        row.paste(picture, (left, margin + title_height))
-    return row
-
-
 def contact_sheet(
     pictures: Sequence[Image.Image], titles: Sequence[str], legend: Mapping[str, Colour], columns: int = 4
 ) -> Image.Image:
