@@ -6,6 +6,7 @@ import typer
 
 from .commands.check import check
 from .commands.convert import convert
+from .commands.demo import demo
 from .commands.distill_text import distill_text
 from .commands.evaluate import evaluate
 from .commands.export import export
@@ -36,6 +37,7 @@ def main(
 
 app.command()(check)
 app.command()(convert)
+app.command()(demo)
 app.command()(distill_text)
 app.command()(evaluate)
 app.command()(export)
