@@ -25,6 +25,8 @@ from sam3_hf.exporting.graphs import graphs_of
 from sam3_hf.exporting.model import ExportedModel
 from sam3_hf.exporting.opening import open_export
 from sam3_hf.exporting.quantize import stays_float
+from sam3_hf.page.asking import Finder, ask
+from sam3_hf.page.pictures import open_picture
 from sam3_hf.rle import ious
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +109,14 @@ def picture(tmp_path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     return tmp_path / "picture.png"
+
+
+def test_the_page_takes_an_exported_folder(exported, small, picture):
+    chosen = open_picture(picture)
+    box = {"box": [0.1, 0.1, 0.6, 0.7], "positive": True}
+    first, second = ask([Finder.open(str(exported)), Finder.open(str(small), "cpu")], chosen, "cat", [box], None)
+    same(first.found, second.found)
+    assert first.found.prompts == ["cat", "drawn boxes"] and first.computed == "cpu, float32"
 
 
 def same(first, second, tolerance=1e-4):

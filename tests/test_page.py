@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from test_bad_inputs import HOSTILE
 
 from sam3_hf import Sam3LitePipeline
+from sam3_hf.commands.demo import GRADIO
 from sam3_hf.page import asking, pictures
 from sam3_hf.page.asking import DRAWN_BOXES, LOWEST_SCORE, Answer, Finder, as_line, ask, read_prompts, split_phrases
 from sam3_hf.page.pictures import MAX_EXAMPLES, Picture, as_url, find_examples, open_picture
@@ -25,7 +26,8 @@ from sam3_hf.page.results import BOXES, MASKS, as_coco, as_error, colours_of, dr
 from sam3_hf.prediction.detections import Detections
 from sam3_hf.rle import encode_masks
 
-STANDARD = Path(__file__).parents[1] / "sam3_hf" / "assets" / "tiny-standard"
+ROOT = Path(__file__).parents[1]
+STANDARD = ROOT / "sam3_hf" / "assets" / "tiny-standard"
 KNOWN = "red circle, blue circle, red square, striped square"
 
 
@@ -322,7 +324,8 @@ def test_without_gradio_the_command_says_how_to_get_it(monkeypatch):
     result = run("demo", STANDARD)
     assert result.exit_code == 1
     (line,) = result.output.splitlines()
-    assert line.startswith("Error: ") and "pip install 'gradio" in line
+    assert line.startswith("Error: ") and f"pip install '{GRADIO}'" in line
+    assert f'demo = ["{GRADIO}"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_the_page_is_local_unless_asked(monkeypatch):

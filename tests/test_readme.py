@@ -70,6 +70,9 @@ NOT_RUN = {
         "installs: test_what_make_stands_for"
     ),
     "OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal": "runs this test: test_what_make_stands_for",
+    "sam3-lite demo outputs/demo/final --compare sam3_hf/assets/tiny-standard": (
+        "serves until it is stopped: test_page.py, test_page_browser.py"
+    ),
     "sam3-lite export outputs/demo/final deployed": "traces for minutes: test_exporting.py",
     "sam3-lite export outputs/demo/final deployed-int8 --precision int8 --calibration-images path/to/images"
     ' --calibration-prompt "striped square"': "traces for minutes: test_exporting.py",

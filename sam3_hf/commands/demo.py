@@ -11,7 +11,7 @@ from ..page.pictures import MAX_PIXELS, find_examples
 from .errors import one_line_errors
 from .options import Device, Dtype, Revision
 
-GRADIO = "gradio>=6"
+GRADIO = "gradio>=6.31,<7"  # the extra `demo`
 
 
 def demo(
@@ -42,7 +42,7 @@ def demo(
         try:
             import gradio  # noqa: F401  before a model is loaded in vain
         except ModuleNotFoundError as error:
-            raise ImportError(f"the page needs gradio: pip install '{GRADIO}', or the extra sam3-hf[demo]") from error
+            raise ImportError(f"the page needs gradio: pip install '{GRADIO}' (the extra sam3-hf[demo])") from error
         from ..page.asking import Finder
         from ..page.layout import build_page, serve
 
