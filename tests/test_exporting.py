@@ -111,14 +111,6 @@ def picture(tmp_path) -> Path:
     return tmp_path / "picture.png"
 
 
-def test_the_page_takes_an_exported_folder(exported, small, picture):
-    chosen = open_picture(picture)
-    box = {"box": [0.1, 0.1, 0.6, 0.7], "positive": True}
-    first, second = ask([Finder.open(str(exported)), Finder.open(str(small), "cpu")], chosen, "cat", [box], None)
-    same(first.found, second.found)
-    assert first.found.prompts == ["cat", "drawn boxes"] and first.computed == "cpu, float32"
-
-
 def same(first, second, tolerance=1e-4):
     """Whether two lists of detections are alike."""
     assert first.labels == second.labels and len(first) > 2
@@ -147,6 +139,14 @@ def test_the_pipeline_takes_it_as_any_model(small, exported, picture):
     one, other = (pipe([picture, picture], [["cat"], ["dog", "cat"]], threshold=0.1) for pipe in (first, second))
     for found, expected in zip(one, other, strict=True):
         same(found, expected)
+
+
+def test_the_page_takes_an_exported_folder(exported, small, picture):
+    chosen = open_picture(picture)
+    box = {"box": [0.1, 0.1, 0.6, 0.7], "positive": True}
+    first, second = ask([Finder.open(str(exported)), Finder.open(str(small), "cpu")], chosen, "cat", [box], None)
+    same(first.found, second.found)
+    assert first.found.prompts == ["cat", "drawn boxes"] and first.computed == "cpu, float32"
 
 
 def test_nothing_found_is_no_error(exported, picture):

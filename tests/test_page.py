@@ -342,7 +342,7 @@ def test_the_page_is_local_unless_asked(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "sam3_hf.page.layout", SimpleNamespace(build_page=build_page, serve=serve))
     monkeypatch.setattr(Finder, "open", lambda model, *_: SimpleNamespace(name=model, vocabulary=None))
-    for flags, public in ([], False), (["--share"], True):
+    for flags, public in ([], False), (["--share"], True):  # what `serve` makes of it
         result = run("demo", "one", "--compare", "other", "--threshold", 0.4, "--port", 7000, *flags)
         assert result.exit_code == 0 and "at http://127.0.0.1:7000" in result.output
         assert ("https://public" in result.output) == public

@@ -132,6 +132,14 @@ def test_draw_boxes_on_an_example(page, finder):
     assert (len(boxes.boxes), len(boxes.negative_boxes)) == (1, 1)
     assert "drawn boxes" in page.evaluate("document.querySelector('#results .sam3-legend').innerText")
 
+    page.click("#of input")
+    page.wait("document.querySelectorAll('[role=option]').length == 2")
+    page.click("[role=option]:nth-of-type(2)")
+    page.click("#find")
+    page.wait("!document.querySelector('#results .sam3-legend').innerText.includes('drawn boxes')")
+    (one,) = finder.asked[-1]
+    assert (one.text, one.boxes, one.negative_boxes) == ("blue circle", boxes.boxes, boxes.negative_boxes)
+
 
 def test_what_goes_wrong_is_a_line_in_the_page(page, tmp_path):
     page.click("#find")
@@ -154,6 +162,12 @@ def test_uploads_are_bounded_by_the_server(page):
     form = "const form = new FormData(); form.append('files', new Blob([new Uint8Array(%d)]), 'a.png')"
     statuses = [page.evaluate(f"(() => {{ {form % size}; return {send}; }})()") for size in (1000, MAX_BYTES + 1)]
     assert statuses == [200, 413]
+
+
+def test_a_port_that_is_taken_is_said(finder, address):
+    port = int(address.strip("/").rpartition(":")[2])
+    with pytest.raises(OSError, match=f"port {port} is taken: choose another --port"):
+        serve(build_page([finder], [], 0.3, MAX_PIXELS), port=port)
 
 
 def test_nothing_is_asked_of_others(page, address):

@@ -53,4 +53,6 @@ def demo(
         page = build_page(finders, pictures, threshold, max_pixels)
         local, public = serve(page, port=port, share=share)
     typer.echo(f"The page is at {local}{f' and, for everybody, at {public}' if public else ''}; Ctrl+C ends it.")
+    if share and public is None:
+        typer.echo("There is no public link: gradio's servers could not be reached.", err=True)
     page.block_thread()

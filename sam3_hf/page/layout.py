@@ -15,7 +15,7 @@ from .results import LAYERS, as_error, show
 LOCAL = "127.0.0.1"
 KEPT = 3600  # seconds that uploads and answers are kept
 SESSIONS = 64  # whose pictures and answers are kept
-OWN_PROMPT = "what has no phrase"
+OWN_PROMPT = "a thing without a phrase"
 
 
 def build_page(finders: Sequence[Finder], examples: Sequence[Example], threshold: float, max_pixels: int) -> gr.Blocks:
@@ -137,20 +137,26 @@ def serve(page: gr.Blocks, *, port: int | None = None, share: bool = False) -> t
         OSError: the port is taken.
     """
     page.queue(max_size=32)
-    _, local, public = page.launch(
-        server_name=LOCAL,
-        server_port=port,
-        share=share,
-        max_file_size=MAX_BYTES,
-        state_session_capacity=SESSIONS,
-        footer_links=[],
-        theme=gr.themes.Default(
-            primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-        ),
-        css_paths=ASSETS / "page.css",
-        prevent_thread_lock=True,
-        quiet=True,
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
+    try:
+        _, local, public = page.launch(
+            server_name=LOCAL,
+            server_port=port,
+            share=share,
+            max_file_size=MAX_BYTES,
+            state_session_capacity=SESSIONS,
+            footer_links=[],
+            theme=theme,
+            css_paths=ASSETS / "page.css",
+            prevent_thread_lock=True,
+            quiet=True,
+        )
+    except OSError as error:
+        if "empty port" not in str(error):
+            raise
+        raise OSError(f"port {port or 'from 7860 on'} is taken: choose another --port") from error
     return local, public
 
 
