@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import gradio as gr
 
@@ -16,6 +17,27 @@ LOCAL = "127.0.0.1"
 KEPT = 3600  # seconds that uploads and answers are kept
 SESSIONS = 64  # whose pictures and answers are kept
 OWN_PROMPT = "a thing without a phrase"
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+class AskingSide(NamedTuple):
+    """What the user brings: a picture, phrases and boxes."""
+
+    upload: gr.File
+    gallery: gr.HTML
+    canvas: gr.HTML
+    phrases: gr.Textbox
+    of: gr.Dropdown
+    button: gr.Button
+
+
+class AnsweringSide(NamedTuple):
+    """What is seen of the answers, and how."""
+
+    threshold: gr.Slider
+    layers: gr.CheckboxGroup
+    status: gr.HTML
+    results: gr.HTML
 
 
 def build_page(finders: Sequence[Finder], examples: Sequence[Example], threshold: float, max_pixels: int) -> gr.Blocks:
@@ -25,101 +47,117 @@ def build_page(finders: Sequence[Finder], examples: Sequence[Example], threshold
         threshold: where the slider begins.
         max_pixels: most pixels of an upload.
     """
-    known = finders[0].vocabulary
     # Nothing is told to others: no telemetry here, no fonts of others in `serve`.
     with gr.Blocks(title="sam3-lite", analytics_enabled=False, delete_cache=(KEPT, KEPT), fill_width=True) as page:
         picture, answers = gr.State(time_to_live=KEPT), gr.State(time_to_live=KEPT)
         gr.HTML(_head(finders), apply_default_css=False, elem_id="head")
         with gr.Row():
             with gr.Column(scale=2, min_width=340):
-                with gr.Row():
-                    upload = gr.File(
-                        label="Picture", file_types=["image"], height=150, scale=3, min_width=180, elem_id="upload"
-                    )
-                    with gr.Column(scale=2, min_width=140):
-                        gallery = gr.HTML(
-                            _gallery(examples),
-                            js_on_load=_asset("examples.js"),
-                            apply_default_css=False,
-                            elem_id="examples",
-                        )
-                canvas = gr.HTML(
-                    [],
-                    html_template=_asset("canvas.html"),
-                    js_on_load=_asset("canvas.js"),
-                    apply_default_css=False,
-                    elem_id="canvas",
-                    picture="",
-                    positive=True,
-                )
-                phrases = gr.Textbox(
-                    label="Phrases, separated by commas",
-                    placeholder=", ".join(known) if known else "red car, person with a hat",
-                    max_length=1000,
-                    elem_id="phrases",
-                )
-                of = gr.Dropdown([OWN_PROMPT], value=OWN_PROMPT, label="The boxes are examples of", elem_id="of")
-                button = gr.Button("Find", variant="primary", elem_id="find")
+                asking = _asking_side(examples, finders[0].vocabulary)
             with gr.Column(scale=3, min_width=340):
-                with gr.Row():
-                    slider = gr.Slider(
-                        LOWEST_SCORE, 0.95, threshold, step=0.01, label="Lowest score", elem_id="threshold"
-                    )
-                    layers = gr.CheckboxGroup(LAYERS, value=LAYERS, label="Show", elem_id="layers")
-                status = gr.HTML(apply_default_css=False, elem_id="status")
-                results = gr.HTML(apply_default_css=False, elem_id="results")
-
-        def cleared():
-            return None, _canvas(), None, "", ""
-
-        def uploaded(path: str):
-            try:
-                chosen = open_picture(Path(path), max_pixels)
-            except Exception as error:
-                return None, _canvas(), None, as_error(as_line(error)), ""
-            return chosen, _canvas(as_url(chosen.shown)), None, "", ""
-
-        def taken(event: gr.EventData):
-            example = examples[event.index]
-            words = example.phrases or gr.skip()
-            return example.picture, _canvas(as_url(example.picture.shown)), None, "", "", None, words
-
-        def found(picture, phrases, drawn, of, threshold, layers):
-            try:
-                answers = ask(finders, picture, phrases, drawn, of)
-                return answers, "", show(answers, threshold, layers)
-            except Exception as error:
-                return None, as_error(as_line(error)), ""
-
-        def shown(answers, threshold, layers):
-            return show(answers, threshold, layers) if answers else ""
-
-        def named(phrases, of):
-            words = split_phrases(phrases)
-            return gr.Dropdown([OWN_PROMPT, *words], value=of if of in words else OWN_PROMPT)
-
-        quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        state = [picture, canvas, answers, status, results]
-        upload.upload(uploaded, upload, state, **quiet)
-        upload.clear(cleared, None, state, **quiet)
-        gallery.click(taken, None, [*state, upload, phrases], **quiet)
-        phrases.change(named, [phrases, of], of, trigger_mode="always_last", **quiet)
-        gr.on(
-            [button.click, phrases.submit],
-            found,
-            [picture, phrases, canvas, of, slider, layers],
-            [answers, status, results],
-            api_visibility="private",
-        )
-        gr.on(
-            [slider.change, layers.change],
-            shown,
-            [answers, slider, layers],
-            results,
-            trigger_mode="always_last",
-            **quiet,
-        )
+                answering = _answering_side(threshold)
+        state = [picture, asking.canvas, answers, answering.status, answering.results]
+        _choose_pictures(asking, state, examples, max_pixels)
+        _find_things(asking, answering, picture, answers, finders)
     return page
+
+
+def _asking_side(examples: Sequence[Example], vocabulary: list[str] | None) -> AskingSide:
+    with gr.Row():
+        upload = gr.File(label="Picture", file_types=["image"], height=150, scale=3, min_width=180, elem_id="upload")
+        with gr.Column(scale=2, min_width=140):
+            gallery = gr.HTML(
+                _gallery(examples), js_on_load=_asset("examples.js"), apply_default_css=False, elem_id="examples"
+            )
+    canvas = gr.HTML(
+        [],
+        html_template=_asset("canvas.html"),
+        js_on_load=_asset("canvas.js"),
+        apply_default_css=False,
+        elem_id="canvas",
+        picture="",
+        positive=True,
+    )
+    phrases = gr.Textbox(
+        label="Phrases, separated by commas",
+        placeholder=", ".join(vocabulary) if vocabulary else "red car, person with a hat",
+        max_length=1000,
+        elem_id="phrases",
+    )
+    of = gr.Dropdown([OWN_PROMPT], value=OWN_PROMPT, label="The boxes are examples of", elem_id="of")
+    button = gr.Button("Find", variant="primary", elem_id="find")
+    return AskingSide(upload, gallery, canvas, phrases, of, button)
+
+
+def _answering_side(threshold: float) -> AnsweringSide:
+    with gr.Row():
+        slider = gr.Slider(LOWEST_SCORE, 0.95, threshold, step=0.01, label="Lowest score", elem_id="threshold")
+        layers = gr.CheckboxGroup(LAYERS, value=LAYERS, label="Show", elem_id="layers")
+    status = gr.HTML(apply_default_css=False, elem_id="status")
+    results = gr.HTML(apply_default_css=False, elem_id="results")
+    return AnsweringSide(slider, layers, status, results)
+
+
+def _choose_pictures(asking: AskingSide, state: list, examples: Sequence[Example], max_pixels: int) -> None:
+    """
+    Args:
+        state: what a new picture changes: it, the canvas, the answers, what went wrong, what is shown.
+    """
+
+    def cleared():
+        return None, _canvas(), None, "", ""
+
+    def uploaded(path: str):
+        try:
+            picture = open_picture(Path(path), max_pixels)
+        except Exception as error:
+            return None, _canvas(), None, as_error(as_line(error)), ""
+        return picture, _canvas(as_url(picture.shown)), None, "", ""
+
+    def taken(event: gr.EventData):
+        example = examples[event.index]
+        words = example.phrases or gr.skip()
+        return example.picture, _canvas(as_url(example.picture.shown)), None, "", "", None, words
+
+    asking.upload.upload(uploaded, asking.upload, state, **QUIET)
+    asking.upload.clear(cleared, None, state, **QUIET)
+    asking.gallery.click(taken, None, [*state, asking.upload, asking.phrases], **QUIET)
+
+
+def _find_things(
+    asking: AskingSide, answering: AnsweringSide, picture: gr.State, answers: gr.State, finders: Sequence[Finder]
+) -> None:
+    def found(picture, phrases, drawn, of, threshold, layers):
+        try:
+            answers = ask(finders, picture, phrases, drawn, of)
+            return answers, "", show(answers, threshold, layers)
+        except Exception as error:
+            return None, as_error(as_line(error)), ""
+
+    def shown(answers, threshold, layers):
+        return show(answers, threshold, layers) if answers else ""
+
+    def named(phrases, of):
+        words = split_phrases(phrases)
+        return gr.Dropdown([OWN_PROMPT, *words], value=of if of in words else OWN_PROMPT)
+
+    view = [answering.threshold, answering.layers]
+    asking.phrases.change(named, [asking.phrases, asking.of], asking.of, trigger_mode="always_last", **QUIET)
+    gr.on(
+        [asking.button.click, asking.phrases.submit],
+        found,
+        [picture, asking.phrases, asking.canvas, asking.of, *view],
+        [answers, answering.status, answering.results],
+        api_visibility="private",
+    )
+    gr.on(
+        [control.change for control in view],
+        shown,
+        [answers, *view],
+        answering.results,
+        trigger_mode="always_last",
+        **QUIET,
+    )
 
 
 def serve(page: gr.Blocks, *, port: int | None = None, share: bool = False) -> tuple[str, str | None]:
