@@ -1,6 +1,7 @@
 """Models as graphs: equal to what they were made of, usable as a model, whole or not at all."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import warm
 from conftest import HUNG, micro_config, run, shake
 from PIL import Image
 from test_text_encoders import PHRASES, lite_text_model
@@ -346,6 +348,28 @@ def test_openvino_gives_the_same(small, exported, picture, tmp_path):
         open_export(tmp_path / "ov")
 
 
+def test_signals_still_arrive_where_openvino_models_are_gone(tmp_path):
+    script = """
+import gc, os, signal
+import numpy as np
+import openvino
+import openvino.opset13 as ops
+from pathlib import Path
+from sam3_hf.exporting.engines import OpenVinoGraph
+
+one = ops.parameter([1, 8], np.float32, name="one")
+openvino.save_model(openvino.Model([ops.relu(one)], [one]), "relu.xml")
+graphs = [OpenVinoGraph(Path("relu.xml"), "cpu", 1) for _ in range(2)]
+while graphs:
+    graphs.pop(0)
+    gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("arrived"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    finished = warm.run(["-c", script], tmp_path, dict(os.environ))
+    assert (finished.returncode, finished.stdout) == (0, "arrived\n"), finished.stderr
+
+
 def test_an_openvino_that_is_too_old_is_said(small, tmp_path, monkeypatch):
     import openvino
 
@@ -420,8 +444,6 @@ def without_torch(tmp_path_factory) -> Path:
     return next(folder.glob("bin/python"))
 
 
-# It passes in a process of its own; behind a thousand other tests the process has died here, and why is not known yet.
-@pytest.mark.slow
 def test_the_example_runs_without_torch(exported, picture, tmp_path, without_torch):
     example = ROOT / "examples" / "onnx_without_torch.py"
     assert len(example.read_text().splitlines()) <= 80

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class OpenVinoGraph:
         settings = {"INFERENCE_NUM_THREADS": threads} if device == "cpu" else {}
         settings["INFERENCE_PRECISION_HINT"] = "bf16" if bfloat16 else "f32"
         try:
-            self._model = openvino.Core().compile_model(str(path), device.upper(), settings)
+            self._model = _openvino_core().compile_model(str(path), device.upper(), settings)
         except RuntimeError as error:
             raise ValueError(_why_not(path, error, f"openvino {openvino.__version__}")) from error
         self._types = {port.any_name: port.element_type.to_dtype() for port in self._model.inputs}
@@ -96,6 +97,16 @@ def import_openvino():
         oldest = ".".join(map(str, OLDEST_OPENVINO))
         raise ImportError(f"openvino {openvino.__version__} is too old, {oldest} is needed: pip install -U openvino")
     return openvino
+
+
+@functools.cache
+def _openvino_core():
+    """
+    The only one, kept to the end: each gives the thread that uses it a stack for signals and frees that at its end.
+    Of two that end in the order of their beginning, the last puts the freed one back; the next signal that Python
+    handles would then end the process without a word (openvino 2026.4).
+    """
+    return import_openvino().Core()
 
 
 def _why_not(path: Path, error: Exception, runtime: str) -> str:
