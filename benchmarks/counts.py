@@ -15,7 +15,8 @@ Training is of one image with a frozen text encoder; matching is replaced by the
 are those of forward pass, loss and backward pass; `kernels` and `GB moved` of forward pass and loss. `GB` is the most
 that weights, AdamW's moments and all else hold at once: up to the loss by the rules of CUDA, and what the backward
 pass adds to that on a CPU, whose autocast differs in little. `GB per image` is what a third image adds, and `images
-in` a card what that leaves room for, beside `--reserve`.
+in` a card what that leaves room for, beside `--reserve`. With `--adapters`, low-rank adapters of `--rank` train on the
+detector or on all parts, and the weights are frozen.
 """
 
 import argparse
@@ -38,6 +39,8 @@ from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, loss_sam3_lite
 from sam3_hf.loss_sam3_lite import Match
 from sam3_hf.modeling_sam3_lite import PROMPTS_SEGMENTED_AT_ONCE
+from sam3_hf.training.adapter_arguments import AdapterArguments
+from sam3_hf.training.adapters import add_adapters
 
 IMAGES = (1, 2, 3)  # of the training steps that are counted
 
@@ -141,10 +144,12 @@ def fixed_matches(logits, boxes, targets, config, one_to_many) -> list[Match]:
 class FakeTrainer:
     """Training steps on fake tensors; to be made and used within `fake_cuda` or `fake_cpu`."""
 
-    def __init__(self, name: str, image_size: int | None, checkpointing: bool):
+    def __init__(self, name: str, image_size: int | None, checkpointing: bool, adapters: AdapterArguments):
         self.name = name
         self.model = build(name, image_size).train()
         self.model.text_encoder = self.model.text_projection = None
+        if adapters.lora_rank:
+            add_adapters(self.model, adapters)
         if checkpointing:
             self.model.gradient_checkpointing_enable()
         self.loss_config = Sam3LiteConfig.from_preset(name.removeprefix(STOCK)).loss_config
@@ -168,29 +173,35 @@ class Forward(NamedTuple):
     peak: int  # bytes, with AdamW's two moments
 
 
-def count_forward(
-    name: str, image_size: int | None, precision: str, prompts: int, checkpointing: bool
-) -> list[Forward]:
-    """Of steps on 1, 2 and 3 images."""
+def count_forward(name: str, image_size: int | None, precision: str, prompts: int, *choices) -> list[Forward]:
+    """
+    Of steps on 1, 2 and 3 images.
+
+    Args:
+        choices: checkpointing and adapters, as for `FakeTrainer`.
+    """
     counted = []
     with fake_cuda(grid_side(name, image_size)):
-        trainer = FakeTrainer(name, image_size, checkpointing)
-        weights = sum(parameter.nbytes for parameter in trainer.model.parameters())
+        trainer = FakeTrainer(name, image_size, *choices)
+        weights = sum(parameter.nbytes * (1 + 2 * parameter.requires_grad) for parameter in trainer.model.parameters())
         for images in IMAGES:
             batch = trainer.batch(images, prompts)
-            with Counter(3 * weights) as counter, autocast(precision):
+            with Counter(weights) as counter, autocast(precision):
                 trainer.loss(batch)
             counted.append(Forward(counter.kernels, counter.moved, counter.peak))
     return counted
 
 
-def count_backward(
-    name: str, image_size: int | None, precision: str, prompts: int, checkpointing: bool
-) -> tuple[list[int], int]:
-    """Bytes that the backward pass adds to the peak of steps on 1, 2 and 3 images; operations of the first step."""
+def count_backward(name: str, image_size: int | None, precision: str, prompts: int, *choices) -> tuple[list[int], int]:
+    """
+    Bytes that the backward pass adds to the peak of steps on 1, 2 and 3 images; operations of the first step.
+
+    Args:
+        choices: as for `count_forward`.
+    """
     added = []
     with fake_cpu(grid_side(name, image_size)):
-        trainer = FakeTrainer(name, image_size, checkpointing)
+        trainer = FakeTrainer(name, image_size, *choices)
         for images in IMAGES:
             batch = trainer.batch(images, prompts)
             with Counter(device="cpu") as counter:
@@ -212,14 +223,16 @@ def grid_side(name: str, image_size: int | None) -> int:
 
 
 def training(arguments: argparse.Namespace, case: tuple) -> dict | None:
-    name, precision, prompts, checkpointing = case
-    if name.startswith(STOCK) and checkpointing:
+    name, precision, prompts, checkpointing, targets = case
+    if name.startswith(STOCK) and (checkpointing or targets != "none"):
         return None
-    step = (name, arguments.image_size, precision, prompts, checkpointing)
+    adapters = AdapterArguments() if targets == "none" else AdapterArguments(arguments.rank, lora_targets=targets)
+    step = (name, arguments.image_size, precision, prompts, checkpointing, adapters)
     forward, (added, flop) = count_forward(*step), count_backward(*step)
     one, two, three = ((counted.peak + more) / 1e9 for counted, more in zip(forward, added, strict=True))
     per_image = three - two
     row = {"model": name, "precision": precision, "prompts per image": prompts, "checkpointing": checkpointing}
+    row |= {"adapters": targets} | ({} if targets == "none" else {"rank": arguments.rank})
     row |= {"TFLOP": flop / 1e12, "kernels": forward[0].kernels, "GB moved": forward[0].moved / 1e9}
     row |= {"GB": one, "GB per image": per_image}
     for card in arguments.cards:
@@ -238,6 +251,8 @@ def main() -> None:
     options.add_argument("--kept", nargs="*", type=int, default=[10], help="masks per prompt; beside those of all")
     options.add_argument("--precisions", nargs="+", choices=["fp32", "fp16"], default=["fp32"], help="of training")
     options.add_argument("--checkpointing", nargs="+", choices=["off", "on"], default=["off"])
+    options.add_argument("--adapters", nargs="+", choices=["none", "detector", "vision", "all"], default=["none"])
+    options.add_argument("--rank", type=int, default=16, help="of the adapters")
     options.add_argument("--cards", nargs="+", type=float, default=[8, 12, 16, 24], help="GB of GPUs to fill")
     options.add_argument("--reserve", type=float, default=1.0, help="GB for the CUDA context and fragmentation")
     arguments = options.parse_args()
@@ -256,7 +271,9 @@ def main() -> None:
         rows = [another_class(arguments, name) for name in arguments.models if not name.startswith(STOCK)]
     else:
         checkpointing = [value == "on" for value in arguments.checkpointing]
-        cases = itertools.product(arguments.models, arguments.precisions, arguments.prompts, checkpointing)
+        cases = itertools.product(
+            arguments.models, arguments.precisions, arguments.prompts, checkpointing, arguments.adapters
+        )
         rows = [row for case in cases if (row := training(arguments, case)) is not None]
     report(arguments, rows)
 

@@ -114,12 +114,12 @@ def train(folder: Path, arguments: argparse.Namespace) -> None:
     subprocess.run([sys.executable, "-m", "sam3_hf.training", str(config)], check=True, cwd=ROOT)
 
 
-def scores_of(source: Path, images: int) -> dict[str, dict]:
+def scores_of(source: Path, images: int, splits: tuple[str, ...] = SPLITS) -> dict[str, dict]:
     """{split: scores} of a model."""
     model = Sam3LiteModel.from_pretrained(source, preset="same", dtype=torch.float32)
     processor = Sam3LiteProcessor.of_source(source, model.config)
     with tempfile.TemporaryDirectory() as folder:
-        data = {split: composed_split(Path(folder), split, images, model.config.image_size) for split in SPLITS}
+        data = {split: composed_split(Path(folder), split, images, model.config.image_size) for split in splits}
         return {split: split_scores(model, processor, each, 8) for split, each in data.items()}
 
 
