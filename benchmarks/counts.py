@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from common import STOCK, TOKENS, autocast, build, image_size_of, parser, report, training_batch
 from counting import Counter, fake_cpu, fake_cuda, flops
-from torch import Tensor
+from torch import Tensor, nn
 from train_step import STOCK_TOKENS, stock_loss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput
@@ -149,7 +149,9 @@ class FakeTrainer:
         self.model = build(name, image_size).train()
         self.model.text_encoder = self.model.text_projection = None
         if adapters.lora_rank:
-            add_adapters(self.model, adapters)
+            # Fake weights cannot be moved; these are on their device from the start.
+            with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+                add_adapters(self.model, adapters)
         if checkpointing:
             self.model.gradient_checkpointing_enable()
         self.loss_config = Sam3LiteConfig.from_preset(name.removeprefix(STOCK)).loss_config

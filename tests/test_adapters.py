@@ -9,11 +9,13 @@ import pytest
 import torch
 from accelerate import DistributedType
 from conftest import largest_difference, make_labels
+from fp16_emulation import RoundedProducts
 from peft import PeftModel
 from torch import nn
 from transformers.integrations import peft as integration
 
 from sam3_hf import Sam3LiteModel
+from sam3_hf.training.accelerator import FIRST_LOSS_SCALE
 from sam3_hf.training.adapter_arguments import AdapterArguments
 from sam3_hf.training.adapters import (
     adapted_layers,
@@ -125,6 +127,22 @@ def test_autocast_keeps_no_second_copy_of_an_input(model):
         layer(half)
     inputs = [tensor for tensor in kept if tensor.shape == half.shape]
     assert inputs and {tensor.data_ptr() for tensor in inputs} == {half.data_ptr()}
+
+
+def test_scaled_gradients_in_half_precision_are_those_of_float32(model, inputs):
+    model = adapted(model, "all").train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def gradient(half: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        with RoundedProducts(), torch.autocast("cpu", torch.float16, enabled=half):
+            loss = model(**inputs, labels=make_labels()).loss
+        with RoundedProducts():
+            found = torch.autograd.grad(FIRST_LOSS_SCALE * loss, trained)
+        return torch.cat([tensor.flatten() for tensor in found]) / FIRST_LOSS_SCALE
+
+    half, whole = gradient(True), gradient(False)
+    assert half.isfinite().all() and (half - whole).norm() < 0.05 * whole.norm()
 
 
 def test_a_base_in_half_precision_is_refused(model):
