@@ -14,6 +14,7 @@ from train_cases import error_of, launcher, state_of, train, train_in_two
 import sam3_hf
 from sam3_hf import Sam3LiteModel
 from sam3_hf.data.generated import write_dataset
+from sam3_hf.training.compatibility import check_compatible
 
 RANK = {"lora_rank": 2, "ema_decay": 0.9, "save_every_epochs": 1, "save_every_steps": 2}
 TINY_STANDARD = Path(sam3_hf.__file__).parent / "assets" / "tiny-standard"
@@ -157,20 +158,27 @@ def test_what_the_error_advises_makes_a_whole_model(alone, data, saved, tmp_path
     Sam3LiteModel.from_pretrained(tmp_path / "run" / "final")
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--lora_rank", "3"], "lora_rank: 2 there, 3 here"),
-        (["--lora_rank", "2", "--lora_targets", "all"], "lora_targets: None there, all here"),
-        ([], "lora_rank: 2 there, None here"),
-        (["--lora_rank", "2", "--merge_adapter", "false"], "merge_adapter: true there, false here"),
-    ],
-)
-def test_other_adapters_do_not_go_on_from_a_checkpoint(whole, data, saved, tmp_path, flags, message):
+def test_another_rank_does_not_go_on_from_a_checkpoint(whole, data, saved, tmp_path):
     checkpoint = str(whole / "run" / "checkpoints" / "last")
     settings = {"init": str(saved), "model_overrides": None, "num_workers": 0, "ema_decay": 0.9}
-    finished = train(tmp_path, data, "--resume", checkpoint, *flags, **settings)
-    assert finished.returncode == 2 and message in finished.stderr
+    finished = train(tmp_path, data, "--resume", checkpoint, "--lora_rank", "3", **settings)
+    assert finished.returncode == 2 and "lora_rank: 2 there, 3 here" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lora_targets": "all"}, "lora_targets: None there, all here"),
+        ({"lora_rank": None}, "lora_rank: 2 there, None here"),
+        ({"lora_alpha": 4.0}, "lora_alpha: None there, 4.0 here"),
+        ({"merge_adapter": False}, "merge_adapter: true there, false here"),
+    ],
+)
+def test_other_adapters_do_not_go_on_from_a_checkpoint(whole, changed, message):
+    saved = state_of(whole / "run" / "checkpoints" / "last")
+    check_compatible(saved, saved)
+    with pytest.raises(ValueError, match=message):
+        check_compatible(saved, saved | {"arguments": saved["arguments"] | changed})
 
 
 def test_an_adapter_alone_needs_a_base_that_has_a_name(data, tmp_path):
