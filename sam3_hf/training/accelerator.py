@@ -10,6 +10,7 @@ from accelerate.utils import GradScalerKwargs, broadcast_object_list, parse_flag
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
 from ..modeling_sam3_lite import Sam3LiteModel
+from .adapters import check_adapters
 from .arguments import Arguments, OptimizationArguments
 from .optim import build_optimizer
 from .reporting import set_up_logging
@@ -46,6 +47,7 @@ def start_accelerator(arguments: Arguments) -> Accelerator:
         gradient_accumulation_steps=arguments.optimization.gradient_accumulation_steps,
         kwargs_handlers=[GradScalerKwargs(init_scale=FIRST_LOSS_SCALE)],
     )
+    check_adapters(arguments.adapter, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
         if arguments.optimization.ema_decay:
             raise ValueError("ema_decay does not work with FSDP, where no process holds whole weights: set it to 0")

@@ -15,14 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import one_line
 from ..files import link, partial_of, put_in_place, start_folder, sync, write_file
-from ..sources_sam3_lite import AVERAGE
+from ..sources_sam3_lite import ADAPTER, AVERAGE
 from ..sources_sam3_lite import FROZEN_TEXT as FROZEN
 from ..sources_sam3_lite import TRAINER_STATE as STATE
+from .adapters import adapter_state, load_adapter_state, plain_weights
 from .checksums import FileSums, first_difference, text_checksum
 from .optim import MovingAverage
 from .stopping import any_process
 
 OBJECTIVE = "objective.pt"
+BASE = "frozen_base.safetensors"  # of a run that trains adapters: the weights beside which they stand
 FILES, CHECKSUM = "files", "checksum"  # in the state file: checksums of the other files, and of the state itself
 file_sums = FileSums()
 
@@ -60,7 +62,7 @@ def save_checkpoint(
         if accelerator.is_main_process:
             start_folder(target)
         accelerator.wait_for_everyone()
-        _write(accelerator, partial, target.parent / FROZEN, model, optimizer, ema, objective, tokenizer)
+        _write(accelerator, partial, target.parent, model, optimizer, ema, objective, tokenizer)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             sums = file_sums.of_folder(partial, leave_out=STATE)
@@ -76,13 +78,19 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def _write(accelerator: Accelerator, folder: Path, frozen: Path, model, optimizer, ema, objective, tokenizer) -> None:
+def _write(
+    accelerator: Accelerator, folder: Path, checkpoints: Path, model, optimizer, ema, objective, tokenizer
+) -> None:
     if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.save_state(folder)  # each process holds a part of the weights, and writes it
     if not accelerator.is_main_process:
         return
     if accelerator.distributed_type != DistributedType.FSDP:
-        save_file(accelerator.unwrap_model(model).state_dict(), folder / "model.safetensors")
+        whole = accelerator.unwrap_model(model)
+        if adapter := adapter_state(whole):
+            save_file(adapter, folder / ADAPTER)
+        else:
+            save_file(whole.state_dict(), folder / "model.safetensors")
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         if accelerator.scaler is not None:
             torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
@@ -93,8 +101,9 @@ def _write(accelerator: Accelerator, folder: Path, frozen: Path, model, optimize
     accelerator.unwrap_model(model).config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if frozen.is_file():
-        link(frozen, folder / FROZEN)
+    for name in (FROZEN, BASE):
+        if (checkpoints / name).is_file():
+            link(checkpoints / name, folder / name)
 
 
 def not_finite(model, optimizer, ema: MovingAverage | None) -> list[str]:
@@ -132,7 +141,11 @@ def load_checkpoint(accelerator: Accelerator, source: Path, model, optimizer, em
     if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.load_state(source)
     else:
-        accelerator.unwrap_model(model).load_state_dict(load_file(source / "model.safetensors"))
+        whole = accelerator.unwrap_model(model)
+        if adapter_state(whole):
+            load_adapter_state(whole, load_file(source / ADAPTER))
+        else:
+            whole.load_state_dict(load_file(source / "model.safetensors"))
         optimizer.load_state_dict(torch.load(source / "optimizer.pt", map_location="cpu", weights_only=True))
         if accelerator.scaler is not None and (source / "scaler.pt").is_file():
             accelerator.scaler.load_state_dict(torch.load(source / "scaler.pt", weights_only=True))
@@ -204,6 +217,12 @@ def replace_state(checkpoint: Path, state: dict) -> None:
 def write_frozen(checkpoints: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Stores the frozen weights once per run; each checkpoint links to the file, so that it is complete by itself."""
     write_file(checkpoints / FROZEN, lambda partial: save_file(tensors, partial))
+
+
+def write_base(checkpoints: Path, model) -> None:
+    """As `write_frozen`: the weights that adapters stand beside, by the names of a model without them."""
+    weights = {name: value.cpu() for name, value in plain_weights(model, merge=False).items()}
+    write_file(checkpoints / BASE, lambda partial: save_file(weights, partial))
 
 
 def _state_text(state: dict, sums: dict[str, str] | None) -> str:

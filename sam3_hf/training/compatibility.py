@@ -14,6 +14,9 @@ FIXED = (
     "seed",
     "weight_decay",
     "vit_layer_decay",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
 )
 
 
@@ -32,6 +35,8 @@ def check_compatible(saved: dict, current: dict, finished: bool = False) -> None
     wrong = [f"{name}: {before.get(name)} there, {now[name]} here" for name in FIXED if before.get(name) != now[name]]
     if bool(before["ema_decay"]) != bool(now["ema_decay"]):
         wrong.append(f"ema_decay: {before['ema_decay']} there, {now['ema_decay']} here")
+    if before.get("merge_adapter", True) and not now["merge_adapter"]:  # the base may have no name
+        wrong.append("merge_adapter: true there, false here")
     if bool(before.get("teacher")) != bool(now["teacher"]):
         wrong.append(f"teacher: {before.get('teacher')} there, {now['teacher']} here")
     if saved["dataset"] != current["dataset"]:
