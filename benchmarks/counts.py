@@ -14,10 +14,10 @@ run. `GB moved` is what all kernels read and write, one by one.
 
 Training is of one image with a frozen text encoder; matching is replaced by the first queries of each prompt. `TFLOP`
 are those of forward pass, loss and backward pass; `kernels` and `GB moved` of forward pass and loss. `GB` is the most
-that weights, AdamW's moments and all else hold at once: up to the loss by the rules of CUDA, and what the backward
-pass adds to that on a CPU, whose autocast differs in little. `GB per image` is what a third image adds, and `images
-in` a card what that leaves room for, beside `--reserve`. With `--adapters`, low-rank adapters of `--rank` train on the
-detector or on all parts, and the weights are frozen.
+that weights, AdamW's moments and all else hold at once: up to the loss by the rules of CUDA, and then what is held at
+its end with what the backward pass adds on a CPU, whose autocast differs in little. `GB per image` is what a third
+image adds, and `images in` a card what that leaves room for, beside `--reserve`. With `--adapters`, low-rank adapters
+of `--rank` train on the detector or on all parts, and the weights are frozen.
 
 Distillation is training by a teacher's answers alone, after the steps on its features; it sees every second prompt,
 and is in half precision, without its text encoder. `TFLOP` and `GB` are with the teacher; `cached` is for steps in
@@ -132,6 +132,7 @@ class Forward(NamedTuple):
     kernels: int
     moved: int  # bytes
     peak: int  # bytes, with AdamW's two moments
+    held: int  # of them, at its end
 
 
 def count_forward(make: Callable[[], FakeTrainer], grid: int, precision: str, prompts: int) -> list[Forward]:
@@ -143,13 +144,17 @@ def count_forward(make: Callable[[], FakeTrainer], grid: int, precision: str, pr
         for images in IMAGES:
             batch = trainer.batch(images, prompts)
             with Counter(weights + trainer.resident) as counter, autocast(precision):
-                trainer.loss(batch)
-            counted.append(Forward(counter.kernels, counter.moved, counter.peak))
+                loss = trainer.loss(batch)
+            counted.append(Forward(counter.kernels, counter.moved, counter.peak, counter.live))
+            del loss
     return counted
 
 
 def count_backward(make: Callable[[], FakeTrainer], grid: int, precision: str, prompts: int) -> tuple[list[int], int]:
-    """Bytes that the backward pass adds to the peak of steps on 1, 2 and 3 images; operations of the first step."""
+    """
+    Bytes that the backward pass adds to what is held at its start, of steps on 1, 2 and 3 images; operations of the
+    first step.
+    """
     added = []
     with fake_cpu(grid):
         trainer = make()
@@ -158,9 +163,9 @@ def count_backward(make: Callable[[], FakeTrainer], grid: int, precision: str, p
             with Counter(device="cpu") as counter:
                 with autocast(precision):
                     loss = trainer.loss(batch)
-                before = counter.peak
+                held = counter.peak = counter.live
                 loss.backward()
-            added.append(counter.peak - before)
+            added.append(counter.peak - held)
             trainer.model.zero_grad()
         batch = trainer.batch(IMAGES[0], prompts)
         with flops() as arithmetic:  # which keeps tensors alive
@@ -197,7 +202,8 @@ def count_step(arguments: argparse.Namespace, make: Callable[[], FakeTrainer], c
     name, precision, prompts = case
     grid = grid_side(name, arguments.image_size)
     forward, (added, flop) = (count(make, grid, precision, prompts) for count in (count_forward, count_backward))
-    one, two, three = ((counted.peak + more) / 1e9 for counted, more in zip(forward, added, strict=True))
+    peaks = (max(counted.peak, counted.held + more) for counted, more in zip(forward, added, strict=True))
+    one, two, three = (peak / 1e9 for peak in peaks)
     per_image = three - two
     row = {"TFLOP": flop / 1e12, "kernels": forward[0].kernels, "GB moved": forward[0].moved / 1e9}
     row |= {"GB": one, "GB per image": per_image}

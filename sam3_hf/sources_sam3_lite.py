@@ -22,7 +22,9 @@ TRAINER_STATE = "trainer_state.json"
 FROZEN_TEXT = "frozen_text.safetensors"
 AVERAGE = "ema.safetensors"
 ADAPTER = "adapter.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"  # of peft, in the folder of an adapter alone
+# Those of peft in the folder of an adapter alone.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def config_fields(source: str | os.PathLike, **hub_arguments) -> dict | None:
@@ -140,6 +142,7 @@ def _is_below(name: str) -> bool:
 __all__ = [
     "ADAPTER",
     "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "AVERAGE",
     "FROZEN_TEXT",
     "HUB_ARGUMENTS",

@@ -3,15 +3,15 @@
 import copy
 import re
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import DistributedType
-from conftest import largest_difference, make_labels
+from conftest import largest_difference, make_labels, micro_config, shake
 from fp16_emulation import RoundedProducts
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers.integrations import peft as integration
 
 from sam3_hf import Sam3LiteModel
@@ -26,14 +26,16 @@ from sam3_hf.training.adapters import (
     save_adapter,
 )
 from sam3_hf.training.arguments import OptimizationArguments, parse_arguments
-from sam3_hf.training.optim import parameter_groups
+from sam3_hf.training.checkpoints import load_checkpoint, save_checkpoint
+from sam3_hf.training.optim import build_optimizer, parameter_groups
+from sam3_hf.training.sharded import joined
 
 
-def adapted(model: Sam3LiteModel, targets: str = "detector", **settings) -> Sam3LiteModel:
+def adapted(model: Sam3LiteModel, targets: str = "detector", seed: int = 3, **settings) -> Sam3LiteModel:
     """A copy with adapters of rank 2 that change its outputs."""
     model = copy.deepcopy(model)
     add_adapters(model, AdapterArguments(lora_rank=2, lora_targets=targets, **settings))
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -46,6 +48,13 @@ def parts_of(model: nn.Module) -> set[str]:
 
 
 DETECTOR = {"geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder"}
+
+
+@pytest.fixture(scope="module")
+def model() -> Sam3LiteModel:
+    """To be copied only."""
+    torch.manual_seed(0)
+    return shake(Sam3LiteModel(micro_config())).eval()
 
 
 @pytest.mark.parametrize(
@@ -147,14 +156,14 @@ def test_scaled_gradients_in_half_precision_are_those_of_float32(model, inputs):
 
 def test_a_base_in_half_precision_is_refused(model):
     with pytest.raises(ValueError, match="the model is in float16: load it with"):
-        adapted(model.half())
+        adapted(copy.deepcopy(model).half())
 
 
 def test_merged_weights_answer_like_the_adapter(model, inputs):
     found = adapted(model, "all", lora_alpha=3.0)
     merged, base = copy.deepcopy(model), copy.deepcopy(model)
-    merged.load_state_dict(plain_weights(found, merge=True))
-    base.load_state_dict(plain_weights(found, merge=False))
+    merged.load_state_dict(plain_weights(found, found.state_dict(), merge=True))
+    base.load_state_dict(plain_weights(found, found.state_dict(), merge=False))
     with torch.no_grad():
         expected, before = found(**inputs), model(**inputs)
         assert largest_difference(merged(**inputs), expected) < 1e-4
@@ -165,7 +174,7 @@ def test_merged_weights_answer_like_the_adapter(model, inputs):
 def test_a_saved_adapter_is_loaded_by_peft_and_transformers(model, inputs, saved, tmp_path, monkeypatch):
     base = Sam3LiteModel.from_pretrained(saved)
     trained = adapted(base)
-    save_adapter(trained, tmp_path, str(saved))
+    save_adapter(trained, trained.state_dict(), tmp_path, str(saved))
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2**20
     with torch.no_grad():
         expected = trained(**inputs)
@@ -219,11 +228,82 @@ def test_settings_that_cannot_be_are_refused(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_what_a_run_with_adapters_needs(monkeypatch):
-    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    check_adapters(AdapterArguments(), sharded)
-    with pytest.raises(ValueError, match="lora_rank does not work with FSDP"):
-        check_adapters(AdapterArguments(lora_rank=2), sharded)
+def test_a_run_with_adapters_needs_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
+    check_adapters(AdapterArguments())
     with pytest.raises(ImportError, match=r'lora_rank needs pip install "sam3-hf\[lora\]"'):
-        check_adapters(AdapterArguments(lora_rank=2), SimpleNamespace(distributed_type=DistributedType.NO))
+        check_adapters(AdapterArguments(lora_rank=2))
+
+
+class OneProcess:
+    """What checkpoints ask of an accelerator."""
+
+    is_main_process, device, scaler = True, torch.device("cpu"), None
+
+    def __init__(self, kind: DistributedType):
+        self.distributed_type = kind
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
+        return tensor
+
+
+def sharded(model: Sam3LiteModel) -> Sam3LiteModel:
+    """As Accelerate does it under FSDP."""
+    for layer in (*model.vision_encoder.backbone.layers, *model.detr_encoder.layers, *model.detr_decoder.layers):
+        fully_shard(layer, mp_policy=MixedPrecisionPolicy())
+    fully_shard(model, mp_policy=MixedPrecisionPolicy())
+    return model
+
+
+def take_step(model: Sam3LiteModel, optimizer: torch.optim.Optimizer, inputs: dict) -> dict[str, torch.Tensor]:
+    """The adapters after it."""
+    torch.manual_seed(0)
+    model(**inputs, labels=make_labels()).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return {name: value.clone() for name, value in joined(adapter_state(model)).items()}
+
+
+def moments_of(optimizer: torch.optim.Optimizer, name: str) -> list[torch.Tensor]:
+    return [joined(own)[name] for own in optimizer.state_dict()["state"].values()]
+
+
+def test_sharded_adapters_train_like_whole_ones_and_go_on_from_the_same_few_files(model, inputs, tmp_path):
+    whole, parts = OneProcess(DistributedType.NO), OneProcess(DistributedType.FSDP)
+    settings, folder = OptimizationArguments(learning_rate=1e-2), tmp_path / "last"
+
+    def start(accelerator: OneProcess, seed: int = 3) -> tuple:
+        trained = adapted(model, seed=seed).train()
+        trained = sharded(trained) if accelerator is parts else trained
+        return trained, build_optimizer(trained, settings, fused=False)
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        trained, optimizer = start(whole)
+        take_step(trained, optimizer, inputs)
+        expected = moments_of(optimizer, "exp_avg")
+        trained, optimizer = start(parts)
+        saved = take_step(trained, optimizer, inputs)
+        moments = moments_of(optimizer, "exp_avg")
+        assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(moments, expected, strict=True))
+        save_checkpoint(parts, folder, trained, optimizer, None, {"step": 1})
+        names = {path.name for path in folder.iterdir() if path.suffix != ".py"}
+        assert names == {"adapter.safetensors", "optimizer.pt", "config.json", "trainer_state.json"}
+        after = take_step(trained, optimizer, inputs)
+        for reader in (parts, whole):
+            again, optimizer = start(reader, seed=4)
+            load_checkpoint(reader, folder, again, optimizer, None)
+            found = joined(adapter_state(again))
+            assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
+            assert all(map(torch.equal, moments_of(optimizer, "exp_avg"), moments))
+            if reader is parts:
+                found = take_step(again, optimizer, inputs)
+                assert all(torch.equal(found[name], after[name]) for name in after)
+    finally:
+        torch.distributed.destroy_process_group()

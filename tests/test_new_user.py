@@ -62,8 +62,8 @@ def test_other_settings_for_a_finished_run_train_nothing_and_are_named_in_one_li
     check_compatible(state(), changed, finished=True)
     assert [record.getMessage() for record in caplog.records] == [
         "the run is finished, and nothing is trained with other settings: learning_rate (it had "
-        "0.0002, now 1.0), max_grad_norm (it had 0.1, now 1.0); raise --epochs or --max_steps to train on with them, or start anew "
-        "in another --output_dir"
+        "0.0002, now 1.0), max_grad_norm (it had 0.1, now 1.0); raise --epochs or --max_steps to train on with them, "
+        "or start anew in another --output_dir"
     ]
     caplog.clear()
     check_compatible(state(), state("--freeze_vocabulary", "true", "--resume", "auto"), finished=True)

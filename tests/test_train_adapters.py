@@ -1,4 +1,4 @@
-"""Runs that train adapters, as processes of their own."""
+"""Runs that train adapters: what they write, and how they go on."""
 
 import json
 import os
@@ -7,17 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import micro_config
 from conftest import run as command
+from peft import PeftModel
 from safetensors.torch import load_file
-from train_cases import error_of, launcher, state_of, train, train_in_two
+from train_cases import launcher, state_of, train, train_in_two
 
-import sam3_hf
 from sam3_hf import Sam3LiteModel
 from sam3_hf.data.generated import write_dataset
+from sam3_hf.training.adapters import add_adapters
+from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.compatibility import check_compatible
+from sam3_hf.training.model import build_model
+from sam3_hf.training.parts import build_objective
 
-RANK = {"lora_rank": 2, "ema_decay": 0.9, "save_every_epochs": 1, "save_every_steps": 2}
-TINY_STANDARD = Path(sam3_hf.__file__).parent / "assets" / "tiny-standard"
 KILLED = """
 from sam3_hf.training.loop import TrainingLoop
 take_step = TrainingLoop.take_step
@@ -36,23 +39,42 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(data, saved, tmp_path_factory) -> Path:
-    """6 steps in 2 epochs that nothing interrupts, from a lite model."""
-    folder = tmp_path_factory.mktemp("whole")
-    finished = train(folder, data, **RANK, init=str(saved), model_overrides=None)
+def settings(saved) -> dict:
+    """Those of a run from a lite model."""
+    own = {"lora_rank": 2, "ema_decay": 0.9, "save_every_epochs": 1, "save_every_steps": 2}
+    return {**own, "init": str(saved), "model_overrides": None, "num_workers": 0}
+
+
+@pytest.fixture(scope="module")
+def alone(data, settings, tmp_path_factory) -> Path:
+    """6 steps in 2 epochs; final/ holds the adapter alone."""
+    folder = tmp_path_factory.mktemp("alone")
+    finished = train(folder, data, **settings, merge_adapter=False)
     assert finished.returncode == 0, finished.stderr
-    return folder
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def merged(alone, data, settings, tmp_path_factory) -> Path:
+    """The same run after `--merge_adapter true`, which errors advise."""
+    folder = tmp_path_factory.mktemp("merged")
+    shutil.copytree(alone, folder / "run", symlinks=True)
+    finished = train(folder, data, "--resume", "auto", **settings, learning_rate=1.0, epochs=1)
+    assert finished.returncode == 0, finished.stderr
+    (line,) = (line for line in finished.stderr.splitlines() if "the run is finished" in line)
+    assert "epochs (it had 2, now 1), learning_rate (it had 0.001, now 1.0);" in line
+    return folder / "run"
 
 
 def lines_of(folder: Path, kind: str) -> list[dict]:
     """Without times."""
-    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     timed = ("images_per_second", "data_wait", "memory_gb")
     return [{k: v for k, v in line.items() if k not in timed} for line in lines if line["kind"] == kind]
 
 
-def test_checkpoints_hold_the_adapter_alone(whole, saved):
-    checkpoints = whole / "run" / "checkpoints"
+def test_checkpoints_hold_the_adapter_alone(alone, saved):
+    checkpoints = alone / "checkpoints"
     shared = {"frozen_text.safetensors", "frozen_base.safetensors"}
     for name in ("last", "best", "epoch_1"):
         files = {path.name: path for path in (checkpoints / name).iterdir()}
@@ -69,41 +91,59 @@ def test_checkpoints_hold_the_adapter_alone(whole, saved):
     assert all(torch.equal(value, first[name]) for name, value in base.items())
 
 
-def test_the_final_model_holds_base_and_averaged_adapter(whole, data, saved):
-    found = Sam3LiteModel.from_pretrained(whole / "run" / "final").state_dict()
+def test_the_final_model_holds_base_and_averaged_adapter(merged, saved):
+    found = Sam3LiteModel.from_pretrained(merged / "final").state_dict()
     first = Sam3LiteModel.from_pretrained(saved).state_dict()
     assert found.keys() == first.keys()
-    average = load_file(whole / "run" / "checkpoints" / "best" / "ema.safetensors")
+    average = load_file(merged / "checkpoints" / "best" / "ema.safetensors")
     for name, value in first.items():
         layer = name.removesuffix(".weight")
         if f"{layer}.lora_A.default.weight" in average:
             value = value + average[f"{layer}.lora_B.default.weight"] @ average[f"{layer}.lora_A.default.weight"]
             assert not torch.equal(value.half(), first[name].half())
         assert torch.equal(found[name], value.half()), name
-    result = command("evaluate", "--model", whole / "run" / "final", "--data", data, "--workers", "0")
-    assert result.exit_code == 0 and "segm" not in result.stderr
 
 
-def test_killed_and_resumed_is_as_if_nothing_had_happened(whole, data, saved, tmp_path):
-    settings = {**RANK, "init": str(saved), "model_overrides": None}
+def test_an_adapter_alone_is_as_good_as_the_final_model(alone, merged, saved):
+    """What `PeftModel` makes of both, once the adapter is merged."""
+    loaded = PeftModel.from_pretrained(Sam3LiteModel.from_pretrained(saved), alone / "final").merge_and_unload()
+    expected = Sam3LiteModel.from_pretrained(merged / "final").state_dict()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value.half(), expected[name]), name
+
+
+def test_a_resumed_run_is_as_if_nothing_had_happened(alone, data, settings, tmp_path):
+    checkpoint = str(alone / "checkpoints" / "epoch_1")
+    finished = train(tmp_path, data, "--resume", checkpoint, **settings, merge_adapter=False)
+    assert finished.returncode == 0 and "step 3" in finished.stderr, finished.stderr
+    assert_same_steps(tmp_path / "run", alone, first=4)
+
+
+def assert_same_steps(found: Path, expected: Path, first: int) -> None:
+    for kind in ("train", "eval"):
+        assert lines_of(found, kind) == [line for line in lines_of(expected, kind) if line["step"] >= first]
+    for name in ("adapter.safetensors", "ema.safetensors"):
+        files = (run / "checkpoints" / "last" / name for run in (found, expected))
+        assert len({file.read_bytes() for file in files}) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(alone, data, settings, tmp_path):
+    settings = {**settings, "merge_adapter": False}
     killed = train(tmp_path, data, program=launcher(tmp_path, KILLED), **settings)
     assert killed.returncode == -9 and state_of(tmp_path / "run" / "checkpoints" / "last")["step"] == 4
     finished = train(tmp_path, data, "--resume", "auto", fresh=True, **settings)
     assert finished.returncode == 0 and "step 4" in finished.stderr, finished.stderr
-    assert lines_of(tmp_path, "train") == lines_of(whole, "train")
-    assert lines_of(tmp_path, "eval") == lines_of(whole, "eval")
-    for name in (
-        "final/model.safetensors",
-        "checkpoints/last/adapter.safetensors",
-        "checkpoints/last/ema.safetensors",
-    ):
-        assert (tmp_path / "run" / name).read_bytes() == (whole / "run" / name).read_bytes(), name
+    assert_same_steps(tmp_path / "run", alone, first=1)
+    files = (run / "final" / "adapter_model.safetensors" for run in (tmp_path / "run", alone))
+    assert len({file.read_bytes() for file in files}) == 1
 
 
-def test_two_processes_train_like_one(data, saved, tmp_path):
+@pytest.mark.slow
+def test_two_processes_train_like_one(data, settings, tmp_path):
     """Without mask losses, which sample points at random."""
-    settings = {"epochs": 1, "lora_rank": 2, "lora_targets": "all", "init": str(saved), "model_overrides": None}
-    settings |= {"mask_focal_loss_weight": 0.0, "mask_dice_loss_weight": 0.0, "num_workers": 0}
+    settings = {**settings, "epochs": 1, "lora_targets": "all", "ema_decay": 0.0}
+    settings |= {"mask_focal_loss_weight": 0.0, "mask_dice_loss_weight": 0.0}
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
@@ -111,27 +151,28 @@ def test_two_processes_train_like_one(data, saved, tmp_path):
     assert finished.returncode == 0, finished.stderr
     finished = train_in_two(two, data, **settings, batch_size=2)
     assert finished.returncode == 0, finished.stderr
-    expected, found = lines_of(one, "train"), lines_of(two, "train")
+    expected, found = lines_of(one / "run", "train"), lines_of(two / "run", "train")
     assert len(found) == 3
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
     assert found[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def alone(data, saved, tmp_path_factory) -> Path:
-    """A run of which final/ holds the adapter alone."""
-    folder = tmp_path_factory.mktemp("alone")
-    settings = {"lora_rank": 2, "merge_adapter": False, "init": str(saved), "model_overrides": None}
-    finished = train(folder, data, **settings, max_steps=1)
-    assert finished.returncode == 0, finished.stderr
-    return folder / "run"
-
-
 def test_an_adapter_alone_names_its_model(alone, saved):
     final = alone / "final"
-    assert json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"] == str(saved)
+    config = json.loads((final / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(saved)
     assert {"adapter_model.safetensors", "provenance.json", "tokenizer.json"} <= {p.name for p in final.iterdir()}
     assert not (final / "config.json").exists()
+    result = command("info", final)
+    assert result.exit_code == 0, result.output
+    first, second, *_, last = result.stdout.splitlines()
+    assert first == f"{final}: adapter of rank 2, alpha 2, without its model" and second == f"model: {saved}"
+    facts = json.loads(command("info", final, "--json").stdout)
+    trained = load_file(final / "adapter_model.safetensors")
+    layers = [name for name in trained if "detr_decoder" in name and "lora_A" in name]
+    assert facts["parts"]["DETR decoder"]["layers"] == len(layers) > 0 and "vision encoder" not in facts["parts"]
+    assert facts["parameters"] == sum(value.numel() for value in trained.values())
+    assert facts["bytes"] == 4 * facts["parameters"] and f"{facts['parameters']:,}" in last
 
 
 def test_commands_say_what_to_do_with_an_adapter(alone, data, saved, tmp_path):
@@ -139,7 +180,7 @@ def test_commands_say_what_to_do_with_an_adapter(alone, data, saved, tmp_path):
     picture = next((data / "valid").glob("*.png"))
     predict = ("predict", picture, "--prompt", "a", "--output", tmp_path / "out", "--model")
     evaluate = ("evaluate", "--data", data, "--workers", "0", "--model")
-    for result in (command(*predict, final), command(*evaluate, final), command("info", final)):
+    for result in (command(*predict, final), command(*evaluate, final)):
         assert result.exit_code == 1
         (line,) = result.stderr.splitlines()
         assert "holds an adapter, and no model" in line and "--merge_adapter true" in line and str(saved) in line
@@ -150,52 +191,42 @@ def test_commands_say_what_to_do_with_an_adapter(alone, data, saved, tmp_path):
     assert "is a checkpoint to resume from" in command(*evaluate, last).stderr
 
 
-def test_what_the_error_advises_makes_a_whole_model(alone, data, saved, tmp_path):
-    shutil.copytree(alone, tmp_path / "run", symlinks=True)
-    settings = {"lora_rank": 2, "merge_adapter": True, "init": str(saved), "model_overrides": None}
-    finished = train(tmp_path, data, "--resume", "auto", **settings, max_steps=1)
-    assert finished.returncode == 0, finished.stderr
-    Sam3LiteModel.from_pretrained(tmp_path / "run" / "final")
-
-
-def test_another_rank_does_not_go_on_from_a_checkpoint(whole, data, saved, tmp_path):
-    checkpoint = str(whole / "run" / "checkpoints" / "last")
-    settings = {"init": str(saved), "model_overrides": None, "num_workers": 0, "ema_decay": 0.9}
-    finished = train(tmp_path, data, "--resume", checkpoint, "--lora_rank", "3", **settings)
-    assert finished.returncode == 2 and "lora_rank: 2 there, 3 here" in finished.stderr
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"lora_rank": 3}, "lora_rank: 2 there, 3 here"),
         ({"lora_targets": "all"}, "lora_targets: None there, all here"),
         ({"lora_rank": None}, "lora_rank: 2 there, None here"),
         ({"lora_alpha": 4.0}, "lora_alpha: None there, 4.0 here"),
-        ({"merge_adapter": False}, "merge_adapter: true there, false here"),
+        ({"merge_adapter": False}, "merge_adapter: True there, False here"),
     ],
 )
-def test_other_adapters_do_not_go_on_from_a_checkpoint(whole, changed, message):
-    saved = state_of(whole / "run" / "checkpoints" / "last")
+def test_other_adapters_do_not_go_on_from_a_checkpoint(merged, changed, message):
+    saved = state_of(merged / "checkpoints" / "last")
+    saved["arguments"]["merge_adapter"] = True
     check_compatible(saved, saved)
     with pytest.raises(ValueError, match=message):
         check_compatible(saved, saved | {"arguments": saved["arguments"] | changed})
 
 
-def test_an_adapter_alone_needs_a_base_that_has_a_name(data, tmp_path):
-    settings = {
-        "lora_rank": 2,
-        "merge_adapter": False,
-        "init": str(TINY_STANDARD),
-        "preset": "tiny",
-        "model_overrides": None,
-    }
-    line = error_of(train(tmp_path, data, **settings))
-    assert "is mapped to other weights" in line and "sam3-lite convert" in line
+def test_an_adapter_alone_needs_a_base_that_has_a_name(tmp_path):
+    Sam3LiteModel(micro_config()).to_sam3().save_pretrained(tmp_path)
+    flags = ["--preset", "same", "--lora_rank", "2", "--merge_adapter", "false"]
+    with pytest.raises(ValueError, match="is mapped to other weights.*sam3-lite convert"):
+        build_model(parse_arguments(["--data", "x", "--init", str(tmp_path), *flags]), None)
 
 
-def test_a_teacher_teaches_adapters_of_the_detector_once_it_is_asked(data, saved, tmp_path):
-    settings = {"lora_rank": 2, "init": str(saved), "teacher": str(saved), "model_overrides": None, "max_steps": 1}
-    line = error_of(train(tmp_path, data, **settings, label_loss_weight=1.0))
-    assert "feature_steps to 0" in line and "lora_targets to all" in line
-    finished = train(tmp_path, data, **settings, label_loss_weight=1.0, feature_steps=0.0)
+def test_a_teacher_of_features_needs_adapters_in_the_vision_encoder(model):
+    arguments = parse_arguments(["--data", "x", "--teacher", "y", "--lora_rank", "2"])
+    add_adapters(model, arguments.adapter)
+    with pytest.raises(ValueError, match="set feature_steps to 0.*or lora_targets to all"):
+        build_objective(None, arguments, model, None, [], [], None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", [{"feature_steps": 0.0}, {"lora_targets": "all"}])
+def test_a_teacher_teaches_adapters(data, settings, saved, chosen, tmp_path):
+    finished = train(tmp_path, data, **settings, **chosen, teacher=str(saved), label_loss_weight=1.0, max_steps=4)
     assert finished.returncode == 0, finished.stderr
+    weights = load_file(tmp_path / "run" / "checkpoints" / "last" / "adapter.safetensors")
+    assert all(value.any() for name, value in weights.items() if "lora_B" in name)

@@ -203,7 +203,7 @@ def _refuse_adapter(source: str, hub_arguments: dict):
         base = read_json(path).get("base_model_name_or_path")
         raise ValueError(
             f"{source} holds an adapter, and no model: run the command that trained it again with --resume auto and "
-            f"--merge_adapter true for a whole one, or load {base} in Python, then the adapter with `load_adapter`."
+            f"--merge_adapter true for a whole one, or load {base} in Python and it beside that with `PeftModel`."
         )
 
 

@@ -35,6 +35,7 @@ def _on_cpu() -> bool:
 
 def start_accelerator(arguments: Arguments) -> Accelerator:
     """An accelerator in the wanted precision; float32 where FP16 cannot run, which is said once."""
+    check_adapters(arguments.adapter)
     state = process_state()
     set_up_logging(Path(arguments.output.output_dir), state.is_main_process)
     precision = arguments.optimization.mixed_precision
@@ -47,7 +48,6 @@ def start_accelerator(arguments: Arguments) -> Accelerator:
         gradient_accumulation_steps=arguments.optimization.gradient_accumulation_steps,
         kwargs_handlers=[GradScalerKwargs(init_scale=FIRST_LOSS_SCALE)],
     )
-    check_adapters(arguments.adapter, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
         if arguments.optimization.ema_decay:
             raise ValueError("ema_decay does not work with FSDP, where no process holds whole weights: set it to 0")

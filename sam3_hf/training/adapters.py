@@ -8,16 +8,16 @@ import re
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..modeling_sam3_lite import Sam3LiteModel
+from ..sources_sam3_lite import ADAPTER_WEIGHTS
 from .adapter_arguments import AdapterArguments
+from .sharded import part_like
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"  # as peft looks for it
 # Layers that are only ever called. Of others the model reads the weights itself, as of the convolutions of the mask
 # head, where an adapter would be passed by.
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
@@ -26,11 +26,10 @@ VISION = "vision_encoder"
 PARTS = {"detector": DETECTOR, "vision": (VISION,), "all": (*DETECTOR, VISION)}
 
 
-def check_adapters(settings: AdapterArguments, accelerator: Accelerator) -> None:
+def check_adapters(settings: AdapterArguments) -> None:
     """
     Raises:
-        ImportError: peft is not installed.
-        ValueError: the run is sharded.
+        ImportError: peft is needed and not installed.
     """
     if not settings.lora_rank:
         return
@@ -38,11 +37,6 @@ def check_adapters(settings: AdapterArguments, accelerator: Accelerator) -> None
         import peft  # noqa: F401
     except ModuleNotFoundError as error:
         raise ImportError('peft is not installed; lora_rank needs pip install "sam3-hf[lora]".') from error
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError(
-            "lora_rank does not work with FSDP, and has no need of it, as frozen weights have no gradients or moments "
-            "to share: start without it, as with training/configs/accelerate/multi_gpu.yaml"
-        )
 
 
 def target_pattern(targets: str) -> str:
@@ -117,36 +111,42 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """
+    Args:
+        state: whole tensors, also where the model is in parts.
+
     Raises:
         ValueError: it is that of other adapters.
     """
-    odd = sorted(state.keys() ^ adapter_state(model).keys())
+    present = adapter_state(model)
+    odd = sorted(state.keys() ^ present.keys())
     if odd:
         raise ValueError(f"the checkpoint holds other adapters than this run trains: {odd[:5]}")
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict({name: part_like(value, present[name]) for name, value in state.items()}, strict=False)
 
 
 @torch.no_grad()
-def plain_weights(model: nn.Module, merge: bool) -> dict[str, Tensor]:
+def plain_weights(model: nn.Module, state: dict[str, Tensor], merge: bool) -> dict[str, Tensor]:
     """
     The weights by the names that they have in a model without adapters.
 
     Args:
+        state: that of the model, in whole tensors.
         merge: add to them what the adapters have learnt.
     """
-    state = model.state_dict()
     weights = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
     for name, layer in adapted_layers(model).items() if merge else ():
         (adapter,) = layer.lora_A
-        weights[f"{name}.weight"] = weights[f"{name}.weight"] + layer.get_delta_weight(adapter)
+        down, up = (state[f"{name}.lora_{side}.{adapter}.weight"] for side in "AB")
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] + layer.scaling[adapter] * (up @ down)
     return weights
 
 
-def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
+def save_adapter(model: nn.Module, state: dict[str, Tensor], folder: Path, base: str) -> None:
     """
     Writes the adapter as `PeftModel.from_pretrained` and `model.load_adapter` read it.
 
     Args:
+        state: that of the model, in whole tensors.
         base: folder or repository of the model that it belongs to.
     """
     from peft import get_peft_model_state_dict
@@ -155,6 +155,6 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     config = copy.copy(config)
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(folder)
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    weights = {f"base_model.model.{key}": value.cpu().contiguous() for key, value in state.items()}
+    own = get_peft_model_state_dict(model, state, adapter_name=name, save_embedding_layers=False)
+    weights = {f"base_model.model.{key}": value.cpu().contiguous() for key, value in own.items()}
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -17,7 +17,7 @@ from ..files import write_folder
 from ..mapping import REPORT_FILE
 from ..sharing.hub import PushError, push_folder
 from ..sharing.model_card import CARD_FILE, LICENSE_FILE, PROVENANCE_FILE, SAM_LICENSE_TEXT, write_card
-from .adapters import adapted_layers, plain_weights, save_adapter
+from .adapters import plain_weights, save_adapter
 from .arguments import OutputArguments
 
 logger = logging.getLogger(__name__)
@@ -53,9 +53,9 @@ def export_final(
         provenance: for `write_card`.
         vocabulary: phrases whose text features take the place of the text encoder.
     """
-    whole = accelerator.unwrap_model(model)
-    weights = plain_weights(whole, merge=True) if adapted_layers(whole) else accelerator.get_state_dict(model)
+    whole, weights = accelerator.unwrap_model(model), accelerator.get_state_dict(model)
     if accelerator.is_main_process:
+        weights = plain_weights(whole, weights, merge=True)
         weights = {name: tensor.cpu() for name, tensor in {**weights, **text.weights()}.items()}
         config = copy.deepcopy(whole.config)
 
@@ -84,10 +84,11 @@ def export_adapter(accelerator: Accelerator, model, processor, run: Path, proven
         provenance: as for `export_final`.
     """
     base = os.path.abspath(base) if os.path.exists(base) else base
+    state = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
 
         def write(folder: Path) -> None:
-            save_adapter(accelerator.unwrap_model(model), folder, base)
+            save_adapter(accelerator.unwrap_model(model), state, folder, base)
             processor.save_pretrained(folder)
             if (run / "metrics.jsonl").is_file():
                 shutil.copyfile(run / "metrics.jsonl", folder / "metrics.jsonl")

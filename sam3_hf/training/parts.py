@@ -14,7 +14,7 @@ from ..data.unlabelled import UnlabelledDataset
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
 from .accelerator import decide, prepare
-from .adapters import trains_vision
+from .adapters import plain_weights, trains_vision
 from .agreement import agreement_data
 from .arguments import Arguments
 from .checkpoints import BASE, write_base, write_frozen
@@ -171,11 +171,16 @@ def different_pictures(data: TrainDataset | UnlabelledDataset) -> int:
 
 
 def write_parts(parts: Parts, checkpoint: Path | None) -> None:
-    """Writes into the output folder what its checkpoints and final model will refer to; for the main process."""
-    if checkpoint is None:
-        write_mapping_report(parts.accelerator.unwrap_model(parts.model), parts.arguments)
+    """Writes into the output folder what its checkpoints and final model will refer to; called by every process."""
     checkpoints = Path(parts.arguments.output.output_dir) / "checkpoints"
+    model, base = parts.accelerator.unwrap_model(parts.model), None
+    if parts.arguments.adapter.lora_rank and (checkpoint is None or not (checkpoints / BASE).is_file()):
+        base = parts.accelerator.get_state_dict(parts.model)
+    if not parts.accelerator.is_main_process:
+        return
+    if checkpoint is None:
+        write_mapping_report(model, parts.arguments)
     if parts.frozen is not None:
         write_frozen(checkpoints, parts.frozen)
-    if parts.arguments.adapter.lora_rank and (checkpoint is None or not (checkpoints / BASE).is_file()):
-        write_base(checkpoints, parts.accelerator.unwrap_model(parts.model))
+    if base is not None:
+        write_base(checkpoints, plain_weights(model, base, merge=False))

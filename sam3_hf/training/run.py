@@ -120,7 +120,7 @@ class Run:
     def evaluation_due(self) -> bool:
         """Whether this step is one to evaluate after, and that was not done yet."""
         every = self.arguments.output.eval_every_epochs
-        wanted = self.step == self.total_steps or self.step % (every * self.steps_per_epoch) == 0
+        wanted = self.step >= self.total_steps or self.step % (every * self.steps_per_epoch) == 0
         return wanted and self.step > self.evaluated
 
     def batches(self) -> Generator[tuple[dict, ...], None, None]:
