@@ -271,7 +271,7 @@ def take_step(model: Sam3LiteModel, optimizer: torch.optim.Optimizer, inputs: di
 
 
 def moments_of(optimizer: torch.optim.Optimizer, name: str) -> list[torch.Tensor]:
-    return [joined(own)[name] for own in optimizer.state_dict()["state"].values()]
+    return [joined(own)[name].clone() for own in optimizer.state_dict()["state"].values()]
 
 
 def test_sharded_adapters_train_like_whole_ones_and_go_on_from_the_same_few_files(model, inputs, tmp_path):

@@ -198,7 +198,7 @@ def test_commands_say_what_to_do_with_an_adapter(alone, data, saved, tmp_path):
         ({"lora_targets": "all"}, "lora_targets: None there, all here"),
         ({"lora_rank": None}, "lora_rank: 2 there, None here"),
         ({"lora_alpha": 4.0}, "lora_alpha: None there, 4.0 here"),
-        ({"merge_adapter": False}, "merge_adapter: True there, False here"),
+        ({"merge_adapter": False}, "merge_adapter: true there, false here"),
     ],
 )
 def test_other_adapters_do_not_go_on_from_a_checkpoint(merged, changed, message):
@@ -211,7 +211,9 @@ def test_other_adapters_do_not_go_on_from_a_checkpoint(merged, changed, message)
 
 def test_an_adapter_alone_needs_a_base_that_has_a_name(tmp_path):
     Sam3LiteModel(micro_config()).to_sam3().save_pretrained(tmp_path)
-    flags = ["--preset", "same", "--lora_rank", "2", "--merge_adapter", "false"]
+    smaller = micro_config(detr_decoder_layers=1).to_dict()
+    overrides = json.dumps({name: value for name, value in smaller.items() if name.endswith("_config")})
+    flags = ["--preset", "tiny", "--model_overrides", overrides, "--lora_rank", "2", "--merge_adapter", "false"]
     with pytest.raises(ValueError, match="is mapped to other weights.*sam3-lite convert"):
         build_model(parse_arguments(["--data", "x", "--init", str(tmp_path), *flags]), None)
 
