@@ -14,9 +14,10 @@ run. `GB moved` is what all kernels read and write, one by one.
 
 Training is of one image with a frozen text encoder; matching is replaced by the first queries of each prompt. `TFLOP`
 are those of forward pass, loss and backward pass; `kernels` and `GB moved` of forward pass and loss. `GB` is the most
-that weights, AdamW's moments and all else hold at once: up to the loss by the rules of CUDA, and what the backward
-pass adds to that on a CPU, whose autocast differs in little. `GB per image` is what a third image adds, and `images
-in` a card what that leaves room for, beside `--reserve`.
+that weights, AdamW's moments and all else hold at once: up to the loss by the rules of CUDA, and then what is held at
+its end with what the backward pass adds on a CPU, whose autocast differs in little. `GB per image` is what a third
+image adds, and `images in` a card what that leaves room for, beside `--reserve`. With `--adapters`, low-rank adapters
+of `--rank` train on the detector or on all parts, and the weights are frozen.
 
 Distillation is training by a teacher's answers alone, after the steps on its features; it sees every second prompt,
 and is in half precision, without its text encoder. `TFLOP` and `GB` are with the teacher; `cached` is for steps in
@@ -41,6 +42,7 @@ from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
 from sam3_hf.modeling_sam3_lite import PROMPTS_SEGMENTED_AT_ONCE
+from sam3_hf.training.adapter_arguments import AdapterArguments
 
 IMAGES = (1, 2, 3)  # of the training steps that are counted
 
@@ -130,6 +132,7 @@ class Forward(NamedTuple):
     kernels: int
     moved: int  # bytes
     peak: int  # bytes, with AdamW's two moments
+    held: int  # of them, at its end
 
 
 def count_forward(make: Callable[[], FakeTrainer], grid: int, precision: str, prompts: int) -> list[Forward]:
@@ -137,17 +140,21 @@ def count_forward(make: Callable[[], FakeTrainer], grid: int, precision: str, pr
     counted = []
     with fake_cuda(grid):
         trainer = make()
-        weights = sum(parameter.nbytes for parameter in trainer.model.parameters())
+        weights = sum(parameter.nbytes * (1 + 2 * parameter.requires_grad) for parameter in trainer.model.parameters())
         for images in IMAGES:
             batch = trainer.batch(images, prompts)
-            with Counter(3 * weights + trainer.resident) as counter, autocast(precision):
-                trainer.loss(batch)
-            counted.append(Forward(counter.kernels, counter.moved, counter.peak))
+            with Counter(weights + trainer.resident) as counter, autocast(precision):
+                loss = trainer.loss(batch)
+            counted.append(Forward(counter.kernels, counter.moved, counter.peak, counter.live))
+            del loss
     return counted
 
 
 def count_backward(make: Callable[[], FakeTrainer], grid: int, precision: str, prompts: int) -> tuple[list[int], int]:
-    """Bytes that the backward pass adds to the peak of steps on 1, 2 and 3 images; operations of the first step."""
+    """
+    Bytes that the backward pass adds to what is held at its start, of steps on 1, 2 and 3 images; operations of the
+    first step.
+    """
     added = []
     with fake_cpu(grid):
         trainer = make()
@@ -156,9 +163,9 @@ def count_backward(make: Callable[[], FakeTrainer], grid: int, precision: str, p
             with Counter(device="cpu") as counter:
                 with autocast(precision):
                     loss = trainer.loss(batch)
-                before = counter.peak
+                held = counter.peak = counter.live
                 loss.backward()
-            added.append(counter.peak - before)
+            added.append(counter.peak - held)
             trainer.model.zero_grad()
         batch = trainer.batch(IMAGES[0], prompts)
         with flops() as arithmetic:  # which keeps tensors alive
@@ -172,27 +179,31 @@ def grid_side(name: str, image_size: int | None) -> int:
 
 
 def training(arguments: argparse.Namespace, case: tuple) -> dict | None:
-    name, precision, prompts, checkpointing = case
-    if name.startswith(STOCK) and checkpointing:
+    name, precision, prompts, checkpointing, targets = case
+    if name.startswith(STOCK) and (checkpointing or targets != "none"):
         return None
+    adapters = None if targets == "none" else AdapterArguments(arguments.rank, lora_targets=targets)
     row = {"model": name, "precision": precision, "prompts per image": prompts, "checkpointing": checkpointing}
-    return row | count_step(arguments, partial(FakeTrainer, name, arguments.image_size, checkpointing), case)
+    row |= {"adapters": targets} | ({} if adapters is None else {"rank": arguments.rank})
+    make = partial(FakeTrainer, name, arguments.image_size, checkpointing, adapters)
+    return row | count_step(arguments, make, (name, precision, prompts))
 
 
 def distillation(arguments: argparse.Namespace, case: tuple) -> dict:
-    *step, cached = case
-    name, precision, prompts, checkpointing = step
+    name, precision, prompts, checkpointing, cached = case
     make = partial(FakeDistiller, name, arguments.teacher, arguments.image_size, checkpointing, cached)
     row = {"model": name, "teacher": arguments.teacher, "precision": precision, "prompts per image": prompts}
-    return row | {"checkpointing": checkpointing, "cached": cached} | count_step(arguments, make, step)
+    row |= {"checkpointing": checkpointing, "cached": cached}
+    return row | count_step(arguments, make, (name, precision, prompts))
 
 
 def count_step(arguments: argparse.Namespace, make: Callable[[], FakeTrainer], case: Sequence) -> dict:
     """The figures of a row of training."""
-    name, precision, prompts, _ = case
+    name, precision, prompts = case
     grid = grid_side(name, arguments.image_size)
     forward, (added, flop) = (count(make, grid, precision, prompts) for count in (count_forward, count_backward))
-    one, two, three = ((counted.peak + more) / 1e9 for counted, more in zip(forward, added, strict=True))
+    peaks = (max(counted.peak, counted.held + more) for counted, more in zip(forward, added, strict=True))
+    one, two, three = (peak / 1e9 for peak in peaks)
     per_image = three - two
     row = {"TFLOP": flop / 1e12, "kernels": forward[0].kernels, "GB moved": forward[0].moved / 1e9}
     row |= {"GB": one, "GB per image": per_image}
@@ -215,6 +226,8 @@ def main() -> None:
     options.add_argument("--checkpointing", nargs="+", choices=["off", "on"], default=["off"])
     options.add_argument("--teacher", default="tiny-standard", help="preset, of distillation")
     options.add_argument("--cached", nargs="+", choices=["off", "on"], default=["off", "on"], help="its pyramids")
+    options.add_argument("--adapters", nargs="+", choices=["none", "detector", "vision", "all"], default=["none"])
+    options.add_argument("--rank", type=int, default=16, help="of the adapters")
     options.add_argument("--cards", nargs="+", type=float, default=[8, 12, 16, 24], help="GB of GPUs to fill")
     options.add_argument("--reserve", type=float, default=1.0, help="GB for the CUDA context and fragmentation")
     arguments = options.parse_args()
@@ -237,7 +250,12 @@ def main() -> None:
         )
         cases = itertools.product(arguments.models, arguments.precisions, arguments.prompts, checkpointing)
         if arguments.what == "training":
-            rows = [row for case in cases if (row := training(arguments, case)) is not None]
+            rows = [
+                row
+                for case in cases
+                for targets in arguments.adapters
+                if (row := training(arguments, (*case, targets))) is not None
+            ]
         else:
             rows = [distillation(arguments, (*case, held)) for case in cases for held in cached]
     report(arguments, rows)

@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import torch
 from common import STOCK, TOKENS, build, training_batch
-from torch import Tensor
+from torch import Tensor, nn
 from train_step import stock_loss
 
 from sam3_hf import Sam3LiteConfig, loss_sam3_lite
@@ -15,6 +15,8 @@ from sam3_hf.loss_sam3_lite import Match
 from sam3_hf.outputs_sam3_lite import Sam3LiteVisionOutput
 from sam3_hf.passes_sam3_lite import TrainingPass
 from sam3_hf.training import distillation
+from sam3_hf.training.adapter_arguments import AdapterArguments
+from sam3_hf.training.adapters import add_adapters
 from sam3_hf.training.arguments import DistillationArguments
 from sam3_hf.training.distillation import Distillation
 from sam3_hf.training.teacher import Segments, Teacher
@@ -47,10 +49,16 @@ class FakeTrainer:
         resident: bytes on the device beside weights and AdamW's moments.
     """
 
-    def __init__(self, name: str, image_size: int | None, checkpointing: bool):
+    def __init__(
+        self, name: str, image_size: int | None, checkpointing: bool, adapters: AdapterArguments | None = None
+    ):
         self.name, self.resident = name, 0
         self.model = build(name, image_size).train()
         self.model.text_encoder = self.model.text_projection = None
+        if adapters is not None:
+            # Fake weights cannot be moved; these are on their device from the start.
+            with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+                add_adapters(self.model, adapters)
         if checkpointing:
             self.model.gradient_checkpointing_enable()
         self.loss_config = Sam3LiteConfig.from_preset(name.removeprefix(STOCK)).loss_config

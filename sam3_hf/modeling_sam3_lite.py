@@ -233,7 +233,10 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
                 f"`pixel_values` has size {tuple(pixel_values.shape[-2:])}, this model is configured for "
                 f"({size}, {size}): use its processor, or load it with another `image_size`."
             )
-        features = self.vision_encoder(pixel_values)
+        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_encoder.parameters())
+        # Gradient checkpointing would save what its layers start from, though no weight of it learns.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            features = self.vision_encoder(pixel_values)
         return Sam3LiteVisionOutput(**features, summary=self.image_summary(features))
 
     def image_summary(self, vision_embeds: Sam3VisionEncoderOutput) -> Tensor | None:

@@ -98,7 +98,9 @@ class TrainingPass:
             segmented: at least those of `prompts_with_masks`.
         """
         found, count = self.found, len(self.labels)
-        labelled = int((segmented.prompts < count).sum())  # they are sorted
+        labelled = len(segmented.prompts)
+        if count < len(self.prompts.image_index):
+            labelled = int((segmented.prompts < count).sum())  # they are sorted
         index = segmented.prompts[:labelled].to(segmented.semantic.device, non_blocking=True)
         semantic = segmented.semantic[:labelled]
         one_to_many = found.one_to_many_logits is not None

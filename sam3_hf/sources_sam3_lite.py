@@ -16,10 +16,15 @@ from transformers.utils import (
 # Keyword arguments of `from_pretrained` that say where files are.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # What training writes into a checkpoint folder beside its weights: its state; the text encoder where that was frozen,
-# which is not among the weights then; and the averages of the weights if the run kept them.
+# which is not among the weights then; the averages of the weights if the run kept them; and, instead of weights, those
+# of adapters where these trained.
 TRAINER_STATE = "trainer_state.json"
 FROZEN_TEXT = "frozen_text.safetensors"
 AVERAGE = "ema.safetensors"
+ADAPTER = "adapter.safetensors"
+# Those of peft in the folder of an adapter alone.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def config_fields(source: str | os.PathLike, **hub_arguments) -> dict | None:
@@ -135,6 +140,9 @@ def _is_below(name: str) -> bool:
 
 
 __all__ = [
+    "ADAPTER",
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "AVERAGE",
     "FROZEN_TEXT",
     "HUB_ARGUMENTS",

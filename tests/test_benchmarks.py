@@ -163,6 +163,15 @@ def test_counts_of_distillation(tmp_path):
     assert cached["GB"] > alone["GB"] and live["GB"] >= cached["GB"]
 
 
+@pytest.mark.slow
+def test_counts_of_adapters(tmp_path):
+    options = ["training", "--models", "tiny", "--prompts", "2", "--precisions", "fp16", "--rank", "4"]
+    ((whole, detector, all_parts),) = counted(tmp_path, [*options, "--adapters", "none", "detector", "all"])[0]
+    assert 0 < detector["GB per image"] < all_parts["GB per image"] < whole["GB per image"] * 1.5
+    assert detector["GB"] < all_parts["GB"] and detector["TFLOP"] < all_parts["TFLOP"]
+    assert "rank" not in whole and detector["rank"] == 4
+
+
 def test_results_are_not_overwritten(tmp_path, monkeypatch, capsys):
     output = tmp_path / "out.json"
     output.write_text("{}")

@@ -1,9 +1,10 @@
-"""benchmarks/composed_scores.py and benchmarks/distillation.py, on models that know nothing."""
+"""composed_scores.py, distillation.py and adapters.py of benchmarks, on models that know nothing."""
 
 import json
 import subprocess
 from argparse import Namespace
 
+import adapters
 import composed_scores
 import distillation
 import distillation_rows
@@ -123,3 +124,26 @@ def test_a_row_is_trained_scored_and_not_done_again(tmp_path, row):
     assert asked.items() <= settings.items() and "TEACHER" not in settings.values()
     distillation.main(flags)
     assert result.stat().st_mtime_ns == before
+
+
+def test_the_table_of_adapters(tmp_path):
+    def write(name: str, ap: float, **more) -> None:
+        scores = {split: {"segm_AP": ap, "segm_cgF1": ap / 2} for split in (adapters.NEW, adapters.OLD)}
+        (tmp_path / name).write_text(json.dumps({**more, **scores}))
+
+    write("before.json", 0.4)
+    write("full_seed0_steps10.json", 0.6, row="full", seed=0, steps=10)
+    write("rank-8_seed0_steps10.json", 0.5, row="rank-8", seed=0, steps=10)
+    write("rank-8_seed1_steps10.json", 0.7, row="rank-8", seed=1, steps=10)
+    lines = adapters.table(tmp_path).splitlines()
+    assert lines[2] == "| before | 0 | – | 0.400 | 0.200 | 0.400 | 0.200 |"
+    assert lines[3].startswith("| full | 10 | 1 | 0.600 |") and lines[4].startswith("| rank-8 | 10 | 2 | 0.600 |")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["full", "rank-8"])
+def test_a_row_of_adapters_is_trained_and_scored(tmp_path, row):
+    flags = ["run", row, "--steps", "2", "--images", "1", "--train-images", "4", "--output", str(tmp_path)]
+    adapters.main(flags)
+    record = json.loads((tmp_path / f"{row}_seed0_steps2.json").read_text())
+    assert record["row"] == row and {"segm_AP"} <= record[adapters.NEW].keys() & record[adapters.OLD].keys()

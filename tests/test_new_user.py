@@ -57,10 +57,17 @@ def state(*flags: str) -> dict:
     return {"arguments": arguments, "images_per_step": 4, "dataset": {"concepts": ["cat"]}}
 
 
-def test_other_settings_for_a_finished_run_change_nothing_and_are_named(caplog):
-    check_compatible(state(), state("--learning_rate", "1"), finished=True)
-    assert "the run is finished: learning_rate was 0.0002, and 1.0 changes no step of it; add --epochs" in caplog.text
-    assert "from here on" not in caplog.text
+def test_other_settings_for_a_finished_run_train_nothing_and_are_named_in_one_line(caplog):
+    changed = state("--learning_rate", "1", "--max_grad_norm", "1", "--freeze_vocabulary", "true")
+    check_compatible(state(), changed, finished=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the run is finished, and nothing is trained with other settings: learning_rate (it had "
+        "0.0002, now 1.0), max_grad_norm (it had 0.1, now 1.0); raise --epochs or --max_steps to train on with them, "
+        "or start anew in another --output_dir"
+    ]
+    caplog.clear()
+    check_compatible(state(), state("--freeze_vocabulary", "true", "--resume", "auto"), finished=True)
+    assert not caplog.records
 
 
 def test_an_evaluation_says_how_far_it_is(caplog):

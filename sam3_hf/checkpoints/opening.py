@@ -11,7 +11,17 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file
 from ..configuration_sam3_lite import Sam3LiteConfig
 from ..errors import missing_source, named_source
 from ..limits_sam3_lite import read_config
-from ..sources_sam3_lite import AVERAGE, FROZEN_TEXT, config_fields, is_training_checkpoint, safe_weights, shard_names
+from ..sources_sam3_lite import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    AVERAGE,
+    FROZEN_TEXT,
+    config_fields,
+    is_training_checkpoint,
+    read_json,
+    safe_weights,
+    shard_names,
+)
 from .checkpoint import Checkpoint
 from .configs import lite_config
 from .joined import JoinedCheckpoint
@@ -73,6 +83,7 @@ def _open(
     config = source_config(source, fields, **hub_arguments)
     if config is None:
         _refuse_run_folder(source)
+        _refuse_adapter(source, hub_arguments)
         native = _native_file(source, hub_arguments)
         return native and Checkpoint(native, _open_file(native))
     if is_training_checkpoint(source):
@@ -159,6 +170,11 @@ def _training_files(source: str, variant: str | None) -> list[str]:
             f"{source} was written under FSDP, in parts: take the folder final/ of the run, or put the parts together "
             f"with `accelerate merge-weights {os.path.join(source, parts[0])} {source}`."
         )
+    if os.path.isfile(os.path.join(source, ADAPTER)):
+        raise ValueError(
+            f"{source} is a checkpoint of a run that trains an adapter, and no model: take the folder final/ of the "
+            f"run, which its command with --resume {source} writes."
+        )
     if variant not in (None, "ema"):
         raise ValueError(f"{source} is a training checkpoint: its variants are None and 'ema', not {variant!r}.")
     files = [os.path.join(source, name) for name in (SAFE_WEIGHTS_NAME, FROZEN_TEXT, AVERAGE)]
@@ -178,6 +194,17 @@ def _refuse_run_folder(source: str):
     if models:
         paths = " or ".join(os.path.join(source, name) for name in models)
         raise ValueError(f"{source} is the folder of a training run, not of a model: take {paths}.")
+
+
+def _refuse_adapter(source: str, hub_arguments: dict):
+    """Raises a ValueError naming the base of an adapter that stands alone."""
+    path = cached_file(source, ADAPTER_CONFIG, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    if path is not None:
+        base = read_json(path).get("base_model_name_or_path")
+        raise ValueError(
+            f"{source} holds an adapter, and no model: run the command that trained it again with --resume auto and "
+            f"--merge_adapter true for a whole one, or load {base} in Python and it beside that with `PeftModel`."
+        )
 
 
 def _open_file(path: str) -> SafetensorsFiles | PickledTensors:

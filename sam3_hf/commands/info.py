@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from ..errors import model_errors
 from ..exporting.folder import is_export
 from ..exporting.info import export_info
 from ..plain_text import plain
+from ..sharing.adapter import adapter_info
 from ..sharing.info import model_info
 from .errors import one_line_errors
 
@@ -22,12 +24,20 @@ def info(
 ):
     """
     Shows parts, parameters, bytes, FLOPs per image and per prompt, vocabulary and licence of a model; of an exported
-    one, what its graphs take on disk.
+    one, what its graphs take on disk; of an adapter, its model and where in it it stands.
     """
     with one_line_errors(), model_errors(model):
-        facts = export_info(model) if is_export(model) else model_info(model, revision=revision)
-    text = exported_as_text if "format" in facts else as_text
+        text, facts = _facts(model, revision)
     typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else text(facts))
+
+
+def _facts(model: str, revision: str) -> tuple[Callable[[dict], str], dict]:
+    """What there is to say, and what makes text of it."""
+    if is_export(model):
+        return exported_as_text, export_info(model)
+    if (adapter := adapter_info(model, revision=revision)) is not None:
+        return adapter_as_text, adapter
+    return as_text, model_info(model, revision=revision)
 
 
 def as_text(facts: dict) -> str:
@@ -45,6 +55,16 @@ def exported_as_text(facts: dict) -> str:
     rows = [("graph", "MB"), *((name, f"{part['bytes'] / 1e6:.2f}") for name, part in facts["parts"].items())]
     rows.append(("all", f"{facts['bytes'] / 1e6:.2f}"))
     return "\n".join([*_head(facts, f"{facts['format']} in {facts['precision']}"), "", *_table(rows)])
+
+
+def adapter_as_text(facts: dict) -> str:
+    """The facts of [`adapter_info`] as lines, with a table of the parts that it stands in."""
+    rows = [("part", "layers", "parameters", "MB")]
+    for name, part in (*facts["parts"].items(), ("all", facts)):
+        layers = f"{part['layers']:,}" if "layers" in part else ""
+        rows.append((name, layers, f"{part['parameters']:,}", f"{part['bytes'] / 1e6:.2f}"))
+    head = f"{facts['source']}: adapter of rank {facts['rank']}, alpha {facts['alpha']}, without its model"
+    return "\n".join([head, f"model: {facts['base']}", "", *_table(rows)])
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

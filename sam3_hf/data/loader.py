@@ -55,7 +55,7 @@ class BatchKeys(Sampler):
         self.first_step, self.last_step = first_step, last_step
 
     def __len__(self) -> int:
-        return (self.last_step - self.first_step + 1) * self.shape[0]
+        return max(self.last_step - self.first_step + 1, 0) * self.shape[0]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         images_per_step = int(np.prod(self.shape))

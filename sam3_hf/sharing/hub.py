@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..processing_sam3_lite import Sam3LiteProcessor
-from ..sources_sam3_lite import read_json
+from ..sources_sam3_lite import ADAPTER_CONFIG, read_json
 from .model_card import (
     CARD_FILE,
     LICENSE_FILE,
@@ -121,6 +121,11 @@ def files_to_push(folder: Path) -> list[Path]:
     if not (folder / "config.json").is_file():
         if (folder / "final" / "config.json").is_file():
             raise ValueError(f"{folder} is the folder of a run: push {folder / 'final'}.")
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"{folder} holds an adapter, and no model: push it with `hf upload OWNER/NAME {folder}`, or run the "
+                "command that trained it again with --resume auto and --merge_adapter true for a whole one."
+            )
         raise ValueError(f"{folder} is no model: it has no config.json.")
     model_type = read_json(folder / "config.json").get("model_type")
     if model_type != "sam3_lite":

@@ -55,6 +55,8 @@ SETTINGS = (
     "weight_decay",
     "ema_decay",
     "mixed_precision",
+    "lora_rank",
+    "lora_targets",
     "train_text_encoder",
     "prompts_per_image",
     "negative_ratio",

@@ -10,6 +10,7 @@ from accelerate.utils import GradScalerKwargs, broadcast_object_list, parse_flag
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
 from ..modeling_sam3_lite import Sam3LiteModel
+from .adapters import check_adapters
 from .arguments import Arguments, OptimizationArguments
 from .optim import build_optimizer
 from .reporting import set_up_logging
@@ -34,6 +35,7 @@ def _on_cpu() -> bool:
 
 def start_accelerator(arguments: Arguments) -> Accelerator:
     """An accelerator in the wanted precision; float32 where FP16 cannot run, which is said once."""
+    check_adapters(arguments.adapter)
     state = process_state()
     set_up_logging(Path(arguments.output.output_dir), state.is_main_process)
     precision = arguments.optimization.mixed_precision

@@ -1,13 +1,12 @@
-"""Every setting of a run: six groups of fields, read from one YAML file and from flags of the same names."""
+"""Every setting of a run: seven groups of fields, read from one YAML file and from flags of the same names."""
 
 import argparse
 import dataclasses
 import difflib
 import json
-import math
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,22 +14,11 @@ import yaml
 from transformers import HfArgumentParser
 
 from . import DEFAULT_COMMAND
+from .adapter_arguments import AdapterArguments
+from .fields import check_finite, check_range, option
 
 DRAWN = ("generated", "composed")  # what --data names instead of a path
 METRICS = ("auto", "segm_AP", "segm_AP50", "segm_cgF1", "bbox_AP", "bbox_AP50", "bbox_cgF1", "loss")
-
-
-def check_finite(group) -> None:
-    """Raises ValueError naming the first field that is infinite or not a number."""
-    for item in dataclasses.fields(group):
-        value = getattr(group, item.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{item.name} must be a finite number, got {value}")
-
-
-def option(default, text: str):
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -345,6 +333,12 @@ class DistillationArguments:
                 "feature_steps needs a distill_features_weight above 0: set feature_steps to 0, or raise it"
             )
 
+    @property
+    def vision_alone(self) -> bool:
+        """Whether any step trains the vision encoder and nothing else."""
+        others = [weight for name, weight in self.weights().items() if name != "distill_features_weight"]
+        return self.feature_steps > 0 or not any([self.label_loss_weight, *others])
+
     def weights(self) -> dict[str, float]:
         """The weights of what the teacher says: {field: value}."""
         names = [item.name for item in dataclasses.fields(self)]
@@ -413,19 +407,21 @@ GROUPS = (
     OptimizationArguments,
     LossArguments,
     DistillationArguments,
+    AdapterArguments,
     OutputArguments,
 )
 
 
 @dataclass
 class Arguments:
-    """The six groups; `arguments.model.preset` and so on."""
+    """The seven groups; `arguments.model.preset` and so on."""
 
     model: ModelArguments
     data: DataArguments
     optimization: OptimizationArguments
     loss: LossArguments
     distillation: DistillationArguments
+    adapter: AdapterArguments
     output: OutputArguments
 
     def __post_init__(self):
@@ -439,6 +435,12 @@ class Arguments:
             )
         if self.distillation.teacher_cache is not None:
             self._check_pictures_come_again()
+        if self.adapter.lora_rank is not None and self.model.train_text_encoder:
+            raise ValueError(
+                "train_text_encoder does not go with lora_rank, whose text encoder is frozen: leave one out"
+            )
+        if not self.adapter.merge_adapter:
+            self._check_adapter_alone()
 
     def _check_pictures_come_again(self) -> None:
         needed = {"crop": 0, "smallest_side": 1, "color_jitter": 0}
@@ -447,6 +449,20 @@ class Arguments:
             raise ValueError(
                 f"teacher_cache needs pictures that come again as they were: set "
                 f"{_listed(needed)} (now {_listed(given)}), or leave it out"
+            )
+
+    def _check_adapter_alone(self) -> None:
+        """Raises ValueError where final/ could not hold an adapter without its model."""
+        if self.model.init is None:
+            raise ValueError("merge_adapter false needs --init, the lite model that the adapter belongs to")
+        wrong = [
+            name for name in ("text_encoder", "image_size", "num_queries") if getattr(self.model, name) is not None
+        ]
+        wrong += [name for name in ("freeze_vocabulary", "push_to_hub") if getattr(self.output, name)]
+        if wrong:
+            raise ValueError(
+                f"{wrong[0]} needs a whole model in final/: leave it out, or merge_adapter false, which writes the "
+                "adapter alone"
             )
 
     @property
@@ -470,14 +486,6 @@ def _listed(settings: dict) -> str:
 
 def _refuse_constant(name: str):
     raise ValueError(f"model_overrides must hold finite numbers, got {name}")
-
-
-def check_range(group, name: str, low: float, high: float | None = None) -> None:
-    """Raises ValueError naming the field if its value is below `low` or above `high`."""
-    value = getattr(group, name)
-    if value < low or (high is not None and value > high):
-        limits = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {limits}, got {value}")
 
 
 def parse_arguments(argv: list[str] | None = None, command: str = DEFAULT_COMMAND) -> Arguments:

@@ -15,14 +15,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import one_line
 from ..files import link, partial_of, put_in_place, start_folder, sync, write_file
-from ..sources_sam3_lite import AVERAGE
+from ..sources_sam3_lite import ADAPTER, AVERAGE
 from ..sources_sam3_lite import FROZEN_TEXT as FROZEN
 from ..sources_sam3_lite import TRAINER_STATE as STATE
+from .adapters import adapter_state, load_adapter_state
 from .checksums import FileSums, first_difference, text_checksum
 from .optim import MovingAverage
+from .sharded import joined, load_moments
 from .stopping import any_process
 
 OBJECTIVE = "objective.pt"
+BASE = "frozen_base.safetensors"  # of a run that trains adapters: the weights beside which they stand
 FILES, CHECKSUM = "files", "checksum"  # in the state file: checksums of the other files, and of the state itself
 file_sums = FileSums()
 
@@ -60,7 +63,7 @@ def save_checkpoint(
         if accelerator.is_main_process:
             start_folder(target)
         accelerator.wait_for_everyone()
-        _write(accelerator, partial, target.parent / FROZEN, model, optimizer, ema, objective, tokenizer)
+        _write(accelerator, partial, target.parent, model, optimizer, ema, objective, tokenizer)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             sums = file_sums.of_folder(partial, leave_out=STATE)
@@ -76,25 +79,37 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def _write(accelerator: Accelerator, folder: Path, frozen: Path, model, optimizer, ema, objective, tokenizer) -> None:
-    if accelerator.distributed_type == DistributedType.FSDP:
+def _write(
+    accelerator: Accelerator, folder: Path, checkpoints: Path, model, optimizer, ema, objective, tokenizer
+) -> None:
+    whole = accelerator.unwrap_model(model)
+    adapter = adapter_state(whole)
+    if _in_parts(accelerator, adapter):
         accelerator.save_state(folder)  # each process holds a part of the weights, and writes it
+    else:
+        weights, moments = joined(adapter or whole.state_dict()), joined(optimizer.state_dict())
     if not accelerator.is_main_process:
         return
-    if accelerator.distributed_type != DistributedType.FSDP:
-        save_file(accelerator.unwrap_model(model).state_dict(), folder / "model.safetensors")
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    if not _in_parts(accelerator, adapter):
+        save_file(weights, folder / (ADAPTER if adapter else "model.safetensors"))
+        torch.save(moments, folder / "optimizer.pt")
         if accelerator.scaler is not None:
             torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
     if ema is not None:
         save_file(ema.state_dict(), folder / AVERAGE)
     if objective:
         torch.save(objective, folder / OBJECTIVE)
-    accelerator.unwrap_model(model).config.save_pretrained(folder)
+    whole.config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if frozen.is_file():
-        link(frozen, folder / FROZEN)
+    for name in (FROZEN, BASE):
+        if (checkpoints / name).is_file():
+            link(checkpoints / name, folder / name)
+
+
+def _in_parts(accelerator: Accelerator, adapter: dict) -> bool:
+    """Whether weights are so many that no process puts them together."""
+    return accelerator.distributed_type == DistributedType.FSDP and not adapter
 
 
 def not_finite(model, optimizer, ema: MovingAverage | None) -> list[str]:
@@ -129,11 +144,16 @@ def load_checkpoint(accelerator: Accelerator, source: Path, model, optimizer, em
     Returns:
         The state of the objective, empty if there is none.
     """
-    if accelerator.distributed_type == DistributedType.FSDP:
+    whole = accelerator.unwrap_model(model)
+    adapter = adapter_state(whole)
+    if _in_parts(accelerator, adapter):
         accelerator.load_state(source)
     else:
-        accelerator.unwrap_model(model).load_state_dict(load_file(source / "model.safetensors"))
-        optimizer.load_state_dict(torch.load(source / "optimizer.pt", map_location="cpu", weights_only=True))
+        if adapter:
+            load_adapter_state(whole, load_file(source / ADAPTER))
+        else:
+            whole.load_state_dict(load_file(source / "model.safetensors"))
+        load_moments(optimizer, torch.load(source / "optimizer.pt", map_location="cpu", weights_only=True))
         if accelerator.scaler is not None and (source / "scaler.pt").is_file():
             accelerator.scaler.load_state_dict(torch.load(source / "scaler.pt", weights_only=True))
     if ema is not None:
@@ -204,6 +224,11 @@ def replace_state(checkpoint: Path, state: dict) -> None:
 def write_frozen(checkpoints: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Stores the frozen weights once per run; each checkpoint links to the file, so that it is complete by itself."""
     write_file(checkpoints / FROZEN, lambda partial: save_file(tensors, partial))
+
+
+def write_base(checkpoints: Path, weights: dict[str, torch.Tensor]) -> None:
+    """As `write_frozen`: the weights that adapters stand beside, by the names of a model without them."""
+    write_file(checkpoints / BASE, lambda partial: save_file({n: w.cpu() for n, w in weights.items()}, partial))
 
 
 def _state_text(state: dict, sums: dict[str, str] | None) -> str:

@@ -14,7 +14,12 @@ FIXED = (
     "seed",
     "weight_decay",
     "vit_layer_decay",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
 )
+# What a finished run still goes by, as it writes and pushes its model anew.
+OF_THE_MODEL = ("freeze_vocabulary", "merge_adapter", "push_to_hub")
 
 
 def check_compatible(saved: dict, current: dict, finished: bool = False) -> None:
@@ -32,6 +37,8 @@ def check_compatible(saved: dict, current: dict, finished: bool = False) -> None
     wrong = [f"{name}: {before.get(name)} there, {now[name]} here" for name in FIXED if before.get(name) != now[name]]
     if bool(before["ema_decay"]) != bool(now["ema_decay"]):
         wrong.append(f"ema_decay: {before['ema_decay']} there, {now['ema_decay']} here")
+    if before.get("merge_adapter", True) and not now["merge_adapter"]:  # the base may have no name
+        wrong.append("merge_adapter: true there, false here")
     if bool(before.get("teacher")) != bool(now["teacher"]):
         wrong.append(f"teacher: {before.get('teacher')} there, {now['teacher']} here")
     if saved["dataset"] != current["dataset"]:
@@ -47,15 +54,27 @@ def check_compatible(saved: dict, current: dict, finished: bool = False) -> None
             + "\n  ".join(wrong)
             + "\ngive the same ones, or start anew in another --output_dir (--init takes weights from a final/ folder)"
         )
-    for name, value in now.items():
-        if name in before and value != before[name] and name not in (*FIXED, "resume", "output_dir"):
-            if finished:
-                text = (
-                    "the run is finished: %s was %s, and %s changes no step of it; add --epochs to train on, or start "
-                )
-                logger.warning(text + "anew in another --output_dir", name, before[name], value)
-            else:
-                logger.warning("%s was %s up to the checkpoint and is %s from here on", name, before.get(name), value)
+    new = [name for name in now if now[name] != before.get(name, now[name])]
+    new = [name for name in new if name not in (*FIXED, "resume", "output_dir")]
+    if finished:
+        _warn_of_no_steps({name: (before[name], now[name]) for name in new})
+        return
+    for name in new:
+        logger.warning("%s was %s up to the checkpoint and is %s from here on", name, before[name], now[name])
+
+
+def _warn_of_no_steps(new: dict[str, tuple]) -> None:
+    """
+    Args:
+        new: {setting: its value in the finished run, its value now}.
+    """
+    idle = [name for name in new if name not in OF_THE_MODEL and not name.startswith("hub_")]
+    if idle:
+        logger.warning(
+            "the run is finished, and nothing is trained with other settings: %s; raise --epochs or --max_steps to "
+            "train on with them, or start anew in another --output_dir",
+            ", ".join(f"{name} (it had {new[name][0]}, now {new[name][1]})" for name in idle),
+        )
 
 
 def _differences(before: dict, now: dict) -> str:

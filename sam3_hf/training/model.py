@@ -23,8 +23,9 @@ from ..phrases import read_phrases
 from ..processing_sam3_lite import Sam3LiteProcessor
 from ..sharing.model_card import RANDOM_WEIGHTS, Origin, origin_of
 from ..sources_sam3_lite import read_json
+from .adapters import add_adapters
 from .arguments import Arguments
-from .checkpoints import FROZEN, read_state
+from .checkpoints import BASE, FROZEN, read_state
 from .phrases import TEXT_PARTS
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,10 @@ def build_model(arguments: Arguments, checkpoint: Path | None) -> Sam3LiteModel:
     set_seed(arguments.optimization.seed)
     if checkpoint is not None:
         model = Sam3LiteModel(Sam3LiteConfig.from_pretrained(checkpoint))
-        if not read_state(checkpoint)["arguments"]["train_text_encoder"]:
+        saved = read_state(checkpoint)["arguments"]
+        if saved.get("lora_rank"):
+            load_base(model, checkpoint / BASE)
+        if not saved["train_text_encoder"]:
             load_frozen_text(model, checkpoint / FROZEN)
     elif arguments.source is not None:
         model = load_initial(arguments)
@@ -93,6 +97,8 @@ def set_up(model: Sam3LiteModel, arguments: Arguments) -> Sam3LiteModel:
     """The model, with what the settings say of how it trains."""
     for name, value in arguments.loss.given().items():
         setattr(model.config.loss_config, name, value)
+    if arguments.adapter.lora_rank:
+        add_adapters(model, arguments.adapter)
     if arguments.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if arguments.model.compile:
@@ -127,14 +133,23 @@ def load_frozen_text(model: Sam3LiteModel, path: Path) -> None:
         FileNotFoundError: there is no such file.
         ValueError: it holds something else than the weights of this text encoder.
     """
+    _load_frozen(model, path, "text encoder", text=True)  # all else is in model.safetensors
+
+
+def load_base(model: Sam3LiteModel, path: Path) -> None:
+    """As `load_frozen_text`: the weights beside which adapters train."""
+    _load_frozen(model, path, "weights beside the adapters", text=False)
+
+
+def _load_frozen(model: Sam3LiteModel, path: Path, what: str, text: bool) -> None:
+    """Loads a file that holds all weights of the text side and no others, or the other way round."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, which holds the frozen text encoder of the checkpoint")
+        raise FileNotFoundError(f"{path} is missing, which holds the frozen {what} of the checkpoint")
     missing, unexpected = model.load_state_dict(load_file(path), strict=False)
-    frozen = (*TEXT_PARTS, "vocabulary")  # all else is in model.safetensors
-    missing = [name for name in missing if name.split(".")[0] in frozen]
+    missing = [name for name in missing if (name.split(".")[0] in (*TEXT_PARTS, "vocabulary")) == text]
     if missing or unexpected:
         raise ValueError(
-            f"{path} does not hold the text encoder of the checkpoint: {_some('missing', missing)}"
+            f"{path} does not hold the {what} of the checkpoint: {_some('missing', missing)}"
             f"{_some('unexpected', unexpected)}start anew in another --output_dir"
         )
 
@@ -159,6 +174,11 @@ def load_initial(arguments: Arguments) -> Sam3LiteModel:
         found = "".join(_some(kind, names) for kind, names in kinds.items())
         flag = _flag(arguments)
         raise ValueError(f"{flag} {arguments.source} is no whole model: {found}of a run, use the folder final/")
+    if model.mapping_report is not None and not arguments.adapter.merge_adapter:
+        raise ValueError(
+            f"merge_adapter false: {arguments.source} is mapped to other weights, which no adapter alone could name. "
+            f"Write them first, with `sam3-lite convert {arguments.source} FOLDER`, and give FOLDER to --init"
+        )
     return model
 
 

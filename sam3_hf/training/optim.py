@@ -32,7 +32,7 @@ def parameter_groups(model: nn.Module, arguments: OptimizationArguments) -> list
     rate falls from the last layer to the first.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    layers = [int(match[1]) for name, _ in named if (match := VIT_LAYER.match(name))]
+    layers = [int(match[1]) for name, _ in model.named_parameters() if (match := VIT_LAYER.match(name))]
     rates = {
         "vision": arguments.vision_learning_rate,
         "text": arguments.text_learning_rate,

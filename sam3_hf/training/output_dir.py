@@ -8,9 +8,11 @@ from accelerate import Accelerator
 
 from ..files import recover
 from ..mapping import REPORT_FILE
+from ..sources_sam3_lite import ADAPTER_CONFIG
 from .accelerator import decide
+from .adapters import adapted_layers
 from .arguments import Arguments
-from .checkpoints import FROZEN
+from .checkpoints import BASE, FROZEN
 from .parts import Parts
 from .recovery import checkpoint_to_resume, checkpoints_in
 
@@ -62,7 +64,7 @@ def holds_run(output_dir: Path) -> bool:
 
 
 def _holds_final(output_dir: Path) -> bool:
-    return (output_dir / "final" / "config.json").is_file()
+    return any((output_dir / "final" / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
 
 
 def clear_output_dir(arguments: Arguments) -> None:
@@ -82,6 +84,9 @@ def check_space(parts: Parts, checkpoint: Path | None) -> None:
     needed = checkpoint_bytes(parts)
     if parts.frozen is not None and not (output_dir / "checkpoints" / FROZEN).is_file():
         needed += sum(tensor.nbytes for tensor in parts.frozen.values())
+    model = parts.accelerator.unwrap_model(parts.model)
+    if adapted_layers(model) and not (output_dir / "checkpoints" / BASE).is_file():
+        needed += sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
     free = shutil.disk_usage(output_dir).free
     if checkpoint is None and parts.arguments.output.resume == "none" and holds_run(output_dir):
         free += sum(_bytes_of(output_dir / name) for name in WRITTEN)
@@ -95,12 +100,13 @@ def check_space(parts: Parts, checkpoint: Path | None) -> None:
 
 
 def checkpoint_bytes(parts: Parts) -> int:
-    """Size of a checkpoint: weights, two moments of those that train, and their average if there is one."""
-    tensors = parts.accelerator.unwrap_model(parts.model)
-    copies = 2 + bool(parts.arguments.optimization.ema_decay)
+    """Size of a checkpoint: weights (of adapters alone), two moments of those that train, and any average of them."""
+    model = parts.accelerator.unwrap_model(parts.model)
+    copies, adapted = 2 + bool(parts.arguments.optimization.ema_decay), bool(adapted_layers(model))
     return sum(
-        parameter.numel() * parameter.element_size() * (1 + copies * parameter.requires_grad)
-        for parameter in tensors.parameters()
+        parameter.nbytes * (1 + copies * parameter.requires_grad)
+        for parameter in model.parameters()
+        if parameter.requires_grad or not adapted
     )
 
 

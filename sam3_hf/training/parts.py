@@ -14,9 +14,10 @@ from ..data.unlabelled import UnlabelledDataset
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
 from .accelerator import decide, prepare
+from .adapters import plain_weights, trains_vision
 from .agreement import agreement_data
 from .arguments import Arguments
-from .checkpoints import write_frozen
+from .checkpoints import BASE, write_base, write_frozen
 from .data import load_data, load_unlabelled, read_words, warn_of_crowds
 from .distillation import Distillation
 from .model import (
@@ -137,6 +138,11 @@ def build_objective(
     settings = arguments.distillation
     if settings.teacher is None:
         return Labels()
+    if not trains_vision(model) and settings.vision_alone:
+        raise ValueError(
+            "the adapters leave the vision encoder as it is, and nothing else would train in some steps: set "
+            "feature_steps to 0 and a weight of the detector's answers above 0, or lora_targets to all"
+        )
     teacher = load_teacher(
         settings.teacher,
         model.config,
@@ -165,8 +171,16 @@ def different_pictures(data: TrainDataset | UnlabelledDataset) -> int:
 
 
 def write_parts(parts: Parts, checkpoint: Path | None) -> None:
-    """Writes into the output folder what its checkpoints and final model will refer to; for the main process."""
+    """Writes into the output folder what its checkpoints and final model will refer to; called by every process."""
+    checkpoints = Path(parts.arguments.output.output_dir) / "checkpoints"
+    model, base = parts.accelerator.unwrap_model(parts.model), None
+    if parts.arguments.adapter.lora_rank and (checkpoint is None or not (checkpoints / BASE).is_file()):
+        base = parts.accelerator.get_state_dict(parts.model)
+    if not parts.accelerator.is_main_process:
+        return
     if checkpoint is None:
-        write_mapping_report(parts.accelerator.unwrap_model(parts.model), parts.arguments)
+        write_mapping_report(model, parts.arguments)
     if parts.frozen is not None:
-        write_frozen(Path(parts.arguments.output.output_dir) / "checkpoints", parts.frozen)
+        write_frozen(checkpoints, parts.frozen)
+    if base is not None:
+        write_base(checkpoints, plain_weights(model, base, merge=False))

@@ -21,7 +21,7 @@ from .arguments import DRAWN
 from .batch_size import choose_batch_size
 from .checkpoints import damage, read_state, replace_state
 from .compatibility import check_compatible
-from .export import export_final, push_final
+from .export import export_adapter, export_final, push_final
 from .loop import TrainingLoop
 from .model import start_of_weights
 from .parts import Parts
@@ -120,7 +120,7 @@ class Run:
     def evaluation_due(self) -> bool:
         """Whether this step is one to evaluate after, and that was not done yet."""
         every = self.arguments.output.eval_every_epochs
-        wanted = self.step == self.total_steps or self.step % (every * self.steps_per_epoch) == 0
+        wanted = self.step >= self.total_steps or self.step % (every * self.steps_per_epoch) == 0
         return wanted and self.step > self.evaluated
 
     def batches(self) -> Generator[tuple[dict, ...], None, None]:
@@ -300,13 +300,20 @@ class Run:
                     self.best["step"],
                 )
                 self.best = None
-        vocabulary = self.train_data.concepts if self.arguments.output.freeze_vocabulary else None
-        parts = (self.accelerator, self.model, self.processor, self.text)
         with self.weights_to_judge():
-            export_final(*parts, self.folder, self.provenance(), vocabulary)
+            self._export()
         if self.accelerator.is_main_process:
             self._report()
             push_final(self.folder / "final", self.arguments.output)
+
+    def _export(self) -> None:
+        """Writes final/."""
+        parts, about = (self.accelerator, self.model, self.processor), (self.folder, self.provenance())
+        if not self.arguments.adapter.merge_adapter:
+            export_adapter(*parts, *about, self.arguments.model.init)
+            return
+        vocabulary = self.train_data.concepts if self.arguments.output.freeze_vocabulary else None
+        export_final(*parts, self.text, *about, vocabulary)
 
     def provenance(self) -> dict:
         """How the exported model came about, for its card."""

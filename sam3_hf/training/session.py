@@ -40,7 +40,7 @@ def run_session(arguments: Arguments) -> int:
         train(run, metrics, stop)
         if metrics:
             metrics.close()
-        finished = run.step == run.total_steps and not run.evaluation_due()
+        finished = run.step >= run.total_steps and not run.evaluation_due()
         if finished:
             run.finish()
         else:
@@ -64,7 +64,8 @@ def _start(arguments: Arguments) -> Run:
         check_space(parts, checkpoint)
         if checkpoint is None:
             clear_output_dir(arguments)
-        write_parts(parts, checkpoint)
+    accelerator.wait_for_everyone()
+    write_parts(parts, checkpoint)
     accelerator.wait_for_everyone()
     return run
 
