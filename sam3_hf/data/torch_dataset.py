@@ -172,6 +172,10 @@ class EvalDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
+        return self.asked(index, self.categories)
+
+    def asked(self, index: int, categories: Sequence[int]) -> Sample:
+        """The image at `index`, asked for other categories than those of the dataset."""
         row = self.rows[index]
         width, height, objects = row["width"], row["height"], row["objects"]
         transform = transforms.whole_image(width, height, self.image_size)
@@ -180,7 +184,7 @@ class EvalDataset(Dataset):
         boxes, cut, _ = transforms.transform_boxes(boxes_of(objects), transform)
         image = {"id": row["image_id"], "width": width, "height": height}
         labels, references = [], []
-        for category in self.categories:
+        for category in categories:
             of_category = [index for index, item in enumerate(objects) if item["category"] == category]
             targets = tuple(index for index in of_category if not objects[index]["iscrowd"])
             prompt = Prompt(self.concepts[category], category, targets)
@@ -193,12 +197,12 @@ class EvalDataset(Dataset):
             references.append(coco_reference_row(image, category, annotations, with_masks=self.has_masks))
         return Sample(
             pixel_values=pixels,
-            phrases=[self.concepts[category] for category in self.categories],
+            phrases=[self.concepts[category] for category in categories],
             labels=labels,
             boxes=[None] * len(labels),
             image_id=row["image_id"],
             original_size=(height, width),
-            categories=list(self.categories),
+            categories=list(categories),
             references=references,
         )
 

@@ -1,13 +1,12 @@
-"""Every setting of a run: six groups of fields, read from one YAML file and from flags of the same names."""
+"""Every setting of a run: seven groups of fields, read from one YAML file and from flags of the same names."""
 
 import argparse
 import dataclasses
 import difflib
 import json
-import math
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,22 +14,11 @@ import yaml
 from transformers import HfArgumentParser
 
 from . import DEFAULT_COMMAND
+from .fields import check_finite, check_range, option
+from .progress_arguments import ProgressArguments
 
 DRAWN = ("generated", "composed")  # what --data names instead of a path
 METRICS = ("auto", "segm_AP", "segm_AP50", "segm_cgF1", "bbox_AP", "bbox_AP50", "bbox_cgF1", "loss")
-
-
-def check_finite(group) -> None:
-    """Raises ValueError naming the first field that is infinite or not a number."""
-    for item in dataclasses.fields(group):
-        value = getattr(group, item.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{item.name} must be a finite number, got {value}")
-
-
-def option(default, text: str):
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -414,12 +402,13 @@ GROUPS = (
     LossArguments,
     DistillationArguments,
     OutputArguments,
+    ProgressArguments,
 )
 
 
 @dataclass
 class Arguments:
-    """The six groups; `arguments.model.preset` and so on."""
+    """The seven groups; `arguments.model.preset` and so on."""
 
     model: ModelArguments
     data: DataArguments
@@ -427,6 +416,7 @@ class Arguments:
     loss: LossArguments
     distillation: DistillationArguments
     output: OutputArguments
+    progress: ProgressArguments
 
     def __post_init__(self):
         if self.distillation.calibrate and self.model.init is not None:
@@ -470,14 +460,6 @@ def _listed(settings: dict) -> str:
 
 def _refuse_constant(name: str):
     raise ValueError(f"model_overrides must hold finite numbers, got {name}")
-
-
-def check_range(group, name: str, low: float, high: float | None = None) -> None:
-    """Raises ValueError naming the field if its value is below `low` or above `high`."""
-    value = getattr(group, name)
-    if value < low or (high is not None and value > high):
-        limits = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {limits}, got {value}")
 
 
 def parse_arguments(argv: list[str] | None = None, command: str = DEFAULT_COMMAND) -> Arguments:

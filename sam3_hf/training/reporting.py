@@ -70,7 +70,7 @@ class Metrics:
         """
         self.path = output_dir / "metrics.jsonl"
         truncate_metrics(self.path, step, evaluated)
-        self.writer = SummaryWriter(output_dir / "tensorboard", purge_step=step + 1)
+        self.writer = SummaryWriter(output_dir / "tensorboard", purge_step=step and step + 1)
 
     def write(self, kind: str, step: int, values: dict) -> None:
         """Appends one line: {"kind", "step", ...values}. Numbers go to TensorBoard as `kind/name`."""
@@ -85,12 +85,16 @@ class Metrics:
 
 
 def truncate_metrics(path: Path, step: int, evaluated: int) -> None:
-    """Removes the lines after a step, those of evaluations after `evaluated`, and a last one that was cut short."""
+    """
+    Removes the lines after a step, those of evaluations after `evaluated`, and a last one that was cut short; at step
+    0 all, as what is measured before the first step is measured again.
+    """
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]  # the process may end within a line
-    kept = [line for line, entry in whole if entry["step"] <= (evaluated if entry["kind"] == "eval" else step)]
+    last = {"eval": evaluated}
+    kept = [line for line, entry in whole if step and entry["step"] <= last.get(entry["kind"], step)]
     write_file(path, "".join(kept))
 
 

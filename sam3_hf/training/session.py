@@ -71,8 +71,10 @@ def _start(arguments: Arguments) -> Run:
 
 def train(run: Run, metrics: Metrics | None, stop: StopSignal) -> None:
     """Takes the steps that are left, or those until a signal; reports, saves and evaluates on the way."""
-    if run.step == 0 and not run.measure_before(metrics, stop):
-        return
+    if run.step == 0:
+        if not run.measure_before(metrics, stop):
+            return
+        run.score_early(metrics)
     if run.evaluation_due():  # the run was stopped before it
         run.save()
         if not run.evaluate(metrics, stop):
@@ -101,11 +103,13 @@ def take_steps(run: Run, batches: Iterator, metrics: Metrics | None, bar: tqdm, 
             values |= {"memory_gb": memory, "overflows": run.loop.overflows}
             metrics.write("train", run.step, values)
             log_step(run.step, run.total_steps, run.images_per_step, values, bar)
+        if run.score_early(metrics):
+            speed.read()  # that is not training time
         if run.at_epoch_end():
             run.save()  # before the evaluation, which may take long: the epoch is safe
             if run.evaluation_due() and not stopped:
                 stopped = not run.evaluate(metrics, stop)
-            speed.read()  # what evaluating and saving took is not training time
+            speed.read()  # nor is what evaluating and saving took
         elif stopped or (every.save_every_steps and run.step % every.save_every_steps == 0):
             run.save()
         if stopped:
