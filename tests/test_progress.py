@@ -2,12 +2,17 @@
 
 import copy
 import logging
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from conftest import micro_config
 from data_cases import annotation, image, write_coco
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.data import EvalDataset, PromptCollator, TrainDataset, load_dataset_splits
@@ -18,6 +23,9 @@ from sam3_hf.training.loop import TrainingLoop
 from sam3_hf.training.objectives import Labels
 from sam3_hf.training.parts import Parts
 from sam3_hf.training.phrases import TokenizedText
+from sam3_hf.training.progress_arguments import SERVICES
+from sam3_hf.training.reporting import Metrics
+from sam3_hf.training.trackers import check_trackers
 
 RLE = {"size": [80, 120], "counts": [0, 9600]}
 
@@ -100,3 +108,119 @@ def test_an_early_score_is_made_where_evaluations_are_far_apart(splits):
     assert not early.is_due(0, 50)
     early = EarlyScore(parts_of(splits, "--early_score_steps", "0"))
     assert not any(early.is_due(step, 1000) for step in range(160))
+
+
+# Services
+
+
+EVALUATION = {"segm_AP": 0.5, "segm_per_class": {"red circle": {"AP": 0.7, "AP50": 0.9, "cgF1": None, "objects": 3}}}
+
+
+def test_tensorboard_holds_pictures_and_scores_per_class_each_once(tmp_path):
+    """Also where a killed run is done again from its last checkpoint."""
+    Image.new("RGB", (3000, 600), "red").save(tmp_path / "0000.png")
+    for done, steps in ((0, range(1, 6)), (3, range(4, 8))):
+        metrics = Metrics(tmp_path, step=done, evaluated=done)
+        for step in steps:
+            metrics.write("train", step, {"loss": float(step)})
+            metrics.write("eval", step, EVALUATION)
+            metrics.trackers.show("predictions", step, [tmp_path / "0000.png"])
+        metrics.close()
+    told = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0})
+    told.Reload()
+    names = ["eval/segm_AP", "eval_segm_per_class/AP/red_circle", "eval_segm_per_class/AP50/red_circle", "train/loss"]
+    assert sorted(told.Tags()["scalars"]) == names
+    for name in names:
+        assert [event.step for event in told.Scalars(name)] == list(range(1, 8))
+    pictures = told.Images("predictions/0000")
+    assert [event.step for event in pictures] == list(range(1, 8))
+    assert (pictures[0].width, pictures[0].height) == (1280, 256)
+
+
+class Service:
+    """A module in the place of wandb or mlflow, which remembers what its runs were told."""
+
+    def __init__(self):
+        self.runs, self.config, self.broken = {}, SimpleNamespace(update=lambda *_, **__: None), False
+        self.Image = lambda pixels: pixels.shape
+
+    def start_run(self, run_id=None, **_):
+        self.current = self.runs.setdefault(run_id or f"run {len(self.runs)}", [])
+        name = next(name for name, told in self.runs.items() if told is self.current)
+        run = SimpleNamespace(id=name, info=SimpleNamespace(run_id=name), define_metric=lambda *_, **__: None)
+        run.log, run.finish = self.log, self.end_run
+        return run
+
+    def init(self, id=None, **_):
+        return self.start_run(id)
+
+    def log(self, values, step=None):
+        if self.broken:
+            raise ConnectionError("the service\nis away")
+        self.current.append((values.get("step", step), sorted(set(values) - {"step"})))
+
+    def log_metrics(self, values, step):
+        self.log(values, step)
+
+    def log_artifact(self, local_path, artifact_path):
+        self.log({artifact_path: local_path})
+
+    def search_experiments(self, **_):
+        return []
+
+    def create_experiment(self, **_):
+        return "1"
+
+    def log_params(self, _):
+        pass
+
+    def end_run(self):
+        pass
+
+    utils = SimpleNamespace(validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=100, MAX_PARAMS_TAGS_PER_BATCH=10))
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_services_go_on_with_their_run_and_are_told_nothing_twice(name, tmp_path, monkeypatch, caplog):
+    PartialState(cpu=True)  # as in a run
+    service = Service()
+    monkeypatch.setitem(sys.modules, name, service)
+    Image.new("RGB", (20, 10)).save(tmp_path / "0000.png")
+    # killed after step 4 and its evaluation, again after step 3, and at last whole
+    for done, steps in ((0, (1, 2, 3, 4)), (2, (3,)), (2, (3, 4, 5, 6))):
+        metrics = Metrics(tmp_path, step=done, evaluated=done, report_to=[name], settings={"epochs": 3})
+        for step in steps:
+            metrics.write("train", step, {"loss": 1.0})
+            if step % 2 == 0:
+                metrics.write("eval", step, {"loss": 2.0})
+                metrics.trackers.show("predictions", step, [tmp_path / "0000.png"])
+    (told,) = service.runs.values()
+    assert [step for step, names in told if names == ["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, names in told if names == ["eval/loss"]] == [2, 4, 6]
+    assert sum(names[0].startswith("predictions/") for _, names in told) == 3
+    metrics = Metrics(tmp_path, step=0, evaluated=0, report_to=[name])  # anew
+    metrics.write("train", 1, {"loss": 1.0})
+    assert len(service.runs) == 2 and service.current == [(1, ["train/loss"])]
+    service.broken = True
+    for step in (2, 3):
+        metrics.write("train", step, {"loss": 1.0})
+    assert [record.getMessage() for record in caplog.records] == [
+        f"report_to: {name} fails and is told nothing more; metrics.jsonl has it all: the service; is away"
+    ]
+
+
+def test_services_are_known_or_named_as_missing(tmp_path, monkeypatch, capsys):
+    assert sorted(SERVICES) == sorted(LOGGER_TYPE_TO_CLASS)
+    named = parse_arguments(["--data", "x", "--report_to", "tensorboard, wandb,tensorboard"]).progress.services
+    assert named == ("tensorboard", "wandb")
+    assert parse_arguments(["--data", "x", "--report_to", "none"]).progress.services == ()
+    with pytest.raises(SystemExit):
+        parse_arguments(["--data", "x", "--report_to", "tensorboard,wandbb"])
+    assert "report_to: 'wandbb' is none of aim, clearml" in capsys.readouterr().err
+    (tmp_path / "wandb").mkdir()  # as a run of it leaves one behind
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    check_trackers(())
+    with pytest.raises(ImportError, match="^report_to: wandb is not installed: pip install wandb, or leave it out$"):
+        check_trackers(named[1:])

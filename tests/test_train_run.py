@@ -136,6 +136,8 @@ def test_a_run_leaves_all_it_promises(whole_run):
     curves.Reload()
     assert len(curves.Scalars("train/loss")) == 12 and len(curves.Scalars("eval/segm_AP")) == 2
     assert [event.step for event in curves.Scalars("early/loss")] == [0, 4, 8]
+    assert [event.step for event in curves.Images("predictions/0001")] == [6, 12]
+    assert any(name.startswith("eval_segm_per_class/AP/") for name in curves.Tags()["scalars"])
 
 
 def test_final_model_is_half_precision_and_holds_the_average(whole_run):

@@ -234,6 +234,7 @@ class Run:
         log_scores(self.epoch, scores)
         if metrics:
             metrics.write("eval", self.step, {"epoch": self.epoch, **scores})
+            metrics.trackers.show("predictions", self.step, sorted(pictures.glob("*.png")))
         if self.accelerator.is_main_process:
             replace_state(self.last, self.state())
         self._name_checkpoint(self.last)

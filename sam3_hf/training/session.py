@@ -16,6 +16,7 @@ from .parts import build_parts, write_parts
 from .reporting import Metrics, Speed, log_step, memory_gb, progress_bar
 from .run import Run
 from .stopping import StopSignal
+from .trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +30,19 @@ def run_session(arguments: Arguments) -> int:
 
     Raises:
         FolderInUse: another run has the output folder.
+        ImportError: the library of a service that the run shall report to is not installed.
     """
+    check_trackers(arguments.progress.services)
     stop = StopSignal()
     end_with_launcher()
     folder = Path(arguments.output.output_dir)
     with sole_run(folder) if process_state().is_main_process else nullcontext():
         run = _start(arguments)
         accelerator = run.accelerator
-        metrics = Metrics(run.folder, run.step, run.evaluated) if accelerator.is_main_process else None
+        metrics = None
+        if accelerator.is_main_process:
+            services, settings = arguments.progress.services, arguments.flat()
+            metrics = Metrics(run.folder, run.step, run.evaluated, services, settings)
         train(run, metrics, stop)
         if metrics:
             metrics.close()
