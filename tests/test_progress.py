@@ -13,12 +13,15 @@ from conftest import micro_config
 from data_cases import annotation, image, write_coco
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train_cases import launcher, state_of, train
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.data import EvalDataset, PromptCollator, TrainDataset, load_dataset_splits
+from sam3_hf.data.generated import write_dataset
 from sam3_hf.training import early_score
 from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.early_score import PICTURES, EarlyScore, FixedPrompts
+from sam3_hf.training.early_stopping import EarlyStopping
 from sam3_hf.training.loop import TrainingLoop
 from sam3_hf.training.objectives import Labels
 from sam3_hf.training.parts import Parts
@@ -224,3 +227,59 @@ def test_services_are_known_or_named_as_missing(tmp_path, monkeypatch, capsys):
     check_trackers(())
     with pytest.raises(ImportError, match="^report_to: wandb is not installed: pip install wandb, or leave it out$"):
         check_trackers(named[1:])
+
+
+# Early stopping
+
+SCORED = """
+import sam3_hf.training.run as run
+from pathlib import Path
+
+def evaluate(*_, **__):
+    asked = Path("asked.txt")
+    count = len(asked.read_text()) if asked.exists() else 0
+    asked.write_text("." * (count + 1))
+    value = [0.1, 0.3, 0.305, 0.2, 0.31, 0.1, 0.2, 0.3][count]
+    return {"segm_AP": value, "segm_per_class": {}, "IL_MCC": None}
+
+run.evaluate = evaluate
+"""
+
+
+def test_a_run_ends_where_scores_do_not_get_better_and_is_evaluated_once(tmp_path):
+    """Each step is an epoch. The run that goes on counts on, and one that has ended is not evaluated again."""
+    data = write_dataset(tmp_path / "data", num_train=2, num_valid=1, image_size=64, num_concepts=2)
+    program = launcher(tmp_path, SCORED)
+    settings = {"batch_size": 2, "epochs": 20, "save_every_epochs": 0, "num_workers": 0, "report_to": "none"}
+    settings["early_stopping_min_delta"] = 0.02
+    for flags, evaluations, stale in (
+        (["--early_stopping_patience", "2"], 4, 2),
+        (["--early_stopping_patience", "5", "--resume", "auto"], 7, 5),
+        (["--early_stopping_patience", "5", "--resume", "auto"], 7, 5),
+    ):
+        finished = train(tmp_path, data, *flags, program=program, **settings)
+        assert finished.returncode == 0, finished.stderr
+        assert f"segm_AP has not become better than 0.3000 by more than 0.02 in {stale} evaluations" in finished.stderr
+        assert len((tmp_path / "asked.txt").read_text()) == evaluations
+        state = state_of(tmp_path / "run" / "checkpoints" / "last")
+        assert (state["step"], state["evaluated"]) == (evaluations, evaluations)
+        assert state["best"]["step"] == (3 if evaluations == 4 else 5)  # the least improvement is one for `best`
+        assert (tmp_path / "run" / "final" / "config.json").is_file()
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_early_stopping_counts_in_the_direction_of_its_metric():
+    settings = parse_arguments(["--data", "x", "--early_stopping_patience", "2"]).progress
+    for metric, values in (("loss", [3.0, 2.0, 2.0, 2.5]), ("bbox_AP", [0.1, 0.2, 0.2, 0.1])):
+        stopping, due = EarlyStopping(settings, metric), []
+        for value in values:
+            stopping.note(value)
+            due.append(stopping.is_due)
+        assert due == [False, False, False, True]
+        other = EarlyStopping(settings, "segm_cgF1")
+        other.load_state_dict(stopping.state_dict())
+        assert other.stale == 0
+    never = EarlyStopping(parse_arguments(["--data", "x"]).progress, "loss")
+    for _ in range(9):
+        never.note(1.0)
+    assert never.stale == 8 and not never.is_due

@@ -46,8 +46,10 @@ def run_session(arguments: Arguments) -> int:
         train(run, metrics, stop)
         if metrics:
             metrics.close()
-        finished = run.step == run.total_steps and not run.evaluation_due()
+        finished = run.is_finished()
         if finished:
+            if run.step < run.total_steps:
+                logger.info("early stopping: %s", run.early_stopping)
             run.finish()
         else:
             logger.warning(
@@ -85,6 +87,8 @@ def train(run: Run, metrics: Metrics | None, stop: StopSignal) -> None:
         run.save()
         if not run.evaluate(metrics, stop):
             return
+    if run.is_finished():
+        return
     with (
         progress_bar(run.step, run.total_steps, run.accelerator.is_main_process) as bar,
         closing(run.batches()) as batches,
@@ -118,5 +122,5 @@ def take_steps(run: Run, batches: Iterator, metrics: Metrics | None, bar: tqdm, 
             speed.read()  # nor is what evaluating and saving took
         elif stopped or (every.save_every_steps and run.step % every.save_every_steps == 0):
             run.save()
-        if stopped:
+        if stopped or run.is_finished():
             break
