@@ -24,8 +24,9 @@ from sam3_hf.data import (
     steps_per_epoch,
 )
 from sam3_hf.data.sampling import Prompt
+from sam3_hf.data.scenes import Tile, place
 from sam3_hf.data.torch_dataset import make_label
-from sam3_hf.data.transforms import GeometricTransform, transform_boxes
+from sam3_hf.data.transforms import GeometricTransform
 from sam3_hf.evaluation import CGF1, CocoAP, prediction_row
 from sam3_hf.rle import decode_mask
 
@@ -143,9 +144,9 @@ def test_object_of_which_the_crop_has_only_the_box_is_left_out():
     letter = [[0, 0, 40, 0, 40, 40, 80, 40, 80, 80, 0, 80]]
     objects = [{"bbox": [0, 0, 80, 80], "segmentation": json.dumps(letter)}]
     transform = GeometricTransform(left=48, top=0, width=32, height=32, flip=False, side=64, x=0, y=0, canvas=64)
-    boxes, cut, visible = transform_boxes(np.array([[0, 0, 80, 80.0]]), transform)
-    label, kept = make_label(Prompt("letter", 0, (0,)), objects, boxes, cut, transform, with_masks=True)
-    assert cut[0] and visible[0] and kept == ()
+    scene = place([Tile({"objects": objects}, transform)])
+    label, kept = make_label(Prompt("letter", 0, (0,)), scene, with_masks=True)
+    assert scene.cut[0] and scene.visible[0] and kept == ()
     assert label["boxes"].shape == (0, 4) and label["masks"].shape == (0, 64, 64)
 
 

@@ -394,6 +394,14 @@ def test_calibrated_on_the_training_images(source):
             "teacher_cache needs pictures that come again as they were: set crop 0, smallest_side 1, color_jitter 0 "
             "(now crop 0, smallest_side 0.476, color_jitter 0.2), or leave it out",
         ),
+        (
+            ["--teacher", "x", "--teacher_cache", "y", "--augmentation", "none", "--mosaic", "0.5", "--rotation", "9"],
+            "rotation 0, mosaic 0 (now crop 0, smallest_side 1, color_jitter 0, rotation 9, mosaic 0.5)",
+        ),
+        (
+            ["--teacher", "x", "--augmentation", "strong"],
+            "mosaic needs labels, as a teacher is asked picture by picture",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(capsys, flags, message):

@@ -96,6 +96,7 @@ def series(folder: Path) -> list[tuple]:
 
 
 INTERRUPTED = {"save_every_steps": 2, "ema_decay": 0.9, "num_workers": 1, "save_every_epochs": 1}
+INTERRUPTED |= {"early_score_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,9 @@ def test_a_run_leaves_all_it_promises(whole_run):
     curves = EventAccumulator(str(run / "tensorboard"))
     curves.Reload()
     assert len(curves.Scalars("train/loss")) == 12 and len(curves.Scalars("eval/segm_AP")) == 2
+    assert [event.step for event in curves.Scalars("early/loss")] == [0, 4, 8]
+    assert [event.step for event in curves.Images("predictions/0001")] == [6, 12]
+    assert any(name.startswith("eval_segm_per_class/AP/") for name in curves.Tags()["scalars"])
 
 
 def test_final_model_is_half_precision_and_holds_the_average(whole_run):
@@ -224,7 +228,8 @@ def test_killed_twice_and_resumed_is_as_if_nothing_had_happened(whole_run, data,
     assert finished.returncode == 0, finished.stdout
     assert f"going on from run/checkpoints/last, step {last}" in finished.stdout
     assert series(tmp_path) == series(whole_run)
-    assert lines_of(tmp_path, "eval") == lines_of(whole_run, "eval")
+    for kind in ("eval", "early"):
+        assert lines_of(tmp_path, kind) == lines_of(whole_run, kind)
     for name in ("final/model.safetensors", "checkpoints/last/model.safetensors", "checkpoints/last/ema.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (whole_run / "run" / name).read_bytes(), name
 

@@ -15,7 +15,8 @@ from .images import load_image
 from .references import coco_reference_row
 from .rows import concept_names, crowded_images, first_of, has_masks, objects_per_category, segmentation_of
 from .sampling import Prompt, PromptSampling, add_box, draw_prompts, image_rng
-from .transforms import Augmentation, GeometricTransform
+from .scenes import Scene, draw_tiles, place, tile_pixels, whole_tile
+from .transforms import Augmentation
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,9 @@ class TrainDataset(Dataset):
         self.sampling, self.augmentation = sampling or PromptSampling(), augmentation or Augmentation()
         self.rows = promptable_rows(rows, self.sampling)
         self.image_size, self.seed = image_size, seed
-        self.concepts = concept_names(rows)
-        self.has_masks = has_masks(rows)
+        self.concepts, self.has_masks = concept_names(rows), has_masks(rows)
+        if self.augmentation.rotation and not self.has_masks:
+            logger.warning("rotation: images with an object that has a box alone are not turned: it would not fit")
         known = set(self.concepts) & set(self.sampling.negative_words)
         if known:
             raise ValueError(f"negative words {', '.join(sorted(known))} are concepts of the dataset; remove them")
@@ -101,36 +103,33 @@ class TrainDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (int(self._epoch), key)
-        rng, row = image_rng(self.seed, epoch, index), self.rows[index]
-        transform = transforms.draw_transform(row["width"], row["height"], self.image_size, self.augmentation, rng)
-        pixels = augmented_pixels(row, transform, self.augmentation, rng)
-        prompts, labels = self._prompts(row["objects"], transform, rng)
+        rng = image_rng(self.seed, epoch, index)
+        tiles = draw_tiles(self.rows, index, self.image_size, self.augmentation, rng)
+        pixels = tile_pixels(tiles, self.augmentation, rng)
+        prompts, labels = self._prompts(place(tiles), rng)
         if not prompts:
-            transform = transforms.whole_image(row["width"], row["height"], self.image_size)
-            pixels = augmented_pixels(row, transform, self.augmentation, rng)
-            prompts, labels = self._prompts(row["objects"], transform, rng)
+            tiles = [whole_tile(tiles[0].row, self.image_size)]
+            pixels = tile_pixels(tiles, self.augmentation, rng)
+            prompts, labels = self._prompts(place(tiles), rng)
         return Sample(
             pixel_values=pixels,
             phrases=[prompt.phrase for prompt in prompts],
             labels=labels,
             boxes=[_unit_box(prompt.box, self.image_size) for prompt in prompts],
-            image_id=row["image_id"],
+            image_id=tiles[0].row["image_id"],
             key=(epoch, index),
         )
 
-    def _prompts(
-        self, objects: list[dict], transform: GeometricTransform, rng: np.random.Generator
-    ) -> tuple[list[Prompt], list[dict]]:
-        boxes, cut, visible = transforms.transform_boxes(boxes_of(objects), transform)
+    def _prompts(self, scene: Scene, rng: np.random.Generator) -> tuple[list[Prompt], list[dict]]:
         by_concept, barred = {}, set()
-        for index, item in enumerate(objects):
+        for index, item in enumerate(scene.objects):
             if item["iscrowd"]:
                 barred.add(item["category"])
-            elif visible[index]:
+            elif scene.visible[index]:
                 by_concept.setdefault(item["category"], []).append(index)
         prompts, labels = [], []
         for prompt in draw_prompts(by_concept, barred, self.concepts, self.sampling, rng):
-            label, kept = make_label(prompt, objects, boxes, cut, transform, self.has_masks)
+            label, kept = make_label(prompt, scene, self.has_masks)
             if prompt.objects and not kept and prompt.concept in barred:
                 continue  # its crowd region may be in the picture, so it is not absent
             prompt = replace(prompt, objects=kept)
@@ -172,19 +171,22 @@ class EvalDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
+        return self.asked(index, self.categories)
+
+    def asked(self, index: int, categories: Sequence[int]) -> Sample:
+        """The image at `index`, asked for other categories than those of the dataset."""
         row = self.rows[index]
         width, height, objects = row["width"], row["height"], row["objects"]
-        transform = transforms.whole_image(width, height, self.image_size)
+        tile = whole_tile(row, self.image_size)
         pixels, _ = load_image(row["image"], width, height)
-        pixels = transforms.normalize(transforms.transform_pixels(pixels, transform))
-        boxes, cut, _ = transforms.transform_boxes(boxes_of(objects), transform)
+        pixels, scene = transforms.normalize(transforms.transform_pixels(pixels, tile.transform)), place([tile])
         image = {"id": row["image_id"], "width": width, "height": height}
         labels, references = [], []
-        for category in self.categories:
+        for category in categories:
             of_category = [index for index, item in enumerate(objects) if item["category"] == category]
             targets = tuple(index for index in of_category if not objects[index]["iscrowd"])
             prompt = Prompt(self.concepts[category], category, targets)
-            label, _ = make_label(prompt, objects, boxes, cut, transform, self.has_masks)
+            label, _ = make_label(prompt, scene, self.has_masks)
             labels.append(to_unit(label, self.image_size))
             annotations = [
                 objects[index] | {"segmentation": segmentation_of(objects[index]) or _crowd_outline(objects[index])}
@@ -193,12 +195,12 @@ class EvalDataset(Dataset):
             references.append(coco_reference_row(image, category, annotations, with_masks=self.has_masks))
         return Sample(
             pixel_values=pixels,
-            phrases=[self.concepts[category] for category in self.categories],
+            phrases=[self.concepts[category] for category in categories],
             labels=labels,
             boxes=[None] * len(labels),
             image_id=row["image_id"],
             original_size=(height, width),
-            categories=list(self.categories),
+            categories=list(categories),
             references=references,
         )
 
@@ -208,19 +210,6 @@ def _crowd_outline(item: dict) -> list[list[float]] | None:
     x, y, width, height = item["bbox"]
     corners = [x, y, x + width, y, x + width, y + height, x, y + height]
     return [corners] if item["iscrowd"] else None
-
-
-def augmented_pixels(
-    row: dict, transform: GeometricTransform, augmentation: Augmentation, rng: np.random.Generator
-) -> torch.Tensor:
-    """(3, size, size) float32 in [-1, 1] of a row's picture under a transform, with its colours varied."""
-    scale = transform.side / transform.width, transform.side / transform.height
-    needed = row["width"] * scale[0], row["height"] * scale[1]
-    pixels, factor = load_image(row["image"], row["width"], row["height"], needed)
-    pixels = transforms.transform_pixels(pixels, transform, factor).contiguous()
-    if augmentation.color_jitter > 0:
-        pixels = transforms.jitter_colors(pixels, augmentation.color_jitter, rng)
-    return transforms.normalize(transforms.pad_to_canvas(pixels, transform))
 
 
 def promptable_rows(rows: datasets.Dataset, sampling: PromptSampling) -> datasets.Dataset:
@@ -246,28 +235,14 @@ def promptable_rows(rows: datasets.Dataset, sampling: PromptSampling) -> dataset
     return rows.select(np.flatnonzero(possible))
 
 
-def boxes_of(objects: list[dict]) -> np.ndarray:
-    """(n, 4) float64 xywh in pixels of the image."""
-    return np.array([item["bbox"] for item in objects], dtype=np.float64).reshape(-1, 4)
-
-
-def make_label(
-    prompt: Prompt,
-    objects: list[dict],
-    boxes: np.ndarray,
-    cut: np.ndarray,
-    transform: GeometricTransform,
-    with_masks: bool,
-) -> tuple[dict, tuple[int, ...]]:
+def make_label(prompt: Prompt, scene: Scene, with_masks: bool) -> tuple[dict, tuple[int, ...]]:
     """The target of one prompt, and the objects that are in it.
 
     Masks are made only if all of the prompt's objects have a segmentation. An object that the crop took something of
-    gets the box of its remaining pixels, or is left out if there are none. An object too thin to have pixels at this
-    size gets those of its box.
+    gets the box of its remaining pixels, or is left out if there are none; one that was turned gets that of its
+    pixels. An object too thin to have pixels at this size gets those of its box.
 
     Args:
-        objects: of the row.
-        boxes, cut: of `transform_boxes`.
         with_masks: whether the dataset has masks; an absent concept then gets an empty stack of them.
 
     Returns:
@@ -276,27 +251,28 @@ def make_label(
     if not prompt.objects:
         label = {"boxes": torch.zeros(0, 4)}
         if with_masks:
-            label["masks"] = torch.zeros(0, transform.canvas, transform.canvas, dtype=torch.bool)
+            label["masks"] = torch.zeros(0, scene.canvas, scene.canvas, dtype=torch.bool)
         return label, ()
-    segmentations = [segmentation_of(objects[index]) for index in prompt.objects]
+    segmentations = [segmentation_of(scene.objects[index]) for index in prompt.objects]
     if not all(segmentations):
-        return {"boxes": torch.from_numpy(boxes[list(prompt.objects)]).float()}, prompt.objects
+        return {"boxes": torch.from_numpy(scene.boxes[list(prompt.objects)]).float()}, prompt.objects
     kept, final_boxes, masks = [], [], []
     for index, segmentation in zip(prompt.objects, segmentations, strict=True):
-        mask, box = transforms.transform_mask(segmentation, transform), boxes[index]
+        transform, box, cut = scene.transforms[index], scene.boxes[index], scene.cut[index]
+        mask = transforms.transform_mask(segmentation, transform)
         empty = not mask.any()
-        if empty and cut[index]:
+        if empty and cut:
             continue
         if empty:
             left, top, right, bottom = *np.floor(box[:2]).astype(int), *np.ceil(box[2:]).astype(int)
             mask[top:bottom, left:right] = True
-        elif cut[index]:
+        elif cut or transform.angle:
             box = transforms.mask_box(mask)
         kept.append(index)
         final_boxes.append(torch.as_tensor(box, dtype=torch.float32))
         masks.append(mask)
     if not kept:
-        return make_label(replace(prompt, objects=()), objects, boxes, cut, transform, True)
+        return make_label(replace(prompt, objects=()), scene, True)
     return {"boxes": torch.stack(final_boxes), "masks": torch.stack(masks)}, tuple(kept)
 
 

@@ -9,14 +9,14 @@ import datasets
 from torch.utils.data import Dataset
 
 from ..picture_files import find_pictures
-from . import transforms
 from .checks import DatasetError, Problems, check_dataset
 from .decoding import decode_images
 from .images import open_image, upright_size
 from .loading import is_picture_source, load_with_datasets
 from .rows import RawSplit, build_dataset
 from .sampling import PromptSampling, image_rng
-from .torch_dataset import Sample, augmented_pixels
+from .scenes import draw_tile, tile_pixels
+from .torch_dataset import Sample
 from .transforms import Augmentation
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class UnlabelledDataset(Dataset):
         concepts: what the teacher may be asked for.
         image_size: side of the model's square input in pixels.
         sampling: how many prompts are drawn, and which share of them is absent.
-        augmentation: how pictures are varied.
+        augmentation: how pictures are varied, but for a mosaic: an objective chooses prompts picture by picture.
         seed: 0 or more.
     """
 
@@ -127,6 +127,6 @@ class UnlabelledDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         rng, row = image_rng(self.seed, epoch, index), self.rows[index]
-        transform = transforms.draw_transform(row["width"], row["height"], self.image_size, self.augmentation, rng)
-        pixels = augmented_pixels(row, transform, self.augmentation, rng)
+        tile = draw_tile(row, self.image_size, self.augmentation, rng)
+        pixels = tile_pixels([tile], self.augmentation, rng)
         return Sample(pixel_values=pixels, phrases=[], labels=[], boxes=[], image_id=row["image_id"], key=key)

@@ -1,4 +1,4 @@
-"""Every setting of a run: seven groups of fields, read from one YAML file and from flags of the same names."""
+"""Every setting of a run: nine groups of fields, read from one YAML file and from flags of the same names."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,9 @@ from transformers import HfArgumentParser
 
 from . import DEFAULT_COMMAND
 from .adapter_arguments import AdapterArguments
+from .augmentation_arguments import AugmentationArguments
 from .fields import check_finite, check_range, option
+from .progress_arguments import ProgressArguments
 
 DRAWN = ("generated", "composed")  # what --data names instead of a path
 METRICS = ("auto", "segm_AP", "segm_AP50", "segm_cgF1", "bbox_AP", "bbox_AP50", "bbox_cgF1", "loss")
@@ -124,16 +126,6 @@ class DataArguments:
     box_prompt_probability: float = option(
         0.0, "chance, 0 to 1, that a prompt gets a jittered box of one instance, with or instead of its phrase"
     )
-    horizontal_flip: float = option(
-        0.5, "chance, 0 to 1, that a training image is mirrored; 0 if phrases tell left from right"
-    )
-    crop: float = option(
-        0.5, "chance, 0 to 1, that only a part of a training image is shown, at least half as wide and high"
-    )
-    smallest_side: float = option(
-        0.476, "training images are shrunk to at least this share of the model's side, above 0 to 1, and padded"
-    )
-    color_jitter: float = option(0.2, "brightness, contrast and saturation change by up to this share, 0 to below 1")
     check_images: bool = option(
         True,
         "decode every image once before training, so that a damaged one does not stop the run later; what was sound "
@@ -158,12 +150,6 @@ class DataArguments:
         if not 0 < self.validation_split < 1:
             raise ValueError(f"validation_split must be above 0 and below 1, got {self.validation_split}")
         check_range(self, "box_prompt_probability", 0, 1)
-        for name in ("horizontal_flip", "crop", "smallest_side", "color_jitter"):
-            check_range(self, name, 0, 1)
-        if self.smallest_side == 0:
-            raise ValueError("smallest_side must be above 0: at 0 nothing of an image would be left")
-        if self.color_jitter == 1:
-            raise ValueError("color_jitter must be below 1: at 1 an image may turn black")
         check_range(self, "num_workers", 0)
         for name in ("generated_train", "generated_valid"):
             check_range(self, name, 1)
@@ -300,8 +286,8 @@ class DistillationArguments:
     teacher_cache: str | None = option(
         None,
         "folder to keep the teacher's feature pyramids in, so that its vision encoder sees each picture once: 53 MiB "
-        "a picture at 1008 px in half precision. Needs --crop 0 --smallest_side 1 --color_jitter 0; mirrored pictures "
-        "are others",
+        "a picture at 1008 px in half precision. Needs --augmentation none, beside which --horizontal_flip and "
+        "--vertical_flip may stay; mirrored pictures are others",
     )
     calibrate: bool = option(
         False, "fit the mapping from the teacher to the training images before the first step; without --init"
@@ -404,25 +390,29 @@ class OutputArguments:
 GROUPS = (
     ModelArguments,
     DataArguments,
+    AugmentationArguments,
     OptimizationArguments,
     LossArguments,
     DistillationArguments,
     AdapterArguments,
     OutputArguments,
+    ProgressArguments,
 )
 
 
 @dataclass
 class Arguments:
-    """The seven groups; `arguments.model.preset` and so on."""
+    """The nine groups; `arguments.model.preset` and so on."""
 
     model: ModelArguments
     data: DataArguments
+    augmentation: AugmentationArguments
     optimization: OptimizationArguments
     loss: LossArguments
     distillation: DistillationArguments
     adapter: AdapterArguments
     output: OutputArguments
+    progress: ProgressArguments
 
     def __post_init__(self):
         if self.distillation.calibrate and self.model.init is not None:
@@ -434,21 +424,17 @@ class Arguments:
                 "phrases is for learning from a teacher alone: add --teacher with label_loss_weight 0, or leave it out"
             )
         if self.distillation.teacher_cache is not None:
-            self._check_pictures_come_again()
+            self.augmentation.check_pictures_come_again()
         if self.adapter.lora_rank is not None and self.model.train_text_encoder:
             raise ValueError(
                 "train_text_encoder does not go with lora_rank, whose text encoder is frozen: leave one out"
             )
         if not self.adapter.merge_adapter:
             self._check_adapter_alone()
-
-    def _check_pictures_come_again(self) -> None:
-        needed = {"crop": 0, "smallest_side": 1, "color_jitter": 0}
-        given = {name: getattr(self.data, name) for name in needed}
-        if given != needed:
+        if self.augmentation.mosaic and self.without_labels:
             raise ValueError(
-                f"teacher_cache needs pictures that come again as they were: set "
-                f"{_listed(needed)} (now {_listed(given)}), or leave it out"
+                "mosaic needs labels, as a teacher is asked picture by picture: set mosaic to 0, or label_loss_weight "
+                "above 0"
             )
 
     def _check_adapter_alone(self) -> None:
@@ -478,10 +464,6 @@ class Arguments:
     def flat(self) -> dict:
         """All fields in one dict, as a YAML file would hold them."""
         return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
-
-
-def _listed(settings: dict) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
 
 
 def _refuse_constant(name: str):

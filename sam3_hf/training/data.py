@@ -49,7 +49,8 @@ def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -
     if "validation" not in splits:
         splits["train"], splits["validation"] = hold_out(splits["train"], options.validation_split, seed)
     check_common_concepts(splits["train"], splits["validation"], options.data)
-    train = TrainDataset(splits["train"], image_size, prompt_sampling(options), augmentation(options), seed)
+    augmentation = Augmentation(**arguments.augmentation.settings())
+    train = TrainDataset(splits["train"], image_size, prompt_sampling(options), augmentation, seed)
     return train, EvalDataset(splits["validation"], image_size)
 
 
@@ -83,7 +84,8 @@ def load_unlabelled(
     else:
         held_out = EvalDataset(validation, image_size)
     asked = dict.fromkeys([*(phrases or concept_names(rows)), *read_words(options.negative_words)])
-    train = UnlabelledDataset(rows, asked, image_size, prompt_sampling(options), augmentation(options), seed)
+    augmentation = Augmentation(**arguments.augmentation.settings())
+    train = UnlabelledDataset(rows, asked, image_size, prompt_sampling(options), augmentation, seed)
     return train, held_out
 
 
@@ -124,16 +126,6 @@ def prompt_sampling(options: DataArguments) -> PromptSampling:
         box_prompt_probability=options.box_prompt_probability,
         negative_words=read_words(options.negative_words),
         negative_words_ratio=options.negative_words_ratio,
-    )
-
-
-def augmentation(options: DataArguments) -> Augmentation:
-    """How training images are varied."""
-    return Augmentation(
-        horizontal_flip=options.horizontal_flip,
-        crop=options.crop,
-        smallest_side=options.smallest_side,
-        color_jitter=options.color_jitter,
     )
 
 

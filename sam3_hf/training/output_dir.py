@@ -15,10 +15,14 @@ from .arguments import Arguments
 from .checkpoints import BASE, FROZEN
 from .parts import Parts
 from .recovery import checkpoint_to_resume, checkpoints_in
+from .trackers import TRACKERS_FILE
 
 # What a run leaves in its folder, but for the log and teacher_answers/, which the next one knows by their content;
 # --overwrite_output_dir deletes these and nothing else.
-WRITTEN = ("checkpoints", "final", "metrics.jsonl", "predictions", "tensorboard", "curves.png", REPORT_FILE)
+WRITTEN = (
+    *("checkpoints", "final", "metrics.jsonl", "predictions", "tensorboard", "curves.png", REPORT_FILE),
+    *(TRACKERS_FILE, "wandb"),
+)
 
 
 def open_output_dir(accelerator: Accelerator, arguments: Arguments) -> Path | None:

@@ -167,7 +167,8 @@ def build_objective(
 
 def different_pictures(data: TrainDataset | UnlabelledDataset) -> int:
     """How many a teacher sees, where nothing but mirroring varies them."""
-    return len(data) * (2 if 0 < data.augmentation.horizontal_flip < 1 else 1)
+    chances = (data.augmentation.horizontal_flip, data.augmentation.vertical_flip)
+    return len(data) * 2 ** sum(0 < chance < 1 for chance in chances)
 
 
 def write_parts(parts: Parts, checkpoint: Path | None) -> None:

@@ -1,20 +1,20 @@
-"""What a run tells: the log, the progress bar, metrics.jsonl and TensorBoard."""
+"""What a run tells: the log, the progress bar, metrics.jsonl and services such as TensorBoard."""
 
 import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
 import psutil
 import torch
 import transformers
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..files import write_file
+from .trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -60,37 +60,51 @@ class _TqdmHandler(logging.Handler):
 
 
 class Metrics:
-    """Scalars by step, one JSON object a line in metrics.jsonl and as curves in tensorboard/; main process only."""
+    """Scores by step, one JSON object a line in metrics.jsonl and as curves in services; main process only."""
 
-    def __init__(self, output_dir: Path, step: int, evaluated: int):
+    def __init__(
+        self,
+        output_dir: Path,
+        step: int,
+        evaluated: int,
+        report_to: Sequence[str] = ("tensorboard",),
+        settings: dict | None = None,
+    ):
         """
         Args:
             step: the step that the run stands at; what a killed run wrote after it is removed.
             evaluated: the same for its last evaluation.
+            report_to: names of services.
+            settings: of the run, by name, for the services.
+
+        Raises:
+            RuntimeError: a service cannot be started.
         """
         self.path = output_dir / "metrics.jsonl"
         truncate_metrics(self.path, step, evaluated)
-        self.writer = SummaryWriter(output_dir / "tensorboard", purge_step=step + 1)
+        self.trackers = Trackers(report_to, output_dir, step, settings or {})
 
     def write(self, kind: str, step: int, values: dict) -> None:
-        """Appends one line: {"kind", "step", ...values}. Numbers go to TensorBoard as `kind/name`."""
+        """Appends one line: {"kind", "step", ...values}. Numbers go to the services as `kind/name`."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(f"{kind}/{name}", value, step)
+        self.trackers.log(kind, step, values)
 
     def close(self) -> None:
-        self.writer.close()
+        self.trackers.finish()
 
 
 def truncate_metrics(path: Path, step: int, evaluated: int) -> None:
-    """Removes the lines after a step, those of evaluations after `evaluated`, and a last one that was cut short."""
+    """
+    Removes the lines after a step, those of evaluations after `evaluated`, and a last one that was cut short; at step
+    0 all, as what is measured before the first step is measured again.
+    """
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]  # the process may end within a line
-    kept = [line for line, entry in whole if entry["step"] <= (evaluated if entry["kind"] == "eval" else step)]
+    last = {"eval": evaluated}
+    kept = [line for line, entry in whole if step and entry["step"] <= last.get(entry["kind"], step)]
     write_file(path, "".join(kept))
 
 

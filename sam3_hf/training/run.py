@@ -21,6 +21,8 @@ from .arguments import DRAWN
 from .batch_size import choose_batch_size
 from .checkpoints import damage, read_state, replace_state
 from .compatibility import check_compatible
+from .early_score import EarlyScore
+from .early_stopping import EarlyStopping
 from .export import export_adapter, export_final, push_final
 from .loop import TrainingLoop
 from .model import start_of_weights
@@ -35,6 +37,8 @@ class Run:
     """
     Attributes:
         loop: takes the steps and counts them.
+        early_score: says between evaluations whether the model learns.
+        early_stopping: says after an evaluation whether the run shall end.
         evaluated: the step of the last evaluation, 0 before the first.
         retained_before: scores of retention before the first step, or None.
         best: {"step", "metric", "value", "scores"} of the best evaluation, or None.
@@ -69,7 +73,8 @@ class Run:
                 f"metric_for_best {self.metric_for_best()} is not defined: every picture of the validation split has "
                 "every concept, or none has any; use segm_AP, bbox_AP or loss, or add pictures without a concept"
             )
-        self.loop = TrainingLoop(parts)
+        self.loop, self.early_score = TrainingLoop(parts), EarlyScore(parts)
+        self.early_stopping = EarlyStopping(self.arguments.progress, self.metric_for_best())
 
         saved = None if checkpoint is None else read_state(checkpoint)
         if saved is not None and "origin" in saved:
@@ -117,11 +122,27 @@ class Run:
         """Whether a pass over the training split, or the run, ends with this step."""
         return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
 
+    @property
+    def evaluation_steps(self) -> int:
+        """Steps from one evaluation to the next, or to that after the last step."""
+        return min(self.arguments.output.eval_every_epochs * self.steps_per_epoch, self.total_steps)
+
     def evaluation_due(self) -> bool:
         """Whether this step is one to evaluate after, and that was not done yet."""
-        every = self.arguments.output.eval_every_epochs
-        wanted = self.step >= self.total_steps or self.step % (every * self.steps_per_epoch) == 0
+        wanted = self.step >= self.total_steps or self.step % self.evaluation_steps == 0
         return wanted and self.step > self.evaluated
+
+    def is_finished(self) -> bool:
+        """Whether no further step is to be taken, and this one needs no evaluation."""
+        return (self.step >= self.total_steps or self.early_stopping.is_due) and not self.evaluation_due()
+
+    def score_early(self, metrics: Metrics | None) -> bool:
+        """Says how a few fixed prompts do after this step, if that is due and no evaluation is; whether it was."""
+        due = self.early_score.is_due(self.step, self.evaluation_steps) and not self.evaluation_due()
+        if due:
+            with self.weights_to_judge():
+                self.early_score.write(self.step, self.epoch, metrics)
+        return due
 
     def batches(self) -> Generator[tuple[dict, ...], None, None]:
         """The batches of this process for each step from the next to the last; `close` ends what loads them."""
@@ -155,6 +176,8 @@ class Run:
             "evaluated": self.evaluated,
             "best": self.best,
             "retained_before": self.retained_before,
+            "early_start": self.early_score.start,
+            "early_stopping": self.early_stopping.state_dict(),
             "origin": self.origin,
             "batch_size": self.batch_size,
             "images_per_step": self.images_per_step,
@@ -181,10 +204,13 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _resume(self, checkpoint: Path, saved: dict) -> None:
-        check_compatible(saved, self.state(), finished=saved["step"] >= self.total_steps)
+        if "early_stopping" in saved:
+            self.early_stopping.load_state_dict(saved["early_stopping"])
+        finished = saved["step"] >= self.total_steps or self.early_stopping.is_due
+        check_compatible(saved, self.state(), finished)
         self.loop.resume(checkpoint, saved)
         self.evaluated, self.best = saved["evaluated"], saved["best"]
-        self.retained_before = saved.get("retained_before")
+        self.retained_before, self.early_score.start = saved.get("retained_before"), saved.get("early_start")
         logger.info("going on from %s, step %d", checkpoint, self.step)
         if checkpoint.resolve() == self.last.resolve():
             self._name_checkpoint(checkpoint)  # a kill may have come between the two
@@ -216,9 +242,11 @@ class Run:
         scores |= retained
         self.evaluated = self.step
         self.note_if_best(scores)
+        self.early_stopping.note(scores[self.metric_for_best()])
         log_scores(self.epoch, scores)
         if metrics:
             metrics.write("eval", self.step, {"epoch": self.epoch, **scores})
+            metrics.trackers.show("predictions", self.step, sorted(pictures.glob("*.png")))
         if self.accelerator.is_main_process:
             replace_state(self.last, self.state())
         self._name_checkpoint(self.last)

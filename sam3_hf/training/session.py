@@ -16,6 +16,7 @@ from .parts import build_parts, write_parts
 from .reporting import Metrics, Speed, log_step, memory_gb, progress_bar
 from .run import Run
 from .stopping import StopSignal
+from .trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +30,26 @@ def run_session(arguments: Arguments) -> int:
 
     Raises:
         FolderInUse: another run has the output folder.
+        ImportError: the library of a service that the run shall report to is not installed.
     """
+    check_trackers(arguments.progress.services)
     stop = StopSignal()
     end_with_launcher()
     folder = Path(arguments.output.output_dir)
     with sole_run(folder) if process_state().is_main_process else nullcontext():
         run = _start(arguments)
         accelerator = run.accelerator
-        metrics = Metrics(run.folder, run.step, run.evaluated) if accelerator.is_main_process else None
+        metrics = None
+        if accelerator.is_main_process:
+            services, settings = arguments.progress.services, arguments.flat()
+            metrics = Metrics(run.folder, run.step, run.evaluated, services, settings)
         train(run, metrics, stop)
         if metrics:
             metrics.close()
-        finished = run.step >= run.total_steps and not run.evaluation_due()
+        finished = run.is_finished()
         if finished:
+            if run.step < run.total_steps:
+                logger.info("early stopping: %s", run.early_stopping)
             run.finish()
         else:
             logger.warning(
@@ -72,12 +80,16 @@ def _start(arguments: Arguments) -> Run:
 
 def train(run: Run, metrics: Metrics | None, stop: StopSignal) -> None:
     """Takes the steps that are left, or those until a signal; reports, saves and evaluates on the way."""
-    if run.step == 0 and not run.measure_before(metrics, stop):
-        return
+    if run.step == 0:
+        if not run.measure_before(metrics, stop):
+            return
+        run.score_early(metrics)
     if run.evaluation_due():  # the run was stopped before it
         run.save()
         if not run.evaluate(metrics, stop):
             return
+    if run.is_finished():
+        return
     with (
         progress_bar(run.step, run.total_steps, run.accelerator.is_main_process) as bar,
         closing(run.batches()) as batches,
@@ -102,12 +114,14 @@ def take_steps(run: Run, batches: Iterator, metrics: Metrics | None, bar: tqdm, 
             values |= {"memory_gb": memory, "overflows": run.loop.overflows}
             metrics.write("train", run.step, values)
             log_step(run.step, run.total_steps, run.images_per_step, values, bar)
+        if run.score_early(metrics):
+            speed.read()  # that is not training time
         if run.at_epoch_end():
             run.save()  # before the evaluation, which may take long: the epoch is safe
             if run.evaluation_due() and not stopped:
                 stopped = not run.evaluate(metrics, stop)
-            speed.read()  # what evaluating and saving took is not training time
+            speed.read()  # nor is what evaluating and saving took
         elif stopped or (every.save_every_steps and run.step % every.save_every_steps == 0):
             run.save()
-        if stopped:
+        if stopped or run.is_finished():
             break
