@@ -137,8 +137,8 @@ class Sam3LiteVideoConfig(Sam3VideoConfig):
                 raise ValueError(f"`tracker_config.{field}` is {have}, the detector needs {want}: set it to that.")
         if _width(detector) <= MEMORY_WIDTH:
             raise ValueError(
-                f"`detector_config.vision_config.fpn_hidden_size` is {_width(detector)}, Transformers' tracker needs more "
-                f"than the {MEMORY_WIDTH} channels of its memory: take a wider detector, as all presets but the tiny ones."
+                f"`detector_config.vision_config.fpn_hidden_size` is {_width(detector)}, Transformers' tracker needs "
+                f"more than the {MEMORY_WIDTH} of its memory: take a wider detector, as all presets but the tiny ones."
             )
 
 

@@ -1,5 +1,6 @@
 """A SAM 3 with its tracker at which a film takes a second, and films for it."""
 
+import pytest
 import torch
 from conftest import micro_config, stock_config
 from transformers import Sam3VideoConfig, Sam3VideoModel
@@ -9,6 +10,7 @@ from sam3_hf import Sam3LiteConfig, Sam3LiteProcessor, Sam3LiteVideoConfig
 PHRASES = ["cat", "red car"]
 # Of a model that never saw anything: whatever it says counts.
 WIDTH = 128  # of the detector: Transformers' tracker does not work with 64
+TRACKER = {"memory_attention_num_layers": 2, "memory_attention_feed_forward_hidden_size": 64}
 TRACKING = {"score_threshold_detection": 0.6, "new_det_thresh": 0.62, "high_conf_thresh": 0.5, "high_iou_thresh": 0.2}
 
 
@@ -22,8 +24,7 @@ def lite_config(**sizes) -> Sam3LiteConfig:
 def stock_video_model(seed: int = 3, **sizes) -> Sam3VideoModel:
     """Random weights; `sizes` of the detector as in `micro_config`."""
     lite = Sam3LiteVideoConfig(detector_config=lite_config(**sizes))
-    tracker = lite.tracker_config.to_dict()
-    tracker |= {"memory_attention_num_layers": 2, "memory_attention_feed_forward_hidden_size": 64}
+    tracker = {**lite.tracker_config.to_dict(), **TRACKER}
     config = Sam3VideoConfig(
         detector_config=stock_config(lite.detector_config).to_dict(),
         tracker_config=tracker,
@@ -52,17 +53,33 @@ def film(frames: int = 12, seed: int = 0) -> torch.Tensor:
     return pictures
 
 
-def follow(model, phrases=PHRASES, frames: int = 12, streaming: bool = False) -> list:
-    """The outputs of all frames of [`film`]."""
+def follow(model, phrases=PHRASES, frames: int = 12, streaming: bool = False) -> list[dict]:
+    """Of all frames of [`film`], {the field of the output: its value}, and `phrases`, the phrase of each object."""
     detector = model.config.detector_config
-    processor = Sam3LiteProcessor.from_config(detector).to_video()
-    video = film(frames)
+    processor = Sam3LiteProcessor.from_config(lite_config(image_size=detector.image_size)).to_video()
+    video, followed = film(frames), []
     session = processor.init_video_session(video=None if streaming else video)
     processor.add_text_prompt(session, list(phrases))
-    if not streaming:
-        return list(model.propagate_in_video_iterator(session))
-    outputs = []
-    for frame in video:
-        inputs = processor(images=frame, return_tensors="pt")
-        outputs.append(model(inference_session=session, frame=inputs["pixel_values"][0]))
-    return outputs
+    for index, frame in enumerate(video):
+        if streaming:
+            pixels = processor(images=frame, return_tensors="pt")["pixel_values"][0]
+            output = model(inference_session=session, frame=pixels)
+        else:
+            output = model(inference_session=session, frame_idx=index)
+        of_objects = {obj: session.prompts[key] for obj, key in session.obj_id_to_prompt_id.items()}
+        followed.append({**output, "phrases": of_objects})
+    return followed
+
+
+def check_same(first: list[dict], second: list[dict], tolerance: float = 1e-5):
+    """All that is said of each frame; masks relative to their largest value, which is about 15."""
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        for name in ("object_ids", "removed_obj_ids", "suppressed_obj_ids", "frame_idx", "phrases"):
+            assert one[name] == other[name]
+        for name in ("obj_id_to_score", "obj_id_to_tracker_score"):
+            assert one[name] == pytest.approx(other[name], abs=tolerance)
+        masks, others = one["obj_id_to_mask"], other["obj_id_to_mask"]
+        assert masks.keys() == others.keys()
+        for key, mask in masks.items():
+            assert (mask - others[key]).abs().max() <= tolerance * others[key].abs().max().clamp(min=1)
