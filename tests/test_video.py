@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from test_conversion import native_file
 from transformers import AutoModel, Sam3VideoModel
-from video_cases import PHRASES, TRACKER, WIDTH, check_same, film, follow, lite_config, stock_video_model
+from video_cases import PHRASES, TRACKER, check_same, film, follow, lite_config, stock_video_model
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor, Sam3LiteVideoConfig, Sam3LiteVideoModel
 from sam3_hf.checkpoints import NECK, TRACKER_NECK, LoadedTensors, VideoCheckpoint, from_tracker, open_checkpoint
@@ -51,6 +51,12 @@ def smaller(folder) -> Sam3LiteVideoModel:
 
 def tracker_sizes() -> dict:
     return Sam3LiteVideoConfig(detector_config=lite_config(), tracker_config=None).tracker_config.to_dict() | TRACKER
+
+
+def holds(model, expected: dict[str, torch.Tensor]) -> bool:
+    """Whether a model has these parameters, to the bit."""
+    state = model.state_dict()
+    return bool(expected) and all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 def state_of(model, part: str) -> dict[str, torch.Tensor]:
@@ -120,7 +126,7 @@ def test_a_session_without_phrases_is_an_error(same):
 def test_a_smaller_model_has_the_tracker_and_the_report_accounts_for_every_tensor(stock, smaller, folder):
     tracker = state_of(stock, "tracker_model.")
     assert len(tracker) == 255
-    assert all(torch.equal(smaller.state_dict()[name], tensor) for name, tensor in tracker.items())
+    assert holds(smaller, tracker)
     report = smaller.mapping_report
     assert sum(row.tensors for row in report.rows if row.action != "dropped") == len(smaller.state_dict())
     stored = set(open_checkpoint(folder, tracker=True)) | set(open_checkpoint(folder, tracker=True).dropped)
@@ -209,7 +215,7 @@ def test_a_native_file_with_a_tracker(tmp_path):
         for name in ("shared_image_embedding", "prompt_encoder.shared_embedding")
     ]
     own[tables[0]] = own[tables[1]]  # one in Meta's code
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in own.items())
+    assert holds(model, own)
     assert set(model.mapping_report.totals) == {"copied", "dropped"}
 
 
@@ -225,12 +231,11 @@ def test_save_and_load(same, tmp_path):
     assert (loaded.hotstart_delay, loaded.max_num_objects) == (0, 3)
     for model in (loaded, AutoModel.from_pretrained(tmp_path)):
         assert type(model) is Sam3LiteVideoModel and not model.training
-        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in same.state_dict().items())
+        assert holds(model, same.state_dict())
         assert model.config.to_dict()["tracker_config"] == same.config.to_dict()["tracker_config"]
     detector = Sam3LiteModel.from_pretrained(tmp_path)
     assert not detector.config.summary_token
-    names = same.detector_model.state_dict()
-    assert all(torch.equal(tensor, detector.state_dict()[name]) for name, tensor in names.items())
+    assert holds(detector, same.detector_model.state_dict())
 
 
 # --- another detector ----------------------------------------------------------------------------------------------
@@ -291,8 +296,7 @@ def test_calibration_fits_the_pyramid_of_the_tracker(same, smaller):
     assert actions["tracker_neck.fpn_layers.1.proj1"] == actions["vision_encoder.neck.fpn_layers.1.proj1"] == "refit"
     assert actions["tracker_neck.fpn_layers.1.proj2"] == actions["tracker_model.mask_downsample"] == "copied"
     assert sum(row.tensors for row in model.mapping_report.rows if row.action != "dropped") == len(model.state_dict())
-    tracker = state_of(teacher, "tracker_model.")
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tracker.items())
+    assert holds(model, state_of(teacher, "tracker_model."))
     others = draw_images(4, 64, seed=6)
     assert distance(model, teacher, others) < distance(smaller, teacher, others)
 
