@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.models.sam3.modeling_sam3 import Sam3PreTrainedModel
 from transformers.utils import logging
 
@@ -28,17 +29,16 @@ from .sources_sam3_lite import (
 logger = logging.get_logger(__name__)
 
 
+# What `needs_package` says of a source that cannot be loaded as it is.
+OTHER_MODEL = "A model of other sizes, or of another kind,"
+
+
 def needs_package(what: str) -> ImportError:
     return ImportError(f"{what} needs the package sam3-hf, which is not installed here: `pip install sam3-hf`.")
 
 
 # Dtypes of weights that can hold NaN and infinity, and that `aminmax` knows.
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _is_saved_model(source: str | os.PathLike | None, fields: dict | None) -> bool:
-    """Whether the source is what `save_pretrained` of a lite model wrote, by its `config.json`."""
-    return fields is not None and fields.get("model_type") == "sam3_lite" and not is_training_checkpoint(source)
 
 
 def _fields_of(source: str | os.PathLike, hub_arguments: dict) -> dict | None:
@@ -51,20 +51,13 @@ def _fields_of(source: str | os.PathLike, hub_arguments: dict) -> dict | None:
         return config_fields(source, **hub_arguments)
 
 
-class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
-    config: Sam3LiteConfig
-    config_class = Sam3LiteConfig
-    base_model_prefix = "sam3_lite"
-    supports_gradient_checkpointing = True
-    _supports_flex_attn = False  # Transformers reads additive masks there as one value per image and pair of positions
-    # `Trainer` must scale the loss by the accumulation steps itself: ours is already normalised per batch.
-    accepts_loss_kwargs = False
-    _no_split_modules = [
-        "Sam3LiteViTLayer",
-        "CLIPEncoderLayer",
-        "Sam3LiteDetrEncoderLayer",
-        "Sam3LiteDetrDecoderLayer",
-    ]
+class LiteLoading:
+    """
+    What a lite model adds to [`PreTrainedModel`]: it can be made of another checkpoint, says what became of that, and
+    is loaded whole or not at all. Classes have `_sizes`, the fields of a configuration that decide which parameters
+    there are and of which shapes, and `_plan_mapping`, see [`~sam3_hf.mapping.plan_mapping`].
+    """
+
     # The `MappingReport` of weights that were mapped from a checkpoint of another kind or of other sizes.
     mapping_report = None
 
@@ -79,7 +72,7 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
         text_phrases: Sequence[str] | None = None,
         config: Sam3LiteConfig | str | os.PathLike | None = None,
         **kwargs,
-    ) -> Sam3LitePreTrainedModel:
+    ) -> LiteLoading:
         r"""
         Loads a lite checkpoint as Transformers does, or makes a lite model from any other SAM 3 checkpoint.
 
@@ -135,31 +128,33 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         fields = None if source is None or os.path.isfile(source) else _fields_of(source, hub_arguments)
         as_saved = preset in (None, "same") and text_encoder is None and not SIZE_KEYWORDS & set(kwargs)
-        if as_saved and _is_saved_model(source, fields):
+        if as_saved and cls._is_saved_model(source, fields):
             saved = read_config(cls.config_class.from_dict, fields, source)
-            if config is None or parameter_sizes(config) == parameter_sizes(saved):
+            if config is None or cls._sizes(config) == cls._sizes(saved):
                 check = safe_weights if kwargs["use_safetensors"] else check_pickled_index
                 check(source, kwargs.get("variant"), **hub_arguments)
                 return cls._load(source, *model_args, config=config, **kwargs)
         plan = None
         if source is not None:
-            try:
-                from sam3_hf.mapping.plan import plan_mapping
-            except ImportError as error:
-                raise needs_package("A model of other sizes, or of another kind,") from error
-            plan = plan_mapping(source, fields, preset, config, kwargs, text_encoder, text_phrases)
+            plan = cls._plan_mapping(source, fields, preset, config, kwargs, text_encoder, text_phrases)
         if plan is None:
             return cls._load(source, *model_args, config=config, **kwargs)
         state_dict, report = plan.map(cls.parameter_shapes, mapping)
         log = logger.info if report.strategy == "copy" else logger.warning
         log(report.summary())
         loaded = super().from_pretrained(
-            None, *model_args, config=plan.config, state_dict=state_dict, dtype=plan.dtype, **plan.rest
+            None, *model_args, config=plan.model_config, state_dict=state_dict, dtype=plan.dtype, **plan.rest
         )
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.mapping_report = report
         model.config.name_or_path = model.name_or_path = os.fspath(source)
         return loaded
+
+    @classmethod
+    def _is_saved_model(cls, source: str | os.PathLike | None, fields: dict | None) -> bool:
+        """Whether the source is what `save_pretrained` of such a model wrote, by its `config.json`."""
+        kind = cls.config_class.model_type
+        return fields is not None and fields.get("model_type") == kind and not is_training_checkpoint(source)
 
     @classmethod
     def _load(cls, source: str | os.PathLike | None, *model_args, **kwargs):
@@ -179,7 +174,7 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
         return (model, info) if with_info else model
 
     @classmethod
-    def parameter_shapes(cls, config: Sam3LiteConfig) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(cls, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter and buffer that a model with this configuration has."""
         with torch.device("meta"):
             model = cls(copy.deepcopy(config))
@@ -199,6 +194,34 @@ class Sam3LitePreTrainedModel(Sam3PreTrainedModel):
         if self.mapping_report is not None:
             self.mapping_report.save(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+class Sam3LitePreTrainedModel(LiteLoading, Sam3PreTrainedModel):
+    config: Sam3LiteConfig
+    config_class = Sam3LiteConfig
+    base_model_prefix = "sam3_lite"
+    supports_gradient_checkpointing = True
+    _supports_flex_attn = False  # Transformers reads additive masks there as one value per image and pair of positions
+    # `Trainer` must scale the loss by the accumulation steps itself: ours is already normalised per batch.
+    accepts_loss_kwargs = False
+    _no_split_modules = [
+        "Sam3LiteViTLayer",
+        "CLIPEncoderLayer",
+        "Sam3LiteDetrEncoderLayer",
+        "Sam3LiteDetrDecoderLayer",
+    ]
+
+    @staticmethod
+    def _sizes(config: Sam3LiteConfig) -> tuple:
+        return parameter_sizes(config)
+
+    @staticmethod
+    def _plan_mapping(*arguments):
+        try:
+            from sam3_hf.mapping.plan import plan_mapping
+        except ImportError as error:
+            raise needs_package(OTHER_MODEL) from error
+        return plan_mapping(*arguments)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """
@@ -291,4 +314,4 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
-__all__ = ["Sam3LitePreTrainedModel"]
+__all__ = ["OTHER_MODEL", "LiteLoading", "Sam3LitePreTrainedModel", "needs_package"]

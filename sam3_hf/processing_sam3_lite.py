@@ -12,7 +12,15 @@ import ftfy
 import torch
 from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature, CLIPTokenizer, Sam3ImageProcessor, Sam3Processor
+from transformers import (
+    AutoTokenizer,
+    BatchFeature,
+    CLIPTokenizer,
+    Sam2VideoVideoProcessor,
+    Sam3ImageProcessor,
+    Sam3Processor,
+    Sam3VideoProcessor,
+)
 from transformers.utils import cached_file, logging
 
 from .boxes_sam3_lite import pack_boxes, relative_boxes
@@ -195,6 +203,14 @@ class Sam3LiteProcessor(Sam3Processor):
             "If it had another one, pass or copy that."
         )
         return cls.from_config(config)
+
+    def to_video(self) -> Sam3VideoProcessor:
+        """The processor of films, with its sessions, that goes with the same model as this one."""
+        image_processor = self.image_processor
+        frames = Sam2VideoVideoProcessor(
+            size=dict(image_processor.size), image_mean=image_processor.image_mean, image_std=image_processor.image_std
+        )
+        return Sam3VideoProcessor(image_processor, frames, self.tokenizer)
 
     @staticmethod
     def has_tokenizer(source: str | os.PathLike, **hub_arguments) -> bool:

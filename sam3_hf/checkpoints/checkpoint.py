@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..configuration_sam3_lite import Sam3LiteConfig
+from ..configuration_video_sam3_lite import Sam3LiteVideoConfig
 from ..vocabulary_sam3_lite import BUFFERS
 from .configs import config_from_shapes
 from .names import CLIP, DROPPED, LITE_TEXT_LAYERS, LITE_TEXT_NAMES, UNREAD, Stored, from_native, to_native
@@ -37,6 +38,7 @@ class Checkpoint:
     """
 
     text_source: str | None = None  # where its words come from, if not from where all else does
+    video_config: Sam3LiteVideoConfig | None = None  # of the whole, if it has a tracker
 
     def __init__(
         self,
@@ -70,7 +72,9 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, possibly mapped from the file: copy it before keeping it."""
-        stored = self._stored[name]
+        return self._read_stored(self._stored[name])
+
+    def _read_stored(self, stored: Stored) -> Tensor:
         try:
             return stored.take(self._files.read(stored.name))
         except SafetensorError as error:

@@ -38,7 +38,7 @@ class JoinedCheckpoint(Checkpoint):
                 f"{words.label} projects its text to {widths[1]} channels, {eyes.label} needs {widths[0]}."
             )
         self.label, self.is_lite, self.text_source = eyes.label, eyes.is_lite, words.label
-        self._eyes, self._words, self.unknown = eyes, words, eyes.unknown
+        self._eyes, self._words, self.unknown, self.video_config = eyes, words, eyes.unknown, eyes.video_config
         self._stored = {name: eyes._stored[name] for name in eyes if not name.startswith(_TEXT)}
         self._stored |= {name: words._stored[name] for name in words if name.startswith(_TEXT)}
         replaced = [eyes._stored[name].name for name in eyes if name.startswith(_TEXT)]

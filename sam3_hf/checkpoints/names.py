@@ -38,7 +38,18 @@ _TEXT = "backbone.language_backbone"
 _DECODER = "transformer.decoder"
 
 
-def _modules(native: str, transformers: str, pairs: dict[str, str]) -> list[Names]:
+# The modules of a feature pyramid, in Meta's files and in Transformers.
+PYRAMID = {
+    "0.dconv_2x2_0": "0.scale_layers.0",
+    "0.dconv_2x2_1": "0.scale_layers.2",
+    "1.dconv_2x2": "1.scale_layers.0",
+    "{i}.conv_1x1": "{i}.proj1",
+    "{i}.conv_3x3": "{i}.proj2",
+}
+
+
+def modules(native: str, transformers: str, pairs: dict[str, str]) -> list[Names]:
+    """Weight and bias of some modules, `{native: transformers}`, below these prefixes."""
     return [Names(f"{native}.{a}.{{leaf}}", f"{transformers}.{b}.{{leaf}}") for a, b in pairs.items()]
 
 
@@ -50,7 +61,7 @@ def _attention(native: str, transformers: str, out_proj: str = "o_proj") -> list
 
 
 def _mlp(native: str, transformers: str, count: int) -> list[Names]:
-    return _modules(f"{native}.layers", transformers, {str(i): f"layer{i + 1}" for i in range(count)})
+    return modules(f"{native}.layers", transformers, {str(i): f"layer{i + 1}" for i in range(count)})
 
 
 _FFN = {"linear1": "mlp.fc1", "linear2": "mlp.fc2"}
@@ -60,8 +71,8 @@ NAME_TABLE: tuple[Names, ...] = (
     # vision encoder
     Names(f"{_TRUNK}.pos_embed", f"{VIT}.embeddings.position_embeddings", "class_token"),
     Names(f"{_TRUNK}.blocks.{{i}}.attn.qkv.{{leaf}}", f"{VIT}.layers.{{i}}.attention.{{qkv}}_proj.{{leaf}}", "fused"),
-    *_modules(_TRUNK, VIT, {"patch_embed.proj": "embeddings.patch_embeddings.projection", "ln_pre": "layer_norm"}),
-    *_modules(
+    *modules(_TRUNK, VIT, {"patch_embed.proj": "embeddings.patch_embeddings.projection", "ln_pre": "layer_norm"}),
+    *modules(
         f"{_TRUNK}.blocks.{{i}}",
         f"{VIT}.layers.{{i}}",
         {
@@ -72,34 +83,24 @@ NAME_TABLE: tuple[Names, ...] = (
             "mlp.fc2": "mlp.fc2",
         },
     ),
-    *_modules(
-        _CONVS,
-        NECK,
-        {
-            "0.dconv_2x2_0": "0.scale_layers.0",
-            "0.dconv_2x2_1": "0.scale_layers.2",
-            "1.dconv_2x2": "1.scale_layers.0",
-            "{i}.conv_1x1": "{i}.proj1",
-            "{i}.conv_3x3": "{i}.proj2",
-        },
-    ),
+    *modules(_CONVS, NECK, PYRAMID),
     # text encoder
     Names(f"{_TEXT}.encoder.positional_embedding", f"{CLIP}.embeddings.position_embedding.weight"),
     Names(f"{_TEXT}.encoder.text_projection", "text_encoder.text_projection.weight", "transposed"),
-    *_modules(
+    *modules(
         f"{_TEXT}.encoder", CLIP, {"token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm"}
     ),
     *_attention(
         f"{_TEXT}.encoder.transformer.resblocks.{{i}}.attn", f"{CLIP}.encoder.layers.{{i}}.self_attn", "out_proj"
     ),
-    *_modules(
+    *modules(
         f"{_TEXT}.encoder.transformer.resblocks.{{i}}",
         f"{CLIP}.encoder.layers.{{i}}",
         {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"},
     ),
     Names(f"{_TEXT}.resizer.{{leaf}}", "text_projection.{leaf}"),
     # geometry encoder
-    *_modules(
+    *modules(
         "geometry_encoder",
         "geometry_encoder",
         {
@@ -116,16 +117,16 @@ NAME_TABLE: tuple[Names, ...] = (
     ),
     *_attention("geometry_encoder.encode.{i}.self_attn", "geometry_encoder.layers.{i}.self_attn"),
     *_attention("geometry_encoder.encode.{i}.cross_attn_image", "geometry_encoder.layers.{i}.cross_attn"),
-    *_modules("geometry_encoder.encode.{i}", "geometry_encoder.layers.{i}", {**_FFN, **_THREE_NORMS}),
+    *modules("geometry_encoder.encode.{i}", "geometry_encoder.layers.{i}", {**_FFN, **_THREE_NORMS}),
     # DETR encoder
     *_attention("transformer.encoder.layers.{i}.self_attn", "detr_encoder.layers.{i}.self_attn"),
     *_attention("transformer.encoder.layers.{i}.cross_attn_image", "detr_encoder.layers.{i}.cross_attn"),
-    *_modules("transformer.encoder.layers.{i}", "detr_encoder.layers.{i}", {**_FFN, **_THREE_NORMS}),
+    *modules("transformer.encoder.layers.{i}", "detr_encoder.layers.{i}", {**_FFN, **_THREE_NORMS}),
     # DETR decoder
     *_attention(f"{_DECODER}.layers.{{i}}.self_attn", "detr_decoder.layers.{i}.self_attn"),
     *_attention(f"{_DECODER}.layers.{{i}}.ca_text", "detr_decoder.layers.{i}.text_cross_attn"),
     *_attention(f"{_DECODER}.layers.{{i}}.cross_attn", "detr_decoder.layers.{i}.vision_cross_attn"),
-    *_modules(
+    *modules(
         f"{_DECODER}.layers.{{i}}",
         "detr_decoder.layers.{i}",
         {
@@ -136,7 +137,7 @@ NAME_TABLE: tuple[Names, ...] = (
             "norm3": "mlp_layer_norm",
         },
     ),
-    *_modules(
+    *modules(
         _DECODER,
         "detr_decoder",
         {
@@ -154,13 +155,13 @@ NAME_TABLE: tuple[Names, ...] = (
     *_mlp(f"{_DECODER}.boxRPB_embed_y", "detr_decoder.box_rpb_embed_y", 2),
     # scores and masks
     *_mlp("dot_prod_scoring.prompt_mlp", "dot_product_scoring.text_mlp", 2),
-    *_modules(
+    *modules(
         "dot_prod_scoring",
         "dot_product_scoring",
         {"prompt_mlp.out_norm": "text_mlp_out_norm", "prompt_proj": "text_proj", "hs_proj": "query_proj"},
     ),
     *_attention("segmentation_head.cross_attend_prompt", "mask_decoder.prompt_cross_attn"),
-    *_modules(
+    *modules(
         "segmentation_head",
         "mask_decoder",
         {
@@ -189,15 +190,16 @@ UNREAD = (
 )
 
 
-def _pattern(template: str) -> re.Pattern:
+def pattern_of(template: str) -> re.Pattern:
+    """Matches the names that a template of [`Names`] stands for."""
     escaped = re.escape(template)
     for field, group in (("i", r"(?P<i>\d+)"), ("leaf", "(?P<leaf>weight|bias)"), ("qkv", "(?P<qkv>[qkv])")):
         escaped = escaped.replace(rf"\{{{field}\}}", group)
     return re.compile(escaped)
 
 
-_NATIVE_PATTERNS = [(_pattern(row.native), row) for row in NAME_TABLE]
-_TRANSFORMERS_PATTERNS = [(_pattern(row.transformers), row) for row in NAME_TABLE]
+_NATIVE_PATTERNS = [(pattern_of(row.native), row) for row in NAME_TABLE]
+_TRANSFORMERS_PATTERNS = [(pattern_of(row.transformers), row) for row in NAME_TABLE]
 
 
 @dataclass(frozen=True)
@@ -301,11 +303,14 @@ __all__ = [
     "LITE_TEXT_NAMES",
     "NAME_TABLE",
     "NECK",
+    "PYRAMID",
     "UNREAD",
     "VIT",
     "Names",
     "Stored",
     "from_native",
+    "modules",
     "native_state_dict",
+    "pattern_of",
     "to_native",
 ]

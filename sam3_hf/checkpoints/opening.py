@@ -9,6 +9,7 @@ from transformers import Sam3Config, Sam3LiteTextConfig, Sam3VideoConfig
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file
 
 from ..configuration_sam3_lite import Sam3LiteConfig
+from ..configuration_video_sam3_lite import Sam3LiteVideoConfig
 from ..errors import missing_source, named_source
 from ..limits_sam3_lite import read_config
 from ..sources_sam3_lite import (
@@ -26,6 +27,7 @@ from .checkpoint import Checkpoint
 from .configs import lite_config
 from .joined import JoinedCheckpoint
 from .readers import PickledTensors, SafetensorsFiles
+from .video import VideoCheckpoint, lite_video_config, no_tracker
 
 # Name of Meta's own file in the Hub repository of SAM 3.
 NATIVE_FILE = "sam3.pt"
@@ -39,19 +41,21 @@ def open_checkpoint(
     use_safetensors: bool | None = None,
     fields: dict | None = None,
     text_encoder: str | os.PathLike | None = None,
+    tracker: bool = False,
     **hub_arguments,
 ) -> Checkpoint | None:
     """
     Opens a checkpoint without reading its tensors.
 
     Args:
-        source: Hub id or folder of model type `sam3`, `sam3_video`, `sam3_lite_text` or `sam3_lite`, a folder with a
-            single `.pt` file, or a `.pt`, `.pth`, `.bin` or `.safetensors` file. Also a checkpoint folder of
-            `training/train.py`, of which `variant="ema"` gives the averaged weights.
+        source: Hub id or folder of model type `sam3`, `sam3_video`, `sam3_lite_text`, `sam3_lite` or
+            `sam3_lite_video`, a folder with a single `.pt` file, or a `.pt`, `.pth`, `.bin` or `.safetensors` file.
+            Also a checkpoint folder of `training/train.py`, of which `variant="ema"` gives the averaged weights.
         variant, hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, ... as in `from_pretrained`.
         fields: content of the source's `config.json`, if it was read before.
         text_encoder: another checkpoint, of any of these kinds, whose text encoder takes the place of this one's. Its
             `token`, `cache_dir`, ... are the same, `revision` and `subfolder` those of the source alone.
+        tracker: whether it is one with a tracker: a [`VideoCheckpoint`] is opened.
         use_safetensors: `False` reads `pytorch_model.bin` of a folder or repository, which is refused otherwise;
             nothing in it is executed.
 
@@ -60,10 +64,10 @@ def open_checkpoint(
 
     Raises:
         ValueError: the source is of another model type, or its file holds something else than SAM 3, or it is the
-            output folder of a training run, or a checkpoint of one in parts.
+            output folder of a training run, or a checkpoint of one in parts, or has no tracker where one is wanted.
         OSError: a file is missing, truncated or of an unknown format.
     """
-    checkpoint = _open(os.fspath(source), variant, use_safetensors, fields, hub_arguments)
+    checkpoint = _open(os.fspath(source), variant, use_safetensors, fields, hub_arguments, tracker)
     if checkpoint is None or text_encoder is None:
         return checkpoint
     shared = {key: value for key, value in hub_arguments.items() if key not in ("revision", "subfolder")}
@@ -76,16 +80,23 @@ def open_checkpoint(
 
 
 def _open(
-    source: str, variant: str | None, use_safetensors: bool | None, fields: dict | None, hub_arguments: dict
+    source: str,
+    variant: str | None,
+    use_safetensors: bool | None,
+    fields: dict | None,
+    hub_arguments: dict,
+    tracker: bool = False,
 ) -> Checkpoint | None:
+    kind = VideoCheckpoint if tracker else Checkpoint
     if os.path.isfile(source):
-        return Checkpoint(source, _open_file(source))
+        return kind(source, _open_file(source))
+    fields = fields or config_fields(source, **hub_arguments)
     config = source_config(source, fields, **hub_arguments)
     if config is None:
         _refuse_run_folder(source)
         _refuse_adapter(source, hub_arguments)
         native = _native_file(source, hub_arguments)
-        return native and Checkpoint(native, _open_file(native))
+        return native and kind(native, _open_file(native))
     if is_training_checkpoint(source):
         files = SafetensorsFiles(_training_files(source, variant))
     elif use_safetensors is False:
@@ -93,7 +104,20 @@ def _open(
     else:
         files = SafetensorsFiles(weight_files(source, variant, **hub_arguments))
     is_lite = isinstance(config, Sam3LiteConfig)
-    return Checkpoint(source, files, config if is_lite else lite_config(config), is_lite)
+    config = config if is_lite else lite_config(config)
+    if tracker:
+        return VideoCheckpoint(source, files, _video_config(source, fields, config), is_lite)
+    return Checkpoint(source, files, config, is_lite)
+
+
+def _video_config(source: str, fields: dict, detector: Sam3LiteConfig) -> Sam3LiteVideoConfig:
+    """The configuration of the whole, from the content of a `config.json`; a ValueError if that has no tracker."""
+    if fields["model_type"] == "sam3_lite_video":
+        return read_config(Sam3LiteVideoConfig.from_dict, fields, source)
+    if fields["model_type"] == "sam3_video":
+        stock = read_config(Sam3VideoConfig.from_dict, fields, source)
+        return read_config(lambda _: lite_video_config(stock, detector), fields, source)
+    raise no_tracker(source)
 
 
 def refuse_training_checkpoint(source: str | os.PathLike) -> None:
@@ -132,9 +156,11 @@ def source_config(
         return read_config(Sam3LiteTextConfig.from_dict, fields, source)
     if model_type == "sam3_video":
         return read_config(Sam3VideoConfig.from_dict, fields, source).detector_config
+    if model_type == "sam3_lite_video":
+        return read_config(Sam3LiteVideoConfig.from_dict, fields, source).detector_config
     raise ValueError(
         f"{source} is a model of type {model_type!r}; a lite model starts from `sam3`, `sam3_video`, "
-        f"`sam3_lite_text` or `sam3_lite`, or from Meta's `{NATIVE_FILE}`."
+        f"`sam3_lite_text`, `sam3_lite` or `sam3_lite_video`, or from Meta's `{NATIVE_FILE}`."
     )
 
 

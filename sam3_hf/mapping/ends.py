@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..checkpoints import CLIP, VIT
+from ..checkpoints import CLIP, NECK, TRACKER_NECK, VIT
 from .basis import Basis
 from .neck import map_neck
 from .signals import Stream
@@ -32,7 +32,7 @@ def vision_entry(transfer: Transfer) -> Stream:
 
 
 def map_vision_ends(transfer: Transfer, basis: Basis, final: Stream):
-    """Patches and positions in front of the ViT, the feature pyramid behind it."""
+    """Patches and positions in front of the ViT, the feature pyramids behind it."""
     projection = f"{VIT}.embeddings.patch_embeddings.projection.weight"
     positions = f"{VIT}.embeddings.position_embeddings"
     weight, table = transfer.read(projection), transfer.read(positions)
@@ -51,7 +51,9 @@ def map_vision_ends(transfer: Transfer, basis: Basis, final: Stream):
     transfer.put(positions, table @ matrix.T, positions, basis.action, basis.energy)
     transfer.put_pair(f"{VIT}.layer_norm", (gamma, basis.write(beta)), f"{VIT}.layer_norm", basis.action)
     if basis.matrix is not None:
-        map_neck(transfer, basis, final)
+        for neck in (NECK, TRACKER_NECK):
+            if f"{neck}.0.proj1.weight" in transfer.shapes:
+                map_neck(transfer, basis, final, neck)
 
 
 def text_entry(transfer: Transfer) -> Stream:

@@ -23,40 +23,41 @@ class Upsampling(NamedTuple):
     energy: float = 1.0  # share that is kept of what it gave in the source
 
 
-def map_neck(transfer: Transfer, basis: Basis, final: Stream):
+def map_neck(transfer: Transfer, basis: Basis, final: Stream, neck: str = NECK):
     """
     Maps the three levels of the pyramid, up to the projection in front of their 3x3 convolutions.
 
     Args:
         basis: of the ViT's stream.
         final: that stream behind the last layer of the source.
+        neck: where its levels are.
     """
-    _map_coarse_level(transfer, basis)
-    _map_middle_level(transfer, basis, final)
-    _map_fine_level(transfer, basis, final)
+    _map_coarse_level(transfer, basis, f"{neck}.2")
+    _map_middle_level(transfer, basis, final, f"{neck}.1")
+    _map_fine_level(transfer, basis, final, f"{neck}.0")
 
 
-def _map_coarse_level(transfer: Transfer, basis: Basis):
-    name = f"{NECK}.2.proj1.weight"
+def _map_coarse_level(transfer: Transfer, basis: Basis, level: str):
+    name = f"{level}.proj1.weight"
     weight = transfer.read(name).flatten(1) @ basis.reader
     transfer.put(name, weight[:, :, None, None], name, basis.action, basis.energy)
 
 
-def _map_middle_level(transfer: Transfer, basis: Basis, final: Stream):
+def _map_middle_level(transfer: Transfer, basis: Basis, final: Stream, level: str):
     """Twice the resolution: a transposed convolution and a projection with nothing between them."""
-    up, up_bias = transfer.pair(f"{NECK}.1.scale_layers.0")  # (width, channels, 2, 2)
-    down, down_bias = transfer.pair(f"{NECK}.1.proj1")
+    up, up_bias = transfer.pair(f"{level}.scale_layers.0")  # (width, channels, 2, 2)
+    down, down_bias = transfer.pair(f"{level}.proj1")
     up = torch.einsum("wcij,wn->ncij", up, basis.reader)
     inputs = Stream(basis.write(final.mean), basis.write(basis.write(final.covariance).T))
     narrowed = _narrow(Upsampling(up, up_bias, down.flatten(1), down_bias), inputs, basis)
-    _put_level(transfer, f"{NECK}.1.scale_layers.0", f"{NECK}.1.proj1", narrowed, basis)
+    _put_level(transfer, f"{level}.scale_layers.0", f"{level}.proj1", narrowed, basis)
 
 
-def _map_fine_level(transfer: Transfer, basis: Basis, final: Stream):
+def _map_fine_level(transfer: Transfer, basis: Basis, final: Stream, level: str):
     """Four times the resolution: a GELU between two transposed convolutions, then a projection."""
-    first, first_bias = transfer.pair(f"{NECK}.0.scale_layers.0")  # (width, middle, 2, 2)
-    second, second_bias = transfer.pair(f"{NECK}.0.scale_layers.2")  # (middle, channels, 2, 2)
-    down, down_bias = transfer.pair(f"{NECK}.0.proj1")
+    first, first_bias = transfer.pair(f"{level}.scale_layers.0")  # (width, middle, 2, 2)
+    second, second_bias = transfer.pair(f"{level}.scale_layers.2")  # (middle, channels, 2, 2)
+    down, down_bias = transfer.pair(f"{level}.proj1")
     down = down.flatten(1)  # (fpn, channels)
     taps = first.movedim(0, -1).flatten(1, 2)  # (middle, 4, width)
     mean = taps @ final.mean + first_bias[:, None]
@@ -67,7 +68,7 @@ def _map_fine_level(transfer: Transfer, basis: Basis, final: Stream):
 
     combined = torch.einsum("fc,mcij->fmij", down, second)
     scores = variance * combined.square().sum((0, 2, 3))
-    name = f"{NECK}.0.scale_layers.0"
+    name = f"{level}.scale_layers.0"
     kept = scores.topk(transfer.shapes[f"{name}.bias"][0]).indices.sort().values
     removed = mean.clone()
     removed[kept] = 0
@@ -78,7 +79,7 @@ def _map_fine_level(transfer: Transfer, basis: Basis, final: Stream):
     transfer.put_pair(name, (first, first_bias[kept]), name, basis.action, energy)
     inputs = Stream(mean[kept], torch.diag(variance[kept]))
     narrowed = _narrow(Upsampling(second[kept], second_bias, down, down_bias), inputs, basis)
-    _put_level(transfer, f"{NECK}.0.scale_layers.2", f"{NECK}.0.proj1", narrowed, basis)
+    _put_level(transfer, f"{level}.scale_layers.2", f"{level}.proj1", narrowed, basis)
 
 
 def _narrow(level: Upsampling, inputs: Stream, basis: Basis) -> Upsampling:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedConfig
 
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..configuration_sam3_lite import Sam3LiteConfig
@@ -43,6 +43,11 @@ class MappingPlan:
     rest: dict
     tokenizer: Callable[[], CLIPTokenizer]
     text_phrases: Sequence[str] | None = None
+
+    @property
+    def model_config(self) -> PreTrainedConfig:
+        """That of the model."""
+        return self.config
 
     def map(
         self, shapes_of: Callable[[Sam3LiteConfig], dict[str, tuple[int, ...]]], strategy: str
@@ -87,6 +92,7 @@ def plan_mapping(
     keywords: dict,
     text_encoder: str | os.PathLike | None = None,
     text_phrases: Sequence[str] | None = None,
+    tracker: bool = False,
 ) -> MappingPlan | None:
     """
     Args:
@@ -95,6 +101,7 @@ def plan_mapping(
         preset, config: sizes of the model, as there.
         keywords: the other arguments of `from_pretrained`.
         text_encoder, text_phrases: as there.
+        tracker: see [`open_checkpoint`].
 
     Returns:
         The plan, or `None` if the source has neither a `config.json` nor a native file, and there is `config`.
@@ -105,7 +112,7 @@ def plan_mapping(
     rest = dict(keywords)
     where = {key: rest.pop(key) for key in HUB_ARGUMENTS if key in rest}
     checkpoint = open_checkpoint(
-        source, rest.pop("variant", None), rest.pop("use_safetensors"), fields, text_encoder, **where
+        source, rest.pop("variant", None), rest.pop("use_safetensors"), fields, text_encoder, tracker, **where
     )
     if checkpoint is None:
         if config is not None and text_encoder is None:

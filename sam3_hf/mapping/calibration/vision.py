@@ -29,16 +29,23 @@ def measure_vision(vision: nn.Module, batches: Iterable[Tensor]) -> TowerSignals
 
 
 def refit_vision(
-    vision: nn.Module, teacher: nn.Module, kept: list[int], basis: Basis, batches: list[Tensor], ridge: float
+    vision: nn.Module,
+    teacher: nn.Module,
+    kept: list[int],
+    basis: Basis,
+    batches: list[Tensor],
+    ridge: float,
+    pyramids: list[tuple[nn.Module, nn.Module]],
 ):
     """
-    Refits the output layers of attention and MLP and the feature pyramid, in place; see [`refit_stack`].
+    Refits the output layers of attention and MLP and the feature pyramids, in place; see [`refit_stack`].
 
     Args:
         vision, teacher: [`Sam3LiteVisionModel`].
         kept: the teacher layer that each layer comes from.
         basis: takes the teacher's stream to that of the smaller model.
         batches: `(images, 3, height, width)`.
+        pyramids: behind the ViT, that of the smaller model and that of the larger.
     """
 
     sides = [
@@ -47,7 +54,8 @@ def refit_vision(
     ]
     refit_stack(*sides, kept, VIT_SITES, basis.write_stream, ridge)
     maps, teacher_maps = ([stream.movedim(-1, 1) for stream in side.streams] for side in sides)
-    refit_neck(vision.neck, teacher.neck, maps, teacher_maps, ridge)
+    for neck, teacher_neck in pyramids:
+        refit_neck(neck, teacher_neck, maps, teacher_maps, ridge)
 
 
 def layer_runner(backbone: nn.Module) -> Run:

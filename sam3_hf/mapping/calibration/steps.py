@@ -1,0 +1,233 @@
+"""The steps of a calibration: measure, choose layers, map, refit."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ...checkpoints import NECK, VIT, Checkpoint, LoadedTensors
+from ...configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
+from ...modeling_sam3_lite import Sam3LiteModel
+from ...processing_sam3_lite import Sam3LiteProcessor
+from ...vision_sam3_lite import Sam3LiteVisionModel
+from ...vocabulary_sam3_lite import phrase_features
+from ..basis import Basis, rotation
+from ..depth import layer_maps, search_layers
+from ..mapper import map_checkpoint
+from ..refit import DETR_ENCODER_SITES, VIT_SITES
+from ..report import MappingReport
+from ..signals import TowerSignals
+from ..text import fits_text, map_with_phrases
+from .detector import PromptBatch, Side, refit_detr_encoder, refit_mask_embedder
+from .images import batches, draw_images, load_pixels
+from .vision import measure_vision, pyramid_cosines, refit_vision, with_layers
+
+logger = logging.get_logger(__name__)
+
+TOKENS_PER_FEATURE = 50  # image tokens for each feature of the widest layer that is fitted (design: at least 50)
+SEARCH_TOKENS_PER_FEATURE = 16  # a choice of layers needs less: every choice is fitted once
+HELD_OUT = 8  # one image in so many is not fitted, but measured
+PROMPTS_PER_IMAGE = 4
+VISION, VIT_LAYERS, DECODER_LAYERS = "vision_encoder.", f"{VIT}.layers", "detr_decoder.layers"
+
+
+class Calibration:
+    """
+    The steps of [`calibrate_mapping`].
+
+    Args:
+        teacher: the larger model in float32, at the input size of the smaller.
+        processor: its own.
+        label: what to call it in messages.
+        config: sizes of the smaller model.
+    """
+
+    def __init__(
+        self,
+        teacher: Sam3LiteModel,
+        processor: Sam3LiteProcessor,
+        label: str,
+        config: Sam3LiteConfig,
+        ridge: float,
+        seed: int,
+        text_phrases: Sequence[str] | None,
+    ):
+        self.teacher, self.processor, self.config, self.ridge, self.seed = teacher, processor, config, ridge, seed
+        self.text_phrases = text_phrases
+        self.checkpoint = Checkpoint(label, LoadedTensors(teacher), teacher.config, is_lite=True)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the smaller model, under the names of the checkpoint."""
+        return Sam3LiteModel.parameter_shapes(self.config)
+
+    def assemble(self, state: dict[str, Tensor]) -> nn.Module:
+        """The smaller model with these parameters."""
+        model = Sam3LiteModel(copy.deepcopy(self.config))
+        model.load_state_dict(state)
+        return model
+
+    def detector_of(self, model: nn.Module) -> Sam3LiteModel:
+        return model
+
+    def pyramids(self, model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
+        """Where each pyramid behind the ViT is, that of the smaller model and that of the larger."""
+        return {NECK: (self.detector_of(model).vision_encoder.neck, self.teacher.vision_encoder.neck)}
+
+    def run(self, images, prompts: Sequence[str], num_images, search_depth: bool, batch_size: int) -> nn.Module:
+        if parameter_sizes(self.config) == parameter_sizes(self.teacher.config):
+            return self._map(None, None)[0]
+        pixels = self._pixels(images, num_images)
+        held_out = max(1, len(pixels) // HELD_OUT)
+        if len(pixels) < 2:
+            raise ValueError("Calibration needs at least two images: one of them is held out.")
+        device = self.teacher.device
+        fitted = [batch.to(device) for batch in batches(pixels[held_out:], batch_size)]
+        held = [batch.to(device) for batch in batches(pixels[:held_out], batch_size)]
+
+        signals = measure_vision(self.teacher.vision_encoder, fitted)
+        basis = self._basis(signals)
+        kept, tried = self._choose_layers(signals, basis, fitted, held) if search_depth else (None, {})
+        model, report = self._map(signals, kept)
+        self._refit(model, report, basis, fitted, prompts)
+        report.strategy = "calibrated"
+        report.calibration |= {
+            "images": "drawn" if images is None else "given",
+            "images_fitted": len(pixels) - held_out,
+            "images_held_out": held_out,
+            "pyramid_cosines": pyramid_cosines(
+                self.detector_of(model).vision_encoder, self.teacher.vision_encoder, held
+            ),
+            "layer_choices_tried": len(tried),
+            "stream_energy_kept": basis.energy,
+        }
+        logger.warning(report.summary())
+        return model
+
+    def _pixels(self, images, num_images: int | None) -> tuple[Tensor, ...]:
+        if num_images is None:
+            num_images = self._images_for(TOKENS_PER_FEATURE)
+            num_images += math.ceil(num_images / (HELD_OUT - 1))
+        if images is None:
+            images = draw_images(num_images, self.config.image_size, self.seed)
+        return load_pixels(images, num_images, self.processor, self.seed)
+
+    def _images_for(self, tokens_per_feature: int) -> int:
+        """Images whose tokens are so many times the features of the widest layer that is fitted."""
+        vit = self.config.vision_config.backbone_config
+        tokens = (vit.image_size // vit.patch_size) ** 2
+        return math.ceil(tokens_per_feature * vit.intermediate_size / tokens)
+
+    def _basis(self, signals: TowerSignals) -> Basis:
+        width = self.config.vision_config.backbone_config.hidden_size
+        if width >= len(signals.moment):
+            return Basis()
+        basis = rotation(signals.moment, width)
+        return replace(basis, matrix=basis.matrix.to(self.teacher.device))
+
+    def _map(self, signals: TowerSignals | None, kept: list[int] | None) -> tuple[nn.Module, MappingReport]:
+        """The smaller model before it is fitted; `kept` are its ViT layers, evenly spread ones if None."""
+        # Every decoder layer refines the boxes of the one before with the same heads: the first ones work alone, but
+        # for the masks, which are refit.
+        layers = {DECODER_LAYERS: list(range(self.config.detr_decoder_config.num_layers))}
+        if kept is not None:
+            layers[VIT_LAYERS] = kept
+        shapes = self.parameter_shapes()
+        sides, options = (self.checkpoint, self.config, shapes), {"vision_signals": signals, "layers": layers}
+        if fits_text(self.checkpoint.config, self.config):
+            tokenizer, device = self.processor.tokenizer, self.teacher.device
+            state, report = map_with_phrases(*sides, tokenizer, self.text_phrases, device=device, **options)
+        else:
+            state, report = map_checkpoint(*sides, "isometry", **options)
+        model = self.assemble(state)
+        model.mapping_report = report
+        return model.to(self.teacher.device).eval(), report
+
+    def _map_all_layers(self, signals: TowerSignals) -> Sam3LiteVisionModel:
+        """The vision encoder in the width of the smaller model, with as many layers as the larger one."""
+        source = self.teacher.config.vision_config.backbone_config
+        config = self.config.changed(
+            vision_num_hidden_layers=source.num_hidden_layers,
+            vision_global_attn_indexes=list(source.global_attn_indexes),
+        )
+        shapes = Sam3LiteModel.parameter_shapes(config)
+        shapes = {name: shape for name, shape in shapes.items() if name.startswith(VISION)}
+        state, _ = map_checkpoint(self.checkpoint, config, shapes, "isometry", vision_signals=signals)
+        vision = Sam3LiteVisionModel(config.vision_config)
+        vision.load_state_dict({name.removeprefix(VISION): tensor for name, tensor in state.items()})
+        return vision.to(self.teacher.device).eval()
+
+    def _choose_layers(
+        self, signals: TowerSignals, basis: Basis, fitted: list[Tensor], held: list[Tensor]
+    ) -> tuple[list[int] | None, dict]:
+        """The ViT layers to keep: the even spread is improved; None where all stay."""
+        source = self.teacher.config.vision_config.backbone_config
+        target = self.config.vision_config.backbone_config
+        if source.num_hidden_layers == target.num_hidden_layers:
+            return None, {}
+        start = layer_maps(self.teacher.config, self.config)[VIT_LAYERS]
+        narrow = self._map_all_layers(signals)
+        wanted = math.ceil(self._images_for(SEARCH_TOKENS_PER_FEATURE) / len(fitted[0]))
+
+        def score(kept: list[int]) -> float:
+            candidate = with_layers(narrow, kept)
+            sides = candidate, self.teacher.vision_encoder
+            necks = [(candidate.neck, self.teacher.vision_encoder.neck)]
+            refit_vision(*sides, kept, basis, fitted[:wanted], self.ridge, necks)
+            cosines = pyramid_cosines(candidate, self.teacher.vision_encoder, held)
+            logger.info(f"ViT layers {kept}: pyramid cosines {cosines}")
+            return sum(cosines)
+
+        types = [i in source.global_attn_indexes for i in range(source.num_hidden_layers)]
+        return search_layers(start, types, score)
+
+    def _refit(self, model, report: MappingReport, basis: Basis, fitted: list[Tensor], prompts: Sequence[str]):
+        detector, pyramids = self.detector_of(model), self.pyramids(model)
+        vision, layers = detector.vision_encoder, report.layers[VIT_LAYERS]
+        refit_vision(vision, self.teacher.vision_encoder, layers, basis, fitted, self.ridge, list(pyramids.values()))
+        names = [f"{VIT_LAYERS}.0.{site.linear}" for site in VIT_SITES]
+        for where, (neck, _) in pyramids.items():
+            for level, module in enumerate(neck.fpn_layers):
+                last = f".scale_layers.{len(module.scale_layers) - 1}" if len(module.scale_layers) else None
+                names += [f"{where}.{level}{part}" for part in (last, ".proj1") if part]
+
+        sides = self._sides(detector, fitted, prompts)
+        encoded = refit_detr_encoder(*sides, report.layers["detr_encoder.layers"], self.ridge)
+        names += [f"detr_encoder.layers.0.{site.linear}" for site in DETR_ENCODER_SITES]
+        if len(detector.detr_decoder.layers) < len(self.teacher.detr_decoder.layers):
+            refit_mask_embedder(*sides, *encoded, self.ridge)
+            names.append("mask_decoder.mask_embedder.layers.0.weight")
+        report.mark_refit(names)
+
+    def _sides(self, student: Sam3LiteModel, fitted: list[Tensor], prompts: Sequence[str]) -> list[Side]:
+        """Student and teacher with what their detectors get: for each image a few prompts, the same for both."""
+        generator = torch.Generator().manual_seed(self.seed)
+        count = min(PROMPTS_PER_IMAGE, len(prompts))
+        choices = []
+        for batch in fitted:
+            rows = torch.stack([torch.randperm(len(prompts), generator=generator)[:count] for _ in batch]).flatten()
+            owners = torch.arange(len(batch)).repeat_interleave(count)
+            choices.append((owners.to(student.device), rows))
+        sides = []
+        for model in (student, self.teacher):
+            features, mask = phrase_features(model, self.processor, list(prompts), padded=False)
+            coarse, asked = [], []
+            for batch, (owners, rows) in zip(fitted, choices, strict=True):
+                vision = model.get_vision_features(batch)
+                text, valid = features[rows], mask.bool()[rows]
+                if vision.summary is not None:
+                    text = torch.cat([text, vision.summary[owners]], dim=1)
+                    valid = F.pad(valid, (0, 1), value=True)
+                coarse.append(vision.fpn_hidden_states[-1])
+                asked.append(PromptBatch(owners, text, valid))
+            sides.append(Side(model, coarse, asked))
+        return sides
+
+
+__all__ = ["HELD_OUT", "TOKENS_PER_FEATURE", "Calibration"]
