@@ -1,6 +1,7 @@
 """`sam3-lite evaluate`, and the curves and counts that it draws."""
 
 import json
+import re
 from functools import partial
 
 import numpy as np
@@ -17,9 +18,9 @@ from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.cli import app
 from sam3_hf.data import EvalDataset, load_dataset_splits
 from sam3_hf.data.generated import write_dataset
-from sam3_hf.evaluation import CocoAP, prediction_row, reference_row
+from sam3_hf.evaluation import CocoAP, loop, prediction_row, reference_row
 from sam3_hf.evaluation.curves import Confusion, PrecisionRecall
-from sam3_hf.evaluation.loop import evaluate
+from sam3_hf.evaluation.loop import Pictures, evaluate
 from sam3_hf.evaluation.plots import plot_confusion, plot_precision_recall
 from sam3_hf.processing_sam3_lite import tokenize
 
@@ -120,14 +121,21 @@ def test_curves_and_counts_agree_with_the_scores(case, tmp_path):
             assert counts[:, index].sum() == detections
 
 
-def test_the_command_gives_the_scores_of_training(folder, data, tmp_path):
+def test_the_command_gives_the_scores_of_training(folder, data, tmp_path, monkeypatch, caplog):
     result = run("--model", folder, "--data", data, "--output", tmp_path / "out", "--workers", 0)
     assert result.exit_code == 0, result.output
     model = Sam3LiteModel.from_pretrained(folder)
     processor = Sam3LiteProcessor.from_config(model.config)
     dataset = EvalDataset(load_dataset_splits(data)["validation"], 64)
     set_seed(0)
-    expected = evaluate(Accelerator(), model, processor, partial(tokenize, processor.tokenizer), dataset, batch_size=4)
+    text, pictures = partial(tokenize, processor.tokenizer), Pictures(tmp_path / "pictures", 2)
+    monkeypatch.setattr(loop, "DRAWN_SCORE", 1.5)
+    with caplog.at_level("INFO"):
+        expected = evaluate(Accelerator(), model, processor, text, dataset, batch_size=4, pictures=pictures)
+    said = (
+        r"2 of the pictures drawn show objects, and nothing with a score of 1.5; their best scores: 0000.png 0\.\d+ \("
+    )
+    assert re.search(said, caplog.text) and len(list(pictures.folder.iterdir())) == 2
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (found["split"], found["images"], found["precision"]) == ("validation", 5, "fp32")
     assert expected.keys() <= found.keys()

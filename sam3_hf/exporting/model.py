@@ -158,13 +158,7 @@ class ExportedModel(nn.Module):
         masks = None
         if self.config.mask_supervision:
             masks = self._masks_of(vision, asked, found, chosen.prompt, chosen.query)
-        return Sam3LiteFindings(
-            scores=chosen.scores,
-            boxes=output.pred_boxes[chosen.prompt, chosen.query],
-            prompt_index=chosen.prompt,
-            mask_logits=masks,
-            finite=chosen.finite,
-        )
+        return chosen.findings(output.pred_boxes, masks)
 
     def _prompts(self, vision, image_index, text, text_mask, boxes, labels) -> Prompts:
         if boxes is not None:
