@@ -316,7 +316,7 @@ def test_what_cannot_be_made_of_graphs_is_said_in_one_line(exported, tmp_path, o
     assert result.exit_code == 1 and "holds graphs for onnx in fp32" in result.stderr, result.output
 
 
-@pytest.mark.parametrize(("argument", "value"), [("dtype", "float16"), ("image_size", 128), ("preset", "lite")])
+@pytest.mark.parametrize(("argument", "value"), [("dtype", "fp16"), ("image_size", 128), ("preset", "lite")])
 def test_what_an_exported_model_cannot_be_asked_for(exported, argument, value):
     with pytest.raises(ValueError, match=argument):
         Sam3LitePipeline.from_pretrained(exported, **{argument: value})

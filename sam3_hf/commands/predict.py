@@ -11,6 +11,7 @@ import typer
 from ..launcher import end_with_launcher
 from ..picture_files import find_pictures
 from ..plain_text import plain
+from ..precision_sam3_lite import precision_name
 from ..prediction.output_folder import Contents, PredictionFolder
 from ..prediction.pipeline import PredictionSettings, Prompt
 from ..prediction.processes import Processes
@@ -86,7 +87,7 @@ def predict(
             record = {
                 "model": model,
                 "weights": fingerprint(pipe.model),
-                "dtype": str(pipe.model.dtype),
+                "dtype": precision_name(pipe.model.dtype),
                 "prompts": words,
                 **asdict(settings),
             }

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..files import partial_of, write_file
 from ..picture_files import InputFile
+from ..precision_sam3_lite import precision_name
 from ..rle import compress, decode_mask
 from ..sources_sam3_lite import read_json
 from ..visualization import draw_instances, drawing_colors, with_legend
@@ -291,6 +292,8 @@ def draw_detections(picture: torch.Tensor, found: Detections) -> Image.Image:
 
 def _check_settings(path: Path, settings: dict) -> None:
     earlier = read_json(path)
+    if "dtype" in earlier:  # under other names in folders of an earlier version
+        earlier["dtype"] = precision_name(earlier["dtype"])
     changed = [key for key in settings if key != "model" and settings[key] != earlier.get(key)]
     if changed:
         differences = ", ".join(f"{key} was {earlier.get(key)} and is {settings[key]}" for key in changed)

@@ -200,8 +200,8 @@ class Sam3LitePipeline:
             pretrained_model_name_or_path: folder or Hub id of a saved model and processor, a `.pt` of Meta's, or a
                 folder that `sam3-lite export` wrote, which its runtime computes.
             device: default: the GPU if there is one; for an exported model the CPU.
-            dtype: default: float16 on a GPU, float32 on a CPU, which is slow in float16. An exported model computes in
-                the precision that it was exported in; for OpenVINO it may be bfloat16.
+            dtype: fp16, bf16, fp32, or a dtype; default: fp16 on a GPU, fp32 on a CPU, which is slow in fp16. An
+                exported model computes in the precision that it was exported in; for OpenVINO it may be bf16.
             kwargs: those of [`Sam3LiteModel.from_pretrained`]. Sizes are those of the checkpoint unless told.
         """
         if is_export(pretrained_model_name_or_path):
