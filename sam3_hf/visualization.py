@@ -110,7 +110,12 @@ def draw_instances(
 
 
 def side_by_side(
-    image: Image.Image | np.ndarray, prediction: Mapping, ground_truth: Mapping, title: str = ""
+    image: Image.Image | np.ndarray,
+    prediction: Mapping,
+    ground_truth: Mapping,
+    title: str = "",
+    names: tuple[str, str] = ("Prediction", "Ground truth"),
+    counted: tuple[str, str] = ("predicted", "true"),
 ) -> Image.Image:
     """Prediction at the left, ground truth at the right, and below how many there are of each concept.
 
@@ -120,8 +125,9 @@ def side_by_side(
     Args:
         image: PIL image, or (height, width, 3) uint8.
         prediction, ground_truth: dicts of `boxes`, `masks`, `labels`, `scores`, each as in `draw_instances`.
-            `prediction` may have `best`: {concept: its highest score}, shown where nothing of it is predicted.
+            Each may have `best`: {concept: its highest score}, shown where there is nothing of it.
         title: a line above, as the file name.
+        names, counted: what else stands above the two, and in the counts, where they are two predictions.
     """
     image = _as_image(image)
     both = (prediction, ground_truth)
@@ -145,16 +151,15 @@ def side_by_side(
     width, height = halves[0].size
     margin, text_height = 16, 20
     title_height = 34 if title else 0
-    counts = [
-        (_counted(prediction, ground_truth, concept), [by_concept[concept]] if by_concept else []) for concept in shown
-    ]
+    counts = [(_counted(both, concept, counted), [by_concept[concept]] if by_concept else []) for concept in shown]
     legend = _Legend(counts or [(_nothing(prediction), [])], 2 * width + margin)
     top = margin + title_height + 32
     panel = Image.new("RGB", (2 * width + 3 * margin, top + height + margin + legend.height + margin // 2), PAPER)
     draw = ImageDraw.Draw(panel)
     if title:
         draw.text((margin, margin - 2), _fit(plain(title, 400), 2 * width, 22), font=_font(22), fill=INK)
-    for name, half, left in zip(("Prediction", "Ground truth"), halves, (margin, width + 2 * margin), strict=True):
+    for name, half, left in zip(names, halves, (margin, width + 2 * margin), strict=True):
+        name = _fit(plain(name, 400), width, text_height)
         draw.text((left, margin + title_height), name, font=_font(text_height), fill=INK)
         panel.paste(half, (left, top))
     legend.draw(draw, margin, top + height + margin, FAINT_INK)
@@ -412,10 +417,13 @@ def _count(instances: Mapping, concept: str) -> int:
     return list(instances.get("labels") or ()).count(concept)
 
 
-def _counted(prediction: Mapping, ground_truth: Mapping, concept: str) -> str:
-    found, best = _count(prediction, concept), prediction.get("best", {}).get(concept)
-    note = f" (best score {score_text(best)})" if not found and best is not None else ""
-    return f"{plain(concept)}: {found} predicted{note}, {_count(ground_truth, concept)} true"
+def _counted(both: tuple[Mapping, Mapping], concept: str, counted: tuple[str, str]) -> str:
+    parts = []
+    for instances, what in zip(both, counted, strict=True):
+        found, best = _count(instances, concept), instances.get("best", {}).get(concept)
+        note = f" (best score {score_text(best)})" if not found and best is not None else ""
+        parts.append(f"{found} {what}{note}")
+    return f"{plain(concept)}: {', '.join(parts)}"
 
 
 def _nothing(prediction: Mapping) -> str:

@@ -205,6 +205,12 @@ def test_scores_are_those_of_pytorch(small, exported, tmp_path):
     assert scores[0]["precision"] == "fp32" and "loss" not in scores[0]
     for name in ("segm_AP", "bbox_AP", "segm_cgF1"):
         assert scores[0][name] == pytest.approx(scores[1][name], abs=1e-3)
+    result = run("compare", exported, small, "--data", data, "--workers", 0, "--output", tmp_path / "compared")
+    assert result.exit_code == 0, result.output
+    compared = json.loads((tmp_path / "compared" / "comparison.json").read_text())["models"]
+    assert compared[0]["parameters"] is None and compared[0]["bytes"] > 1e5 and compared[0]["precision"] == "fp32"
+    for one, own in zip(compared, scores, strict=True):
+        assert one["scores"]["segm_AP"] == pytest.approx(own["segm_AP"], abs=1e-4)
 
 
 def test_the_json_says_what_a_program_needs(exported):

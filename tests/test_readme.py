@@ -61,6 +61,7 @@ ADDED = {
     "sam3-lite label": "--workers 0",
     "sam3-lite predict": "--workers 0",
     "sam3-lite evaluate": "--workers 0",
+    "sam3-lite compare": "--workers 0",
 }
 # Not run, and why; the tests named check them.
 NOT_RUN = {
@@ -134,6 +135,7 @@ WRITTEN = {
     ],
     "sam3-lite convert facebook/sam3 sam3-lite-calibrated": ["sam3-lite-calibrated/model.safetensors"],
     "sam3-lite convert outputs/demo/checkpoints/best bare": ["bare/model.safetensors"],
+    "sam3-lite compare": ["compared/comparison.json"],
     "sam3-lite evaluate": ["scores/metrics.json", "scores/precision_recall.png", "scores/confusion.png"],
 }
 

@@ -129,12 +129,16 @@ def metric_options(accelerator: Accelerator, dataset: EvalDataset, cache: str) -
     }
 
 
-def outputs_by_chunk(accelerator: Accelerator, model, text, batch: dict) -> Iterator[tuple[dict, Sam3LiteOutput]]:
+def outputs_by_chunk(
+    accelerator: Accelerator, model, text, batch: dict, with_loss: bool = True
+) -> Iterator[tuple[dict, Sam3LiteOutput]]:
     """Each chunk of `prompt_chunks` with the model's float32 outputs for it; the images are encoded once."""
     device = accelerator.device
     with accelerator.autocast():
         vision = accelerator.unwrap_model(model).get_vision_features(batch["pixel_values"].to(device))
     for chunk in prompt_chunks(batch):
+        if not with_loss:
+            del chunk["labels"]
         with accelerator.autocast():
             outputs = model(vision_embeds=vision, **model_inputs(chunk, text, device))
         yield chunk, convert_to_fp32(outputs)  # Accelerate does that itself, but not under FSDP
@@ -246,14 +250,15 @@ def draw(dataset: EvalDataset, index: int, predictions: list[dict], references: 
     pixels, _ = load_image(row["image"], row["width"], row["height"])
     return side_by_side(
         pixels.permute(1, 2, 0).numpy(),
-        _instances(predictions, dataset, lambda row, index: row["scores"][index] >= DRAWN_SCORE)
+        instances_of(predictions, dataset, lambda row, index: row["scores"][index] >= DRAWN_SCORE)
         | {"best": best_scores(predictions, dataset)},
-        _instances(references, dataset, lambda row, index: not row["iscrowd"][index]),
+        instances_of(references, dataset, lambda row, index: not row["iscrowd"][index]),
         title=row["file_name"],
     )
 
 
-def _instances(rows: list[dict], dataset: EvalDataset, wanted) -> dict:
+def instances_of(rows: list[dict], dataset: EvalDataset, wanted: Callable[[dict, int], bool]) -> dict:
+    """What `draw_instances` takes, of those objects of some rows of an image that `wanted(row, index)` picks."""
     picked = [(row, index) for row in rows for index in range(len(row["boxes"])) if wanted(row, index)]
     instances = {
         "boxes": np.array([row["boxes"][index] for row, index in picked]).reshape(-1, 4),
