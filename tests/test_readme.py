@@ -129,7 +129,8 @@ PROGRAMS = {"sam3-lite": sam3_lite, "python": python, "accelerate": accelerate}
 WRITTEN = {
     "python training/demo.py": ["outputs/demo/predictions/*/*.png", "outputs/demo/segmented.png"],
     "sam3-lite label": ["labelled/settings.json", "labelled/predictions/*.json", "labelled/*/_annotations.coco.json"],
-    "sam3-lite predict": [
+    "sam3-lite predict path/to/images --model outputs/mine/final": ["found_parts/overlays/*.png"],
+    "sam3-lite predict outputs/demo/data/valid": [
         "found/predictions/*.json",
         "found/coco_results.json",
         "found/coco_images.json",
@@ -139,7 +140,13 @@ WRITTEN = {
     "sam3-lite convert facebook/sam3 sam3-lite-calibrated": ["sam3-lite-calibrated/model.safetensors"],
     "sam3-lite convert outputs/demo/checkpoints/best bare": ["bare/model.safetensors"],
     "sam3-lite compare": ["compared/comparison.json"],
-    "sam3-lite evaluate": ["scores/metrics.json", "scores/precision_recall.png", "scores/confusion.png"],
+    "sam3-lite check": ["dataset.png"],
+    "sam3-lite evaluate --model outputs/demo/final": [
+        "scores/metrics.json",
+        "scores/precision_recall.png",
+        "scores/confusion.png",
+    ],
+    "sam3-lite evaluate --model outputs/mine/final": ["scores_mine/confusion.png", "scores_mine/precision_recall.png"],
 }
 
 
