@@ -73,10 +73,10 @@ def predict(
     """
     end_with_launcher()
     with one_line_errors(task="sharing pictures over processes"):
-        if show:
-            check_viewer()
         processes = Processes.join(device)
         with processes.in_turn():
+            if show:
+                check_viewer()
             settings = PredictionSettings(threshold, mask_threshold, max_detections, nms_iou, tile_size, tile_overlap)
             words = list(dict.fromkeys(prompt))
             prompts = [Prompt(text) for text in words]  # an empty prompt is an error before anything is written
