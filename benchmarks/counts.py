@@ -42,6 +42,7 @@ from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel
 from sam3_hf.modeling_sam3_lite import PROMPTS_SEGMENTED_AT_ONCE
+from sam3_hf.precision_sam3_lite import precision_name
 from sam3_hf.training.adapter_arguments import AdapterArguments
 
 IMAGES = (1, 2, 3)  # of the training steps that are counted
@@ -222,7 +223,9 @@ def main() -> None:
     options.add_argument("--image-size", type=int, help="side of the input in pixels; default: the presets'")
     options.add_argument("--prompts", nargs="+", type=int, default=[1, 8], help="per image")
     options.add_argument("--kept", nargs="*", type=int, default=[10], help="masks per prompt; beside those of all")
-    options.add_argument("--precisions", nargs="+", choices=["fp32", "fp16"], default=["fp32"], help="of training")
+    options.add_argument(
+        "--precisions", nargs="+", type=precision_name, choices=["fp32", "fp16"], default=["fp32"], help="of training"
+    )
     options.add_argument("--checkpointing", nargs="+", choices=["off", "on"], default=["off"])
     options.add_argument("--teacher", default="tiny-standard", help="preset, of distillation")
     options.add_argument("--cached", nargs="+", choices=["off", "on"], default=["off", "on"], help="its pyramids")

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from common import parser, reporting
 
+from sam3_hf.precision_sam3_lite import precision_name
 from sam3_hf.training import main as trainer
 
 CONFIG = Path(__file__).parents[1] / "training" / "configs" / "demo.yaml"
@@ -67,7 +68,7 @@ def main() -> None:
     options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options.add_argument("--steps", type=int, help="per run; default: those of the demo")
     options.add_argument("--images", type=int, help="for training; default: those of the demo")
-    options.add_argument("--precisions", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    options.add_argument("--precisions", nargs="+", type=precision_name, choices=PROGRAMS, default=list(PROGRAMS))
     options.add_argument("--init-scale", type=float, help="loss scale to start from in FP16; default: the trainer's")
     arguments = options.parse_args()
     with reporting(arguments) as (rows, _):

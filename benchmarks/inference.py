@@ -43,6 +43,7 @@ from transformers import Sam3Processor
 
 from sam3_hf import Sam3LiteConfig, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.data.generated import CONCEPTS
+from sam3_hf.precision_sam3_lite import precision_name
 
 CEILING_SIDES = {"cuda": (4096, 8192), "cpu": (512, 1024)}
 
@@ -174,7 +175,9 @@ def ceiling(dtype: torch.dtype) -> float:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--models", nargs="+", default=["stock-tiny-standard", "tiny"], help="presets, stock-PRESET")
-    options.add_argument("--precision", choices=DTYPES, default="fp32", help="of weights and inputs")
+    options.add_argument(
+        "--precision", type=precision_name, choices=DTYPES, default="fp32", help="of weights and inputs"
+    )
     options.add_argument("--image-size", type=int, help="side of the input in pixels; default: the presets'")
     options.add_argument("--images", type=int, nargs="+", default=[1], help="images per call")
     options.add_argument("--prompts", type=int, nargs="+", default=[1, 8], help="per image")

@@ -30,6 +30,7 @@ from counting import Counter, flops
 from torch import Tensor, nn
 
 from sam3_hf import recomputation_sam3_lite
+from sam3_hf.precision_sam3_lite import precision_name
 
 # What rounding explains; a wrong result differs by about as much as it is large.
 TOLERANCES = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.2}
@@ -197,7 +198,12 @@ def main() -> None:
     options.add_argument("--image-size", type=int, help="side of the input in pixels; default: the preset's")
     options.add_argument("--prompts", type=int, default=4, help="on the one image; default: %(default)s")
     options.add_argument(
-        "--precisions", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="all but fp32: autocast"
+        "--precisions",
+        nargs="+",
+        type=precision_name,
+        choices=DTYPES,
+        default=["fp32", "bf16"],
+        help="all but fp32: autocast",
     )
     options.add_argument("--repeats", type=int, default=3, help="of each way to time; default: %(default)s")
     arguments = options.parse_args()

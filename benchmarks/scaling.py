@@ -21,6 +21,8 @@ from common import DTYPES, Phases, build, image_size_of, median, parser, reporti
 from torch.utils.flop_counter import FlopCounterMode
 from train_step import Trainer
 
+from sam3_hf.precision_sam3_lite import precision_name
+
 AXES = ("image_sizes", "prompts", "objects", "queries")
 
 
@@ -96,7 +98,7 @@ def data_parallel(arguments: argparse.Namespace) -> list[dict]:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", default="tiny", help="a preset")
-    options.add_argument("--precision", choices=DTYPES, default="fp32")
+    options.add_argument("--precision", type=precision_name, choices=DTYPES, default="fp32")
     options.add_argument("--image-sizes", type=int, nargs="*", default=[128, 256], help="pixels")
     options.add_argument("--prompts", type=int, nargs="*", default=[1, 4, 16], help="per image")
     options.add_argument("--objects", type=int, nargs="*", default=[1, 10], help="of each present concept")

@@ -50,6 +50,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from sam3_hf import Sam3LiteConfig, passes_sam3_lite
 from sam3_hf.data import PromptCollator, PromptSampling, TrainDataset, load_dataset_splits
 from sam3_hf.loss_sam3_lite import DetectionOutputs, sam3_lite_loss
+from sam3_hf.precision_sam3_lite import precision_name
 
 STOCK_TOKENS = 32  # of a phrase; what the stock processor pads to
 MAX_OVERFLOWS = 40  # halvings of the loss scale
@@ -226,7 +227,7 @@ def fit(arguments: argparse.Namespace, case: tuple, gigabytes: float) -> dict:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--models", nargs="+", default=["tiny-standard", "tiny"], help="presets, or stock-PRESET")
-    options.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
+    options.add_argument("--precisions", nargs="+", type=precision_name, choices=DTYPES, default=["fp32"])
     options.add_argument("--image-sizes", nargs="+", type=int, default=[None], help="pixels; default: the presets'")
     options.add_argument("--batch-sizes", nargs="+", type=int, default=[2], help="images per step")
     options.add_argument("--prompts", nargs="+", type=int, default=[1, 4], help="prompts per image")

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from .commands.check import check
+from .commands.compare import compare
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.distill_text import distill_text
@@ -36,6 +37,7 @@ def main(
 
 
 app.command()(check)
+app.command()(compare)
 app.command()(convert)
 app.command()(demo)
 app.command()(distill_text)

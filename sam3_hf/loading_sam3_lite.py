@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .configuration_sam3_lite import SIZE_KEYWORDS, Sam3LiteConfig, parameter_sizes
 from .limits_sam3_lite import read_config
+from .precision_sam3_lite import as_dtype
 from .sources_sam3_lite import (
     HUB_ARGUMENTS,
     check_pickled_index,
@@ -124,6 +125,9 @@ class LiteLoading:
             config = cls.config_class.from_pretrained(config)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True  # else Transformers falls back to pickles
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(kwargs.get(name), str) and kwargs[name] != "auto":
+                kwargs[name] = as_dtype(kwargs[name])
         source = pretrained_model_name_or_path
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         fields = None if source is None or os.path.isfile(source) else _fields_of(source, hub_arguments)

@@ -395,13 +395,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
         masks = None
         if self.config.mask_supervision:
             masks = self._masks_of(levels, prompts.image_index, found, chosen.prompt, chosen.query)
-        return Sam3LiteFindings(
-            scores=chosen.scores,
-            boxes=output.pred_boxes[chosen.prompt, chosen.query],
-            prompt_index=chosen.prompt,
-            mask_logits=masks,
-            finite=chosen.finite,
-        )
+        return chosen.findings(output.pred_boxes, masks)
 
     def _masks_of(
         self, levels: tuple[Tensor, ...], image_index: Tensor, found: DetectorOutput, prompt: Tensor, query: Tensor

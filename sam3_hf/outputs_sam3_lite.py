@@ -51,6 +51,7 @@ class Sam3LiteFindings(ModelOutput):
         prompt_index (`torch.LongTensor` of shape `(num_found,)`): the prompt that each belongs to.
         mask_logits (`torch.FloatTensor` of shape `(num_found, height, width)`): at 4 / patch size of the input
             resolution. `None` where the model was trained on boxes alone.
+        best (`torch.FloatTensor` of shape `(num_prompts,)`): the highest score of each prompt, of a detection or not.
         finite (`torch.BoolTensor` of shape `()`): whether all that the detector said is finite; what is not is no
             detection.
     """
@@ -59,6 +60,7 @@ class Sam3LiteFindings(ModelOutput):
     boxes: torch.FloatTensor | None = None
     prompt_index: torch.LongTensor | None = None
     mask_logits: torch.FloatTensor | None = None
+    best: torch.FloatTensor | None = None
     finite: torch.BoolTensor | None = None
 
 
@@ -123,7 +125,19 @@ class Chosen(NamedTuple):
     scores: Tensor  # (chosen,)
     prompt: Tensor  # (chosen,) int64
     query: Tensor  # (chosen,) int64
+    best: Tensor  # (prompts,): the highest score of each prompt
     finite: Tensor  # () bool: whether all that the detector said is
+
+    def findings(self, pred_boxes: Tensor, mask_logits: Tensor | None) -> Sam3LiteFindings:
+        """
+        With what else is known of them.
+
+        Args:
+            pred_boxes: `(prompts, queries, 4)`, of all queries.
+            mask_logits: `(chosen, height, width)`, of the chosen ones.
+        """
+        boxes = pred_boxes[self.prompt, self.query]
+        return Sam3LiteFindings(self.scores, boxes, self.prompt, mask_logits, self.best, self.finite)
 
 
 def choose_queries(
@@ -145,7 +159,7 @@ def choose_queries(
         kept = kept.sort().values
         prompt, query = prompt[kept], query[kept]
     finite = torch.stack([values.isfinite().all() for values in said]).all()
-    return Chosen(scores[prompt, query], prompt, query, finite)
+    return Chosen(scores[prompt, query], prompt, query, scores.nan_to_num(0).amax(dim=1), finite)
 
 
 def check_boxes(boxes: Tensor, labels: Tensor | None) -> Tensor:

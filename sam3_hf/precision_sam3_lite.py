@@ -8,6 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_OTHER_NAMES = {"float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float32": "fp32", "float": "fp32"}
+
+
+def precision_name(precision: str | torch.dtype) -> str:
+    """fp16, bf16 or fp32, of a dtype or any name of it (float16, half, torch.bfloat16, ...); others as they are."""
+    name = str(precision).removeprefix("torch.")
+    return _OTHER_NAMES.get(name, name)
+
+
+def as_dtype(precision: str | torch.dtype) -> torch.dtype:
+    """
+    Raises:
+        ValueError: it is neither a floating point dtype nor a name of one.
+    """
+    name = precision_name(precision)
+    dtype = PRECISIONS.get(name) or getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"`dtype` must be a floating point dtype, its name (fp16, bf16, fp32, ...) or 'auto', got {precision!r}."
+        )
+    return dtype
+
 
 def matmul_precision(tensor: Tensor) -> Tensor:
     """

@@ -26,7 +26,7 @@ from transformers.utils import cached_file, logging
 from .boxes_sam3_lite import pack_boxes, relative_boxes
 from .configuration_sam3_lite import BOX_PADDING_LABEL, MAX_TOKENS, VISUAL_PHRASE, context_length
 from .sources_sam3_lite import HUB_ARGUMENTS, config_fields
-from .vocabulary_sam3_lite import check_tokenizer
+from .vocabulary_sam3_lite import check_tokenizer, remember_phrases
 
 logger = logging.get_logger(__name__)
 
@@ -88,7 +88,9 @@ def tokenize(tokenizer, phrases: list[str]) -> dict[str, Tensor]:
         return_tensors="pt",
     )
     ids = tokens["input_ids"]
-    return {"input_ids": ids, "attention_mask": tokens["attention_mask"] * (ids != 0)}
+    mask = tokens["attention_mask"] * (ids != 0)
+    remember_phrases(phrases, ids, mask)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def num_tokens(tokenizer) -> int:

@@ -2,6 +2,7 @@
 
 import colorsys
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,10 +14,14 @@ from torchvision.ops import box_iou
 from .plain_text import plain
 
 LONGEST_SIDE = (512, 1280)  # drawings are scaled into this range of pixels: labels need room, files should stay small
+CROWDED = 30  # more instances are drawn without tags, which would hide them
+LEAST_CROWDED_SIDE = 1024  # pixels of the longest side of such drawings: their instances are small
+STROKE_SHARE = 1 / 12  # of the shorter side of an instance that its outline takes at most: small things stay visible
 FILL_OPACITY = 0.15  # shows which pixels are meant, and leaves them the colour that a phrase may name
 LOWEST_SHARED_IOU = 0.5  # of the boxes of a prediction and a true object that are drawn in one colour
 PALETTE = ("#f5b700", "#00a1e4", "#dc0073", "#5dd400", "#8f5bd6", "#ff7a33", "#00c2a8", "#3b4cca")
 FIELDS = ("boxes", "masks", "labels", "scores")
+LEAST_LEGEND_WIDTH = 360  # pixels: a narrow picture is not wide enough for what is written below it
 PAPER, INK, FAINT_INK = (255, 255, 255), (34, 38, 46), (110, 116, 128)
 
 Colour = tuple[int, int, int]
@@ -35,6 +40,15 @@ def instance_colors(count: int) -> list[Colour]:
     return colors
 
 
+def drawing_colors(labels: Sequence[str]) -> list[Colour]:
+    """Of each instance its own; where they are too many to be tagged, and of several concepts, of each concept one."""
+    concepts = list(dict.fromkeys(labels))
+    if len(labels) <= CROWDED or len(concepts) == 1:
+        return instance_colors(len(labels))
+    of_concept = dict(zip(concepts, instance_colors(len(concepts)), strict=True))
+    return [of_concept[label] for label in labels]
+
+
 def draw_instances(
     image: Image.Image | np.ndarray,
     boxes=None,
@@ -44,10 +58,12 @@ def draw_instances(
     *,
     colors: Sequence[Colour] | None = None,
     tag_labels: bool = True,
+    crowded: bool | None = None,
 ) -> Image.Image:
     """Outlines instances in an image, each in a colour of its own and with a tag, and tints their masks a little.
 
-    Small images are enlarged and large ones reduced, so that the longest side is between 512 and 1280 pixels.
+    Small images are enlarged and large ones reduced, so that the longest side is between 512 and 1280 pixels. More
+    than 30 instances have no tags, and their image is enlarged to 1024 pixels. Small ones have thinner outlines.
 
     Args:
         image: PIL image, or (height, width, 3) uint8.
@@ -56,78 +72,109 @@ def draw_instances(
         masks: (n, height, width) bool or 0/1 at the size of `image`; None draws boxes alone.
         labels: n concepts; default "object". Shown on one line, as far as there is room.
         scores: (n,) in [0, 1]; None leaves them out.
-        colors: n times RGB; default: `instance_colors`.
+        colors: n times RGB; default: `drawing_colors`.
         tag_labels: False leaves the concept out of the tags, for pictures that say it elsewhere.
+        crowded: draw as of more than 30 instances; default: where there are more.
 
     Raises:
         ValueError: lengths differ, or masks are not of the image's size.
     """
     image = _as_image(image)
     boxes, masks, labels, scores = _check_instances(image, boxes, masks, labels, scores)
-    colors = colors or instance_colors(len(labels))
-    scale = _scale_of(image)
+    colors = colors or drawing_colors(labels)
+    crowded = len(labels) > CROWDED if crowded is None else crowded
+    scale = _scale_of(image, crowded)
     canvas = _resize(image, scale)
     stroke = max(3, round(max(canvas.size) / 320))
 
     areas = masks.sum(axis=(1, 2)) if masks is not None else np.zeros(len(labels))
     order = np.argsort(-areas, kind="stable")  # small ones last: on top
     for index in order:
+        width, height = (boxes[index, 2:] - boxes[index, :2]) * scale
+        thin = max(1, min(stroke, round(min(width, height) * STROKE_SHARE)))
         if areas[index]:
-            _draw_mask(canvas, masks[index], colors[index], stroke)
+            _draw_mask(canvas, masks[index], colors[index], thin)
         else:
-            _draw_box(ImageDraw.Draw(canvas), boxes[index] * scale, colors[index], stroke)
+            _draw_box(ImageDraw.Draw(canvas), boxes[index] * scale, colors[index], thin)
+    if crowded:
+        return canvas
     draw = ImageDraw.Draw(canvas)
     taken = []
     for index in order:
         words = [plain(labels[index])] if tag_labels else []
         words += [f"{scores[index]:.2f}"] if scores is not None else []
         if words:
-            _draw_tag(draw, canvas.size, boxes[index] * scale, " ".join(words), colors[index], taken)
+            others = np.delete(boxes, index, axis=0) * scale
+            _draw_tag(draw, canvas.size, boxes[index] * scale, " ".join(words), colors[index], taken, others)
     return canvas
 
 
 def side_by_side(
-    image: Image.Image | np.ndarray, prediction: Mapping, ground_truth: Mapping, title: str = ""
+    image: Image.Image | np.ndarray,
+    prediction: Mapping,
+    ground_truth: Mapping,
+    title: str = "",
+    names: tuple[str, str] = ("Prediction", "Ground truth"),
+    counted: tuple[str, str] = ("predicted", "true"),
 ) -> Image.Image:
     """Prediction at the left, ground truth at the right, and below how many there are of each concept.
 
     A true object has the colour of the prediction that covers it, if there is one. Tags name the concepts if there are
-    several.
+    several; where there are more than 30 objects, each concept has one colour instead.
 
     Args:
         image: PIL image, or (height, width, 3) uint8.
         prediction, ground_truth: dicts of `boxes`, `masks`, `labels`, `scores`, each as in `draw_instances`.
+            Each may have `best`: {concept: its highest score}, shown where there is nothing of it.
         title: a line above, as the file name.
+        names, counted: what else stands above the two, and in the counts, where they are two predictions.
     """
     image = _as_image(image)
+    both = (prediction, ground_truth)
     shown = sorted({*(prediction.get("labels") or ()), *(ground_truth.get("labels") or ())})
+    crowded = max(len(instances.get("labels") or ()) for instances in both) > CROWDED
+    by_concept = dict(zip(shown, instance_colors(len(shown)), strict=True)) if crowded and len(shown) > 1 else {}
+    if by_concept:
+        shared = [[by_concept[label] for label in instances.get("labels") or ()] for instances in both]
+    else:
+        shared = _shared_colors(image, prediction, ground_truth)
     halves = [
-        draw_instances(image, *(instances.get(field) for field in FIELDS), colors=colors, tag_labels=len(shown) > 1)
-        for instances, colors in zip(
-            (prediction, ground_truth), _shared_colors(image, prediction, ground_truth), strict=True
+        draw_instances(
+            image,
+            *(instances.get(field) for field in FIELDS),
+            colors=colors,
+            tag_labels=len(shown) > 1,
+            crowded=crowded,
         )
+        for instances, colors in zip(both, shared, strict=True)
     ]
     width, height = halves[0].size
     margin, text_height = 16, 20
     title_height = 34 if title else 0
-    counts = [
-        f"{plain(concept)}: {_count(prediction, concept)} predicted, {_count(ground_truth, concept)} true"
-        for concept in shown
-    ] or ["nothing predicted, nothing to find"]
-    rows = _flow(counts, 2 * width + margin)
+    counts = [(_counted(both, concept, counted), [by_concept[concept]] if by_concept else []) for concept in shown]
+    legend = _Legend(counts or [(_nothing(prediction), [])], 2 * width + margin)
     top = margin + title_height + 32
-    panel = Image.new("RGB", (2 * width + 3 * margin, top + height + margin + len(rows) * 28 + margin // 2), PAPER)
+    panel = Image.new("RGB", (2 * width + 3 * margin, top + height + margin + legend.height + margin // 2), PAPER)
     draw = ImageDraw.Draw(panel)
     if title:
         draw.text((margin, margin - 2), _fit(plain(title, 400), 2 * width, 22), font=_font(22), fill=INK)
-    for name, half, left in zip(("Prediction", "Ground truth"), halves, (margin, width + 2 * margin), strict=True):
+    for name, half, left in zip(names, halves, (margin, width + 2 * margin), strict=True):
+        name = _fit(plain(name, 400), width, text_height)
         draw.text((left, margin + title_height), name, font=_font(text_height), fill=INK)
         panel.paste(half, (left, top))
-    for row, entries in enumerate(rows):
-        for x, index in entries:
-            position = (margin + x, top + height + margin + row * 28 + 10)
-            draw.text(position, counts[index], font=_font(17), fill=FAINT_INK, anchor="lm")
+    legend.draw(draw, margin, top + height + margin, FAINT_INK)
     return panel
+
+
+def with_legend(drawing: Image.Image, entries: Sequence[tuple[str, Sequence[Colour]]]) -> Image.Image:
+    """A drawing above its legend: texts, each after patches of the colours that it explains, if any."""
+    margin = 12
+    width = max(drawing.width, LEAST_LEGEND_WIDTH)
+    legend = _Legend(entries, width - 2 * margin)
+    sheet = Image.new("RGB", (width, drawing.height + legend.height + margin), PAPER)
+    sheet.paste(drawing, (0, 0))
+    legend.draw(ImageDraw.Draw(sheet), margin, drawing.height + margin // 2)
+    return sheet
 
 
 def contact_sheet(
@@ -137,10 +184,10 @@ def contact_sheet(
     margin, tile, title_height = 16, 384, 24
     columns = max(min(columns, len(pictures)), 1)
     width = columns * (tile + margin) + margin
-    lines = _flow([f"     {plain(text)}" for text in legend], width - 2 * margin)
+    explained = _Legend([(text, [color]) for text, color in legend.items()], width - 2 * margin)
     rows = -(-len(pictures) // columns)
     top = rows * (tile + title_height + margin) + margin
-    sheet = Image.new("RGB", (width, top + 28 * len(lines) + margin), PAPER)
+    sheet = Image.new("RGB", (width, top + explained.height + margin), PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
         left = margin + number % columns * (tile + margin)
@@ -149,12 +196,7 @@ def contact_sheet(
         small = picture.convert("RGB")
         small.thumbnail((tile, tile), Image.Resampling.LANCZOS)
         sheet.paste(small, (left, above + title_height))
-    for row, entries in enumerate(lines):
-        for x, index in entries:
-            text, color = list(legend.items())[index]
-            middle = top + 28 * row + 10
-            draw.rectangle((margin + x, middle - 7, margin + x + 14, middle + 7), fill=color)
-            draw.text((margin + x + 22, middle), plain(text), font=_font(17), fill=INK, anchor="lm")
+    explained.draw(draw, margin, top)
     return sheet
 
 
@@ -258,9 +300,9 @@ def _check_instances(image: Image.Image, boxes, masks, labels, scores):
     return boxes.astype(float).reshape(-1, 4), masks, labels, scores
 
 
-def _scale_of(image: Image.Image) -> float:
+def _scale_of(image: Image.Image, crowded: bool) -> float:
     longest = max(image.size)
-    return min(max(longest, LONGEST_SIDE[0]), LONGEST_SIDE[1]) / longest
+    return min(max(longest, LEAST_CROWDED_SIDE if crowded else LONGEST_SIDE[0]), LONGEST_SIDE[1]) / longest
 
 
 def _resize(image: Image.Image, scale: float) -> Image.Image:
@@ -269,9 +311,19 @@ def _resize(image: Image.Image, scale: float) -> Image.Image:
 
 
 def _draw_mask(canvas: Image.Image, mask: np.ndarray, color: Colour, stroke: int) -> None:
-    soft = Image.fromarray(mask.astype(np.uint8) * 255).resize(canvas.size, Image.Resampling.BILINEAR)
-    if canvas.width > mask.shape[1]:  # rounds off the steps of enlarged pixels
-        soft = soft.filter(ImageFilter.GaussianBlur(0.6 * canvas.width / mask.shape[1]))
+    size, scales = mask.shape[::-1], (canvas.width / mask.shape[1], canvas.height / mask.shape[0])
+    bounds = _bounds(mask)
+    # Only what is around the mask is enlarged: three of its pixels are as far as the filters below reach.
+    start = [math.floor(max(side - 3, 0) * scale) for side, scale in zip(bounds[:2], scales, strict=True)]
+    end = [
+        min(math.ceil(min(side + 3, most) * scale), whole)
+        for side, most, scale, whole in zip(bounds[2:], size, scales, canvas.size, strict=True)
+    ]
+    box = [side / scale for side, scale in zip([*start, *end], scales * 2, strict=True)]
+    soft = Image.fromarray(mask.astype(np.uint8) * 255)
+    soft = soft.resize((end[0] - start[0], end[1] - start[1]), Image.Resampling.BILINEAR, box)
+    if scales[0] > 1:  # rounds off the steps of enlarged pixels
+        soft = soft.filter(ImageFilter.GaussianBlur(0.6 * scales[0]))
     inside = soft.point(lambda value: 255 if value >= 128 else 0)
     if inside.getbbox() is None:
         return
@@ -280,6 +332,7 @@ def _draw_mask(canvas: Image.Image, mask: np.ndarray, color: Colour, stroke: int
     inside = inside.crop(frame)
     halo = inside.filter(ImageFilter.MaxFilter(3))
     core = inside.filter(ImageFilter.MinFilter(2 * stroke + 1))
+    frame = (frame[0] + start[0], frame[1] + start[1], frame[2] + start[0], frame[3] + start[1])
     canvas.paste(PAPER, frame, ImageChops.subtract(halo, inside))
     canvas.paste(color, frame, inside.point(lambda value: round(value * FILL_OPACITY)))
     canvas.paste(color, frame, ImageChops.subtract(inside, core))
@@ -292,8 +345,11 @@ def _draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, color: Colour, stroke:
     draw.rectangle((left, top, right, bottom), outline=color, width=stroke)
 
 
-def _draw_tag(draw, size: tuple[int, int], box: np.ndarray, text: str, color, taken: list) -> None:
-    """Writes at the first free place by the box: above it, below it, inside it, or beside it."""
+def _draw_tag(draw, size: tuple[int, int], box: np.ndarray, text: str, color, taken: list, others: np.ndarray) -> None:
+    """
+    Writes at the first place by the box that is free of tags and other boxes: above it, below it, inside it, or beside
+    it. Or where the fewest are hidden.
+    """
     height = max(18, round(max(size) / 48))
     font = _font(round(height * 0.74))
     while len(text) > 1 and font.getlength(text) > size[0] - height:
@@ -315,7 +371,10 @@ def _draw_tag(draw, size: tuple[int, int], box: np.ndarray, text: str, color, ta
         for x, y in positions
     ]
     tags = [(x, y, x + width, y + height) for x, y in positions]
-    tag = min(tags, key=lambda tag: sum(_overlap(tag, other) for other in taken))
+    hidden = [
+        2 * sum(_overlap(tag, other) for other in taken) + sum(_overlap(tag, one) for one in others) for tag in tags
+    ]
+    tag = tags[int(np.argmin(hidden))]
     taken.append(tag)
     draw.rounded_rectangle(tag, height // 5, fill=color, outline=INK)
     light = color[0] * 0.299 + color[1] * 0.587 + color[2] * 0.114 > 140
@@ -358,27 +417,65 @@ def _count(instances: Mapping, concept: str) -> int:
     return list(instances.get("labels") or ()).count(concept)
 
 
+def _counted(both: tuple[Mapping, Mapping], concept: str, counted: tuple[str, str]) -> str:
+    parts = []
+    for instances, what in zip(both, counted, strict=True):
+        found, best = _count(instances, concept), instances.get("best", {}).get(concept)
+        note = f" (best score {score_text(best)})" if not found and best is not None else ""
+        parts.append(f"{found} {what}{note}")
+    return f"{plain(concept)}: {', '.join(parts)}"
+
+
+def _nothing(prediction: Mapping) -> str:
+    best = prediction.get("best") or {}
+    concept = max(best, key=best.get, default=None)
+    note = f" (best score {score_text(best[concept])}, {plain(concept)})" if best else ""
+    return f"nothing predicted{note}, nothing to find"
+
+
+def score_text(score: float) -> str:
+    """Two decimals; of less than 0.01, the first digit that is not zero."""
+    return f"{score:.2f}" if score >= 0.01 else f"{score:.1g}"
+
+
 def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=size)
 
 
-def _flow(entries: list[str], width: int) -> list[list[tuple[int, int]]]:
-    """Lays entries out in lines of at most `width` pixels: per line (x, index of the entry)."""
-    rows, x = [[]], 0
-    for index, entry in enumerate(entries):
-        needed = round(_font(17).getlength(entry)) + 28
-        if rows[-1] and x + needed > width:
-            rows.append([])
-            x = 0
-        rows[-1].append((x, index))
-        x += needed
-    return rows
+class _Legend:
+    """Texts after patches of colours, in lines of at most `width` pixels."""
+
+    LINE, PATCH, GAP, SIZE = 28, 14, 4, 17
+
+    def __init__(self, entries: Sequence[tuple[str, Sequence[Colour]]], width: int):
+        self.rows, x = [[]], 0  # each of (x, patches, text)
+        for text, colors in entries:
+            patches = len(colors) * (self.PATCH + self.GAP)
+            text = _fit(plain(text, 400), width - patches, self.SIZE, from_end=True)
+            needed = patches + round(_font(self.SIZE).getlength(text)) + 28
+            if self.rows[-1] and x + needed > width + 28:
+                self.rows.append([])
+                x = 0
+            self.rows[-1].append((x, colors, text))
+            x += needed
+        self.height = self.LINE * len(self.rows)
+
+    def draw(self, draw: ImageDraw.ImageDraw, left: int, top: int, ink: Colour = INK) -> None:
+        for row, entries in enumerate(self.rows):
+            middle = top + self.LINE * row + 10
+            for x, colors, text in entries:
+                x += left
+                for color in colors:
+                    draw.rectangle((x, middle - self.PATCH // 2, x + self.PATCH, middle + self.PATCH // 2), fill=color)
+                    x += self.PATCH + self.GAP
+                x += self.GAP if colors else 0
+                draw.text((x, middle), text, font=_font(self.SIZE), fill=ink, anchor="lm")
 
 
-def _fit(text: str, width: int, size: int) -> str:
-    """The text, cut at its start where it is too long: the end of a path says more."""
+def _fit(text: str, width: int, size: int, from_end: bool = False) -> str:
+    """The text, cut at its start where it is too long: the end of a path says more. Or cut at its end."""
     if _font(size).getlength(text) <= width:
         return text
     while len(text) > 1 and _font(size).getlength("…" + text) > width:
-        text = text[1:]
-    return "…" + text
+        text = text[:-1] if from_end else text[1:]
+    return text + "…" if from_end else "…" + text

@@ -16,6 +16,8 @@ INTEGER_BUFFERS = ("vocabulary.input_ids", "vocabulary.attention_mask")
 BUFFERS = ("vocabulary.features", *INTEGER_BUFFERS)
 PHRASES_AT_ONCE = 64  # that the text encoder handles: bounds the memory of many phrases
 _LISTED = 50  # an error lists so many phrases at most
+_REMEMBERED = 4096  # phrases
+_phrases: dict[tuple[int, ...], str] = {}  # by their tokens: what was tokenized lately, so that errors name it
 
 
 def vocabulary_phrases(classes: list[str]) -> list[str]:
@@ -35,6 +37,25 @@ def check_tokenizer(tokenizer, config):
             f"The tokenizer has {len(tokenizer)} tokens with ids up to {largest}, the text embedding of the model has "
             f"{rows} rows: take the tokenizer that was saved with the model."
         )
+
+
+def _token_ids(input_ids: Tensor, attention_mask: Tensor) -> list[tuple[int, ...]]:
+    """Those of each phrase without the padding at its end, -1 for what is masked before."""
+    rows = input_ids.masked_fill(attention_mask == 0, -1).tolist()
+    lengths = [max((place for place, token in enumerate(row, 1) if token >= 0), default=0) for row in rows]
+    return [tuple(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+
+
+def remember_phrases(phrases: list[str], input_ids: Tensor, attention_mask: Tensor):
+    """
+    Keeps the last thousands of phrases with their tokens, by which a model that lacks one names it.
+
+    Args:
+        input_ids, attention_mask: `(phrases, tokens)` int.
+    """
+    _phrases.update(zip(_token_ids(input_ids, attention_mask), phrases, strict=True))
+    for oldest in list(_phrases)[:-_REMEMBERED]:
+        del _phrases[oldest]
 
 
 def warn_of_alike(phrases: list[str], input_ids: Tensor, attention_mask: Tensor):
@@ -194,15 +215,21 @@ class Sam3LiteVocabulary(nn.Module):
             `(prompts, tokens, hidden)`, as many tokens as `input_ids` has.
 
         Raises:
-            ValueError: a prompt is not in the vocabulary; the message lists what is.
+            ValueError: a prompt is not in the vocabulary; the message names it, as far as its words are known, and
+                lists what is.
         """
         rows = self.find(input_ids, attention_mask)
-        unknown = (rows < 0).nonzero().flatten().tolist()
-        if unknown:
+        unknown = (rows < 0).nonzero().flatten()
+        if len(unknown):
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            asked = _token_ids(input_ids[unknown], mask[unknown])
+            names = [
+                repr(_phrases[tokens]) if tokens in _phrases else f"prompt {row}"
+                for row, tokens in zip(unknown.tolist(), asked, strict=True)
+            ]
             raise ValueError(
-                f"Prompts {unknown[:_LISTED]} are not in the vocabulary of this model, which is: {self.listed()}. "
-                "For other words give it a text encoder with `restore_text_encoder`; padded `input_ids` need their "
-                "`attention_mask`."
+                f"{_joined(names)}: not in the vocabulary of this model, which is: {self.listed()}. For other words "
+                "give it a text encoder with `restore_text_encoder`; padded `input_ids` need their `attention_mask`."
             )
         return F.pad(self.features[rows], (0, 0, 0, input_ids.shape[1] - self.features.shape[1]))
 
@@ -235,8 +262,12 @@ class Sam3LiteVocabulary(nn.Module):
 
 
 def _listed(phrases: list[str]) -> str:
-    rest = len(phrases) - _LISTED
-    return ", ".join(map(repr, phrases[:_LISTED])) + (f" and {rest} more" if rest > 0 else "")
+    return _joined(list(map(repr, phrases)))
+
+
+def _joined(names: list[str]) -> str:
+    rest = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 __all__ = [
@@ -244,6 +275,7 @@ __all__ = [
     "check_tokenizer",
     "encode_phrases",
     "phrase_features",
+    "remember_phrases",
     "vocabulary_phrases",
     "warn_of_alike",
 ]

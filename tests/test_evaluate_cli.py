@@ -1,6 +1,8 @@
 """`sam3-lite evaluate`, and the curves and counts that it draws."""
 
 import json
+import re
+import shutil
 from functools import partial
 
 import numpy as np
@@ -15,13 +17,16 @@ from typer.testing import CliRunner
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.cli import app
+from sam3_hf.commands.scoring import load_split
 from sam3_hf.data import EvalDataset, load_dataset_splits
 from sam3_hf.data.generated import write_dataset
-from sam3_hf.evaluation import CocoAP, prediction_row, reference_row
+from sam3_hf.evaluation import CocoAP, loop, prediction_row, reference_row
 from sam3_hf.evaluation.curves import Confusion, PrecisionRecall
-from sam3_hf.evaluation.loop import evaluate
+from sam3_hf.evaluation.loop import Pictures, evaluate
 from sam3_hf.evaluation.plots import plot_confusion, plot_precision_recall
 from sam3_hf.processing_sam3_lite import tokenize
+from sam3_hf.training.arguments import parse_arguments
+from sam3_hf.training.data import load_data
 
 NAMES = {0: "cat", 1: "dog"}
 
@@ -120,14 +125,21 @@ def test_curves_and_counts_agree_with_the_scores(case, tmp_path):
             assert counts[:, index].sum() == detections
 
 
-def test_the_command_gives_the_scores_of_training(folder, data, tmp_path):
+def test_the_command_gives_the_scores_of_training(folder, data, tmp_path, monkeypatch, caplog):
     result = run("--model", folder, "--data", data, "--output", tmp_path / "out", "--workers", 0)
     assert result.exit_code == 0, result.output
     model = Sam3LiteModel.from_pretrained(folder)
     processor = Sam3LiteProcessor.from_config(model.config)
     dataset = EvalDataset(load_dataset_splits(data)["validation"], 64)
     set_seed(0)
-    expected = evaluate(Accelerator(), model, processor, partial(tokenize, processor.tokenizer), dataset, batch_size=4)
+    text, pictures = partial(tokenize, processor.tokenizer), Pictures(tmp_path / "pictures", 2)
+    monkeypatch.setattr(loop, "DRAWN_SCORE", 1.5)
+    with caplog.at_level("INFO"):
+        expected = evaluate(Accelerator(), model, processor, text, dataset, batch_size=4, pictures=pictures)
+    said = (
+        r"2 of the pictures drawn show objects, and nothing with a score of 1.5; their best scores: 0000.png 0\.\d+ \("
+    )
+    assert re.search(said, caplog.text) and len(list(pictures.folder.iterdir())) == 2
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (found["split"], found["images"], found["precision"]) == ("validation", 5, "fp32")
     assert expected.keys() <= found.keys()
@@ -159,6 +171,30 @@ def test_another_split_and_boxes_alone(folder, data, tmp_path):
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert "segm_AP" not in found and found["images"] == 2 and "crimson disc" in found["bbox_per_class"]
     assert (tmp_path / "confusion.png").exists() and "masks" not in result.output
+
+
+def test_without_a_validation_split_what_training_held_out_is_scored(folder, tmp_path):
+    data = write_dataset(tmp_path / "data", num_train=8, num_valid=2, image_size=64, num_concepts=2)
+    shutil.rmtree(data / "valid")
+    options = ("--model", folder, "--data", data, "--workers", 0)
+    result = run(*options)
+    assert result.exit_code == 1 and result.output.count("\n") == 1
+    assert "--split takes train, or give --validation-split 0.1 (and --seed), as training was" in result.output
+    flags = ["--data", str(data), "--validation_split", "0.25", "--seed", "3"]
+    _, held_out = load_data(Accelerator(), parse_arguments(flags), 64)
+    rows = load_split(str(data), "validation", None, None, 0.25, 3)
+    assert rows["file_name"] == held_out.rows["file_name"] and len(rows) == 2
+    rest = load_split(str(data), "train", None, None, 0.25, 3)
+    assert set(rest["file_name"]).isdisjoint(rows["file_name"]) and len(rest) == 6
+    result = run(*options, "--validation_split", 0.25, "--seed", 3, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 2
+    assert "--validation-split 1 must be above 0" in run(*options, "--validation-split", 1).output
+
+
+def test_nothing_is_held_out_beside_a_validation_split(folder, data):
+    result = run("--model", folder, "--data", data, "--validation-split", 0.1)
+    assert result.exit_code == 1 and "has a validation split, training holds nothing out: leave" in result.output
 
 
 def test_a_fixed_vocabulary(folder, data, tmp_path):

@@ -217,6 +217,12 @@ def test_scores_are_those_of_pytorch(small, exported, tmp_path):
     assert scores[0]["precision"] == "fp32" and "loss" not in scores[0]
     for name in ("segm_AP", "bbox_AP", "segm_cgF1"):
         assert scores[0][name] == pytest.approx(scores[1][name], abs=1e-3)
+    result = run("compare", exported, small, "--data", data, "--workers", 0, "--output", tmp_path / "compared")
+    assert result.exit_code == 0, result.output
+    compared = json.loads((tmp_path / "compared" / "comparison.json").read_text())["models"]
+    assert compared[0]["parameters"] is None and compared[0]["bytes"] > 1e5 and compared[0]["precision"] == "fp32"
+    for one, own in zip(compared, scores, strict=True):
+        assert one["scores"]["segm_AP"] == pytest.approx(own["segm_AP"], abs=1e-4)
 
 
 def test_the_json_says_what_a_program_needs(exported):
@@ -328,7 +334,7 @@ def test_what_cannot_be_made_of_graphs_is_said_in_one_line(exported, tmp_path, o
     assert result.exit_code == 1 and "holds graphs for onnx in fp32" in result.stderr, result.output
 
 
-@pytest.mark.parametrize(("argument", "value"), [("dtype", "float16"), ("image_size", 128), ("preset", "lite")])
+@pytest.mark.parametrize(("argument", "value"), [("dtype", "fp16"), ("image_size", 128), ("preset", "lite")])
 def test_what_an_exported_model_cannot_be_asked_for(exported, argument, value):
     with pytest.raises(ValueError, match=argument):
         Sam3LitePipeline.from_pretrained(exported, **{argument: value})

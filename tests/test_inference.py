@@ -270,6 +270,7 @@ def bright_pipe(pipe, monkeypatch) -> Sam3LitePipeline:
             boxes=torch.tensor(boxes).reshape(-1, 4),
             prompt_index=torch.tensor(prompts, dtype=torch.long),
             mask_logits=torch.stack(masks) if masks else none,
+            best=torch.full((len(image_index),), 0.9),
             finite=torch.tensor(True),
         )
 

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import micro_config, shake
+from conftest import micro_config, run, shake
 from tqdm import tqdm
 from typer.testing import CliRunner
 
 from sam3_hf import Prompt, Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.cli import app
 from sam3_hf.evaluation.loop import with_progress
+from sam3_hf.precision_sam3_lite import as_dtype, precision_name
 from sam3_hf.prediction.detections import SHOWN, Detections
 from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.compatibility import check_compatible
@@ -87,3 +88,29 @@ def test_a_line_of_the_log_says_how_long_the_run_still_takes(caplog):
     with caplog.at_level(logging.INFO, "sam3_hf"):
         log_step(10, 100, 8, values, tqdm(disable=True))  # 90 steps of 8 images, 2 a second
     assert "06:00 of training left" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "dtype"),
+    [(["fp16", "float16", "half", torch.float16], torch.float16), (["bf16", "bfloat16"], torch.bfloat16)],
+)
+def test_precisions_have_many_names_and_one_is_shown(names, dtype, tmp_path):
+    model = Sam3LiteModel(micro_config())
+    model.save_pretrained(tmp_path)
+    Sam3LiteProcessor.from_config(model.config).save_pretrained(tmp_path)
+    for name in names:
+        assert precision_name(name) == names[0] and as_dtype(name) == dtype
+        for preset in (None, "same"):
+            assert Sam3LiteModel.from_pretrained(tmp_path, dtype=name, preset=preset).dtype == dtype
+        flags = (["--mixed_precision", str(name)], [f"--mixed_precision={name}"])
+        for flag in flags:
+            assert parse_arguments(["--data", "x", *flag]).optimization.mixed_precision == names[0]
+    (tmp_path / "run.yaml").write_text(f"data: x\nmixed_precision: {names[1]}\n")
+    assert parse_arguments([str(tmp_path / "run.yaml")]).optimization.mixed_precision == names[0]
+    result = run("convert", tmp_path, tmp_path / "converted", "--dtype", names[1])
+    assert f"parameters in {names[0]}," in result.output
+    assert parse_arguments(["--data", "x", "--mixed_precision", "float32"]).optimization.mixed_precision == "no"
+    with pytest.raises(ValueError, match=r"`dtype` must be .*fp16, bf16, fp32.*got 'fp17'"):
+        Sam3LiteModel.from_pretrained(tmp_path, dtype="fp17")
+    result = run("export", tmp_path, tmp_path / "out", "--precision", "bfloat16")
+    assert result.exit_code == 1 and result.output.startswith("Error: --precision bf16 is none of fp32, fp16, int8")

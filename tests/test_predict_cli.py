@@ -1,5 +1,6 @@
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -76,8 +77,9 @@ def test_writes_what_the_pipeline_finds(command, pictures, saved, tmp_path):
             np.array_equal(mask, decode_mask(row["segmentation"])) for mask, row in zip(masks, rows, strict=True)
         )
         overlay = Image.open(out / "overlays" / f"{name}.png")
-        assert max(overlay.size) == 512  # small pictures are enlarged
-        plain = Image.open(pictures / name).convert("RGB").resize(overlay.size)
+        scale = 512 / max(size)  # small pictures are enlarged
+        plain = Image.open(pictures / name).convert("RGB").resize([round(scale * side) for side in size])
+        overlay = overlay.crop((0, 0, *plain.size))  # without the legend
         assert np.abs(np.array(overlay, dtype=int) - np.array(plain)).mean() > 3
 
 
@@ -208,3 +210,42 @@ def test_find_pictures(pictures, tmp_path):
     assert [picture.name for picture in found] == ["b.jpg", "notes.txt"]
     with pytest.raises(ValueError, match="both be written as a.png"):
         find_pictures([str(pictures), str(pictures / "more")], out)
+
+
+def test_where_nothing_passes_the_best_score_is_told(command, pictures, tmp_path):
+    result = command(pictures, "--overlays", threshold=0.99)
+    assert result.exit_code == 0 and "0 detections in 3 pictures" in result.output
+    names = ("a.png", "b.jpg", "more/a.png")
+    best = {name: record_of(tmp_path / "out", name)["best_scores"] for name in names}
+    for prompt in ("cat", "red car"):
+        name = max(names, key=lambda name: best[name][prompt])
+        said = f"Nothing above --threshold 0.99 for '{prompt}': the best score is {best[name][prompt]:.2f}, in {name}."
+        assert said in result.output
+    assert "for 'cat'" in command(pictures, threshold=0.99).output  # also of what was done before
+    low, *_, high = sorted(max(scores.values()) for scores in best.values())
+    some = command(pictures, threshold=(low + high) / 2, output=tmp_path / "some").output
+    assert "in 3 pictures" in some and re.search(
+        r"in [12] pictures; their best scores: .*\.(png|jpg) 0\.\d\d \(", some
+    )
+
+
+def test_overlays_are_opened_on_a_display_alone(command, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    result = command(pictures, "--show")
+    assert result.exit_code == 1 and not (tmp_path / "out").exists()
+    assert result.output.startswith("Error: --show needs a display, and DISPLAY") and result.output.count("\n") == 1
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "xdg-open, which is not installed" in command(pictures, "--show").output
+    (tmp_path / "xdg-open").write_text("#!/bin/sh\n")
+    (tmp_path / "xdg-open").chmod(0o755)
+    opened = []
+    monkeypatch.setattr("typer.launch", lambda path: opened.append(path) or 0)
+    assert command(pictures, "--show").exit_code == 0
+    names = ["a.png", "b.jpg", "more/a.png"]
+    assert opened == [str(tmp_path / "out" / "overlays" / f"{name}.png") for name in names]
+    monkeypatch.setattr("typer.launch", lambda path: 1)
+    result = command(pictures, "--show")
+    assert result.exit_code == 1 and "cannot be shown, no program opens it" in result.output

@@ -4,6 +4,7 @@ below. And what the pages name: links, headings, files, rooms.
 """
 
 import ast
+import dataclasses
 import importlib.util
 import os
 import re
@@ -21,11 +22,13 @@ import warm
 from accelerate.commands.launch import launch_command_parser
 from conftest import HUNG
 from hub_stand_in import TOKEN, HubStandIn
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from sam3_hf import Sam3LitePipeline
 from sam3_hf.cli import app
 from sam3_hf.data import read_category_map
+from sam3_hf.training.arguments import GROUPS
 
 ROOT = Path(__file__).parents[1]
 STANDARD = ROOT / "sam3_hf" / "assets" / "tiny-standard"
@@ -61,6 +64,7 @@ ADDED = {
     "sam3-lite label": "--workers 0",
     "sam3-lite predict": "--workers 0",
     "sam3-lite evaluate": "--workers 0",
+    "sam3-lite compare": "--workers 0",
 }
 # Not run, and why; the tests named check them.
 NOT_RUN = {
@@ -128,7 +132,8 @@ PROGRAMS = {"sam3-lite": sam3_lite, "python": python, "accelerate": accelerate}
 WRITTEN = {
     "python training/demo.py": ["outputs/demo/predictions/*/*.png", "outputs/demo/segmented.png"],
     "sam3-lite label": ["labelled/settings.json", "labelled/predictions/*.json", "labelled/*/_annotations.coco.json"],
-    "sam3-lite predict": [
+    "sam3-lite predict path/to/images --model outputs/mine/final": ["found_parts/overlays/*.png"],
+    "sam3-lite predict outputs/demo/data/valid": [
         "found/predictions/*.json",
         "found/coco_results.json",
         "found/coco_images.json",
@@ -137,7 +142,14 @@ WRITTEN = {
     ],
     "sam3-lite convert facebook/sam3 sam3-lite-calibrated": ["sam3-lite-calibrated/model.safetensors"],
     "sam3-lite convert outputs/demo/checkpoints/best bare": ["bare/model.safetensors"],
-    "sam3-lite evaluate": ["scores/metrics.json", "scores/precision_recall.png", "scores/confusion.png"],
+    "sam3-lite compare": ["compared/comparison.json"],
+    "sam3-lite check": ["dataset.png"],
+    "sam3-lite evaluate --model outputs/demo/final": [
+        "scores/metrics.json",
+        "scores/precision_recall.png",
+        "scores/confusion.png",
+    ],
+    "sam3-lite evaluate --model outputs/mine/final": ["scores_mine/confusion.png", "scores_mine/precision_recall.png"],
 }
 
 
@@ -420,6 +432,20 @@ def test_files_and_modules_that_are_named_exist(page):
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
     modules = set(re.findall(r"\bsam3_hf(?:\.[a-z_0-9]+)+", code))
     assert [module for module in sorted(modules) if importlib.util.find_spec(module) is None] == []
+
+
+def test_options_that_are_named_for_those_of_other_libraries_exist():
+    """In the last columns of docs/coming_from.md but for the rows of those libraries, and in its prose."""
+    page = next(page for page in DOCS if page.path.stem == "coming_from")
+    others = ("| ultralytics ", "| RF-DETR ", "| Transformers", "| Meta's ")
+    lines = [line for line in page.prose.splitlines() if not line.startswith(others)]
+    ours = [line.rstrip(" |").rpartition("|")[2] for line in lines]
+    named = set(re.findall(r"(?<![\w-])(--[a-z][a-z_-]*)", "\n".join(ours)))
+    known = {f"--{item.name}" for group in GROUPS for item in dataclasses.fields(group)}
+    known |= {
+        option for command in get_command(app).commands.values() for one in command.params for option in one.opts
+    }
+    assert len(named) > 20 and named - known == set()
 
 
 def rooms_by_row() -> dict[str, int]:

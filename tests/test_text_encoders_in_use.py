@@ -72,7 +72,7 @@ def test_info_and_cards_name_the_text_encoder(processor, model, tmp_path):
     preset = Sam3LiteModel(Sam3LiteConfig.from_preset("tiny", text="s1"))
     preset.save_pretrained(tmp_path / "tiny")
     Sam3LiteProcessor.from_config(preset.config).save_pretrained(tmp_path / "tiny")
-    assert "tiny with text encoder s1, float32" in run("info", tmp_path / "tiny").output
+    assert "tiny with text encoder s1, fp32" in run("info", tmp_path / "tiny").output
     result = run("convert", tmp_path / "tiny", tmp_path / "again")
     assert result.exit_code == 0, result.output
     card = ModelCard.load(tmp_path / "again/README.md").text

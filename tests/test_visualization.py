@@ -5,7 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sam3_hf.visualization import draw_instances, instance_colors, plot_curves, side_by_side
+from sam3_hf.prediction.detections import LEGEND_LABELS, Detections
+from sam3_hf.prediction.output_folder import draw_detections
+from sam3_hf.rle import encode_masks
+from sam3_hf.visualization import draw_instances, drawing_colors, instance_colors, plot_curves, side_by_side
 
 GREY = np.full((64, 96, 3), 128, dtype=np.uint8)
 
@@ -157,6 +160,87 @@ def test_side_by_side_names_the_concepts_where_there_are_several():
     alone, mixed = side_by_side(GREY, {}, one), side_by_side(GREY, other, one)
     colors = instance_colors(2)
     assert has_color(mixed, colors[1]).sum() > has_color(alone, colors[0]).sum() + 500  # the ground of its tag
+
+
+def crowd(labels=("cell",)) -> dict:
+    """48 things of 6 pixels, of which so many concepts take turns."""
+    places = [(6 + 10 * row, 6 + 11 * column) for row in range(6) for column in range(8)]
+    masks = np.stack([disc(place, 3) for place in places])
+    return {"masks": masks, "labels": [labels[index % len(labels)] for index in range(48)]}
+
+
+def test_many_small_things_stay_visible():
+    crowded = crowd()
+    canvas = draw_instances(GREY, **crowded, scores=[0.5] * 48)
+    assert max(canvas.size) == 1024
+    assert canvas.tobytes() == draw_instances(GREY, **crowded).tobytes()  # there are no tags
+    for mask, color in zip(crowded["masks"], drawing_colors(crowded["labels"]), strict=True):
+        rows, columns = (np.flatnonzero(mask.any(axis=axis)) * 1024 // 96 for axis in (1, 0))
+        own = np.asarray(canvas)[rows[0] : rows[-1], columns[0] : columns[-1]]
+        outline = has_color(own, color).mean()
+        assert 0.02 < outline < 0.4  # it has its own outline, which leaves most of it to be seen
+
+
+def test_many_things_of_several_concepts_have_the_colour_of_their_concept():
+    labels = crowd(("cell", "debris"))["labels"]
+    assert drawing_colors(labels) == instance_colors(2) * 24
+    assert drawing_colors(labels[:30]) == instance_colors(30)
+    assert drawing_colors(["cell"] * 48) == instance_colors(48)
+    few = {"masks": crowd()["masks"][:2], "labels": ["cell", "debris"]}
+    panel = side_by_side(GREY, crowd(("cell", "debris")), few)
+    left, right = panel.crop((0, 0, panel.width // 2, panel.height)), panel.crop((panel.width // 2, 0, *panel.size))
+    assert all(has_color(half, color).any() for half in (left, right) for color in instance_colors(2))
+    assert not has_color(right, instance_colors(50)[48]).any()
+
+
+def detections(count: int, best: dict | None = None, prompts=("cell", "debris")) -> Detections:
+    masks = crowd()["masks"][:count]
+    boxes = torch.tensor([[columns[0], rows[0], columns[-1], rows[-1]] for rows, columns in map(edges, masks)])
+    scores = torch.linspace(0.9, 0.31, count)
+    rle = encode_masks(masks)
+    return Detections(boxes.float().reshape(-1, 4), scores, ["cell"] * count, rle, (64, 96), list(prompts), best or {})
+
+
+def edges(mask):
+    return np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+
+
+def test_an_overlay_has_a_legend():
+    found = detections(2, {"cell": 0.9, "debris": 0.004})
+    assert found.legend(instance_colors(2)) == [
+        ("cell: 2 (0.31 to 0.90)", instance_colors(2)),
+        ("debris: none (best score 0.004)", []),
+    ]
+    picture = torch.from_numpy(GREY).permute(2, 0, 1)
+    drawing = draw_instances(GREY, found.boxes, found.masks, found.labels, found.scores)
+    overlay = draw_detections(picture, found)
+    assert overlay.width == drawing.width and overlay.height > drawing.height
+    below = overlay.crop((0, drawing.height, *overlay.size))
+    assert all(has_color(below, color).sum() > 150 for color in instance_colors(2))
+    assert overlay.crop((0, 0, *drawing.size)).tobytes() == drawing.tobytes()
+
+
+def test_an_overlay_of_nothing_says_the_best_scores():
+    found = detections(0, {"cell": 0.21, "debris": 0.1})
+    assert found.legend([]) == [
+        ("Nothing above the threshold.", []),
+        ("cell: none (best score 0.21)", []),
+        ("debris: none (best score 0.10)", []),
+    ]
+    assert "0 cell (best score 0.21)" in repr(found)
+    picture = torch.from_numpy(GREY).permute(2, 0, 1)
+    said, other = (draw_detections(picture, detections(0, {"cell": best})) for best in (0.21, 0.22))
+    assert said.tobytes() != other.tobytes()
+    many = detections(1, {}, [f"thing {number}" for number in range(60)] + ["cell"]).legend(instance_colors(1))
+    assert len(many) == LEGEND_LABELS + 1 and many[0][0].startswith("cell: 1") and many[-1][0] == "and 37 more prompts"
+
+
+def test_side_by_side_says_the_best_score_of_what_is_not_found():
+    truth = one_instance()
+    said, other, unknown = (
+        side_by_side(GREY, {"best": best}, truth) for best in ({"red circle": 0.21}, {"red circle": 0.12}, {})
+    )
+    assert said.tobytes() != other.tobytes() != unknown.tobytes()
 
 
 def test_curves(tmp_path):

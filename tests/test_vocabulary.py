@@ -130,8 +130,16 @@ def test_class_ids_with_boxes_and_for_all_images(model, frozen, processor, image
 
 
 def test_unknown_words_are_an_error_that_lists_the_known(frozen, processor, images):
-    with pytest.raises(ValueError, match=r"Prompts \[1, 3\] .*'red blood cell', 'cat', 'a long phrase of many words'"):
-        frozen(**ask(processor, images, text=[["cat", "dog"], ["cat", "cat cat"]]))
+    known = "'red blood cell', 'cat', 'a long phrase of many words'"
+    with pytest.raises(
+        ValueError, match=f"^'Dog', 'cat  cat': not in the vocabulary of this model, which is: {known}"
+    ):
+        frozen(**ask(processor, images, text=[["cat", "Dog"], ["cat", "cat  cat"]]))
+    with pytest.raises(ValueError, match=f"^prompt 1: not in the vocabulary of this model, which is: {known}"):
+        others = torch.tensor([[510, 7, 7, 9, 511]])  # which no words were turned into
+        known_ids = processor(text="cat")["input_ids"][:, :5]
+        mask = processor(text="cat")["attention_mask"][:, :5]
+        frozen.get_text_features(torch.cat([known_ids, others]), torch.cat([mask, torch.ones_like(mask)]))
     prefix = processor(text=["red blood cell"])
     prefix["attention_mask"][:, 2:] = 0
     with pytest.raises(ValueError, match="'red blood cell'"):

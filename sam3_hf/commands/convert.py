@@ -14,6 +14,7 @@ from ..errors import model_errors
 from ..mapping.calibration import calibrate_mapping
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..phrases import read_phrases
+from ..precision_sam3_lite import precision_name
 from ..processing_sam3_lite import Sam3LiteProcessor
 from ..sharing.model_card import origin_of, versions
 from ..sources_sam3_lite import is_training_checkpoint
@@ -29,7 +30,7 @@ def convert(
     preset: Annotated[
         str | None, typer.Option(help="Sizes, or `same`. Default: `lite`, for a lite source `same`.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="E.g. float16. Default: that of the source.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32. Default: that of the source.")] = None,
     mapping: Annotated[str, typer.Option(help="auto, isometry, select or skip.")] = "auto",
     image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels.")] = None,
     text_encoder: Annotated[
@@ -106,8 +107,9 @@ def convert(
         write_model(model, processor, target, {"origin": asdict(origin), "versions": versions()})
     if report and model.mapping_report is not None:
         typer.echo(str(model.mapping_report))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     typer.echo(
-        f"{target}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters in {model.dtype}, "
+        f"{target}: {parameters / 1e6:.1f}M parameters in {precision_name(model.dtype)}, "
         f"{open_checkpoint(target).size / 1e6:.1f} MB ({before})"
     )
 

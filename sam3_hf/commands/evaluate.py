@@ -3,76 +3,73 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from ..checkpoints import refuse_training_checkpoint
-from ..errors import model_errors
-from ..exporting.folder import is_export
-from ..exporting.opening import open_export
 from ..files import write_file
-from ..modeling_sam3_lite import Sam3LiteModel
-from ..processing_sam3_lite import Sam3LiteProcessor
 from .errors import one_line_errors
+from .options import Revision
+from .scoring import (
+    BatchSize,
+    CategoryMap,
+    Data,
+    ImageFolder,
+    Seed,
+    Split,
+    ValidationSplit,
+    Workers,
+    accelerator_for,
+    check_writable,
+    dataset_for,
+    load_split,
+    open_scored,
+    precision_of,
+)
 
 COLUMNS = ("AP", "AP50", "AP75", "AR100", "cgF1", "positive_micro_F1", "IL_MCC", "objects")
 
 
 def evaluate(
     model: Annotated[str, typer.Option(help="Hub id or folder.")],
-    data: Annotated[str, typer.Option(help="Dataset as in training: folder, COCO file, Hub repository.")],
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    data: Data,
+    split: Split = "validation",
     output: Annotated[
         Path | None, typer.Option(help="Folder for metrics.json, precision_recall.png and confusion.png.")
     ] = None,
-    image_folder: Annotated[Path | None, typer.Option(help="Where the file names of a COCO file start.")] = None,
-    category_map: Annotated[Path | None, typer.Option(help="YAML file that renames categories into phrases.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 4,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images ahead.")] = 2,
-    revision: Annotated[str, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = "main",
+    image_folder: ImageFolder = None,
+    category_map: CategoryMap = None,
+    validation_split: ValidationSplit = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 4,
+    workers: Workers = 2,
+    revision: Revision = "main",
 ):
     """Scores a model on a split: COCO AP, cgF1 and presence, for each concept and together. FP16 on a GPU."""
     with one_line_errors(task="evaluating"):
         if output is not None:
-            _check_writable(output)  # before the scoring, not after it
-        scores = _scores(model, data, split, image_folder, category_map, batch_size, workers, revision)
+            check_writable(output)  # before the scoring, not after it
+        rows = load_split(data, split, image_folder, category_map, validation_split, seed)
+        scores = _scores(model, rows, batch_size, workers, revision)
+    scores = {"model": model, "data": data, "split": split, **scores}
     typer.echo(table(scores))
     if output is not None:
         with one_line_errors():
             _write(scores, output)
 
 
-def _scores(source, data, split, image_folder, category_map, batch_size, workers, revision) -> dict:
-    from accelerate import Accelerator
+def _scores(source, rows, batch_size, workers, revision) -> dict:
     from accelerate.utils import set_seed
 
-    from ..data import EvalDataset, load_dataset_splits
     from ..evaluation.curves import Confusion, PrecisionRecall
     from ..evaluation.loop import evaluate as score
     from ..evaluation.text import PhraseFeatures
 
-    splits = load_dataset_splits(data, image_folder, category_map, check_images=[split])
-    if split not in splits:
-        raise ValueError(f"{data} has no split {split}: --split takes {', '.join(splits)}.")
-    with model_errors(source):
-        refuse_training_checkpoint(source)
-        exported = is_export(source)
-        if exported:
-            model, processor = open_export(source)
-        else:
-            model = Sam3LiteModel.from_pretrained(source, preset="same", dtype="float32", revision=revision).eval()
-            processor = Sam3LiteProcessor.of_source(source, model.config, revision=revision)
-    half = torch.cuda.is_available() and not exported
-    accelerator = Accelerator(mixed_precision="fp16" if half else "no", cpu=exported)
+    model, processor = open_scored(source, revision)
+    accelerator = accelerator_for(model)
     model.to(accelerator.device)
-    dataset = EvalDataset(splits[split], model.config.image_size)
-    if dataset.has_masks and not model.config.mask_supervision:
-        typer.echo(f"{source} was trained on boxes alone: its boxes are scored, and no masks.", err=True)
-        dataset.has_masks = False
+    dataset = dataset_for(source, model, rows)
     text = PhraseFeatures(model, processor, dataset.concepts, accelerator.device)
     set_seed(0)  # the mask losses sample points; training evaluates with its --seed, 0 if not given
     figures = score(
@@ -85,9 +82,7 @@ def _scores(source, data, split, image_folder, category_map, batch_size, workers
         num_workers=workers,
         more=(PrecisionRecall, Confusion),
     )
-    precision = model.export.precision if exported else accelerator.mixed_precision.replace("no", "fp32")
-    about = {"model": source, "data": data, "split": split, "images": len(dataset), "precision": precision}
-    return about | figures
+    return {"images": len(dataset), "precision": precision_of(model, accelerator), **figures}
 
 
 def table(scores: dict) -> str:
@@ -129,16 +124,6 @@ def _cell(value: float | int | None) -> str:
     if isinstance(value, int):
         return str(value)
     return "-" if value == -1 else f"{value:.3f}"  # COCO writes -1 where there is nothing to find
-
-
-def _check_writable(folder: Path) -> None:
-    """
-    Raises:
-        OSError: the folder cannot be written, or not be made.
-    """
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"{existing} is no folder that can be written: choose another --output.")
 
 
 def _write(scores: dict, output: Path) -> None:

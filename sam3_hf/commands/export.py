@@ -9,6 +9,7 @@ import typer
 
 from ..errors import model_errors
 from ..files import recover
+from ..precision_sam3_lite import precision_name
 from .errors import one_line_errors
 
 
@@ -17,8 +18,8 @@ def export(
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     format: Annotated[Literal["onnx", "openvino"], typer.Option(help="For which runtime.")] = "onnx",
     precision: Annotated[
-        Literal["fp32", "fp16", "int8-weights", "int8"],
-        typer.Option(help="int8-weights computes in float; int8 needs --calibration-images."),
+        str,
+        typer.Option(help="fp32, fp16, int8-weights (computes in float), or int8 (needs --calibration-images)."),
     ] = "fp32",
     image_size: Annotated[
         int | None, typer.Option(help="Side of the pictures in pixels. Default: the model's.")
@@ -61,4 +62,4 @@ def export(
                 revision=revision,
             )
         size = sum(file["bytes"] for file in read_export(output).facts["files"].values())
-    typer.echo(f"{output}: {format}, {precision}, {size / 1e6:.1f} MB")
+    typer.echo(f"{output}: {format}, {precision_name(precision)}, {size / 1e6:.1f} MB")

@@ -12,6 +12,7 @@ from ..errors import model_errors
 from ..exporting.folder import is_export
 from ..exporting.info import export_info
 from ..plain_text import plain
+from ..precision_sam3_lite import precision_name
 from ..sharing.adapter import adapter_info
 from ..sharing.info import model_info
 from .errors import one_line_errors
@@ -47,7 +48,9 @@ def as_text(facts: dict) -> str:
         flops = (f"{part['flops'] / 1e9:.2f}", part["per"]) if "flops" in part else ("", "")
         rows.append((name, f"{part['parameters']:,}", f"{part['bytes'] / 1e6:.2f}", *flops))
     rows.append(("all", f"{facts['parameters']:,}", f"{facts['bytes'] / 1e6:.2f}", "", ""))
-    return "\n".join([*_head(facts, facts["dtype"]), *_mapped(facts), "", *_table(rows), "", *_costs(facts)])
+    return "\n".join(
+        [*_head(facts, precision_name(facts["dtype"])), *_mapped(facts), "", *_table(rows), "", *_costs(facts)]
+    )
 
 
 def exported_as_text(facts: dict) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from ..launcher import end_with_launcher
 from ..picture_files import find_pictures
+from ..precision_sam3_lite import precision_name
 from ..prediction.pipeline import PredictionSettings, Prompt
 from ..prediction.processes import Outcome, Processes
 from ..prediction.run import fingerprint, predict_files
@@ -95,7 +96,7 @@ def label(
             record = {
                 "model": model,
                 "weights": fingerprint(pipe.model),
-                "dtype": str(pipe.model.dtype),
+                "dtype": precision_name(pipe.model.dtype),
                 "versions": versions(),
                 "prompts": words,
                 "phrase_thresholds": thresholds,

@@ -20,5 +20,5 @@ MaxPixels = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode pictures ahead.")]
 Device = Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float16, bfloat16 or float32. Default: by the device.")]
+Dtype = Annotated[str | None, typer.Option(help="fp16, bf16 or fp32. Default: by the device.")]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit of the model on the Hub.")]

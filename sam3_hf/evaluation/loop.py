@@ -21,7 +21,7 @@ from ..data.workers import batches_of
 from ..files import write_file
 from ..modeling_sam3_lite import Sam3LiteOutput
 from ..rle import decode_mask, encode_masks
-from ..visualization import side_by_side
+from ..visualization import score_text, side_by_side
 from .cgf1 import CGF1
 from .coco_ap import CocoAP
 from .metric import DetectionMetric
@@ -79,6 +79,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as cache, batches_of(loader) as loaded:
         metrics = [metric(**metric_options(accelerator, dataset, cache)) for metric in (CocoAP, CGF1, *more)]
         total, prompts = torch.zeros((), device=accelerator.device), 0
+        empty = {}
         for indices, batch in with_progress(zip(batches, loaded, strict=True), len(batches), accelerator):
             if stop is not None and stop():
                 return None
@@ -91,9 +92,13 @@ def evaluate(
             for metric in metrics:
                 metric.add_batch(predictions=rows, references=batch["references"])
             if pictures is not None:
-                draw_batch(accelerator, dataset, indices, batch, rows, pictures)
+                empty |= draw_batch(accelerator, dataset, indices, batch, rows, pictures)
         loss = {"loss": accelerator.reduce(total / prompts, "mean").item()} if prompts else {}
         figures = [metric.compute() for metric in metrics]
+    if empty:
+        listed = ", ".join(f"{name} {best}" for name, best in empty.items())
+        text = "%d of the pictures drawn show objects, and nothing with a score of %g; their best scores: %s"
+        logger.info(text, len(empty), DRAWN_SCORE, listed)
     if not accelerator.is_main_process:
         return None
     return {**loss, **merge_figures(*figures[:2]), **dict(chain.from_iterable(map(dict.items, figures[2:])))}
@@ -124,12 +129,16 @@ def metric_options(accelerator: Accelerator, dataset: EvalDataset, cache: str) -
     }
 
 
-def outputs_by_chunk(accelerator: Accelerator, model, text, batch: dict) -> Iterator[tuple[dict, Sam3LiteOutput]]:
+def outputs_by_chunk(
+    accelerator: Accelerator, model, text, batch: dict, with_loss: bool = True
+) -> Iterator[tuple[dict, Sam3LiteOutput]]:
     """Each chunk of `prompt_chunks` with the model's float32 outputs for it; the images are encoded once."""
     device = accelerator.device
     with accelerator.autocast():
         vision = accelerator.unwrap_model(model).get_vision_features(batch["pixel_values"].to(device))
     for chunk in prompt_chunks(batch):
+        if not with_loss:
+            del chunk["labels"]
         with accelerator.autocast():
             outputs = model(vision_embeds=vision, **model_inputs(chunk, text, device))
         yield chunk, convert_to_fp32(outputs)  # Accelerate does that itself, but not under FSDP
@@ -204,19 +213,35 @@ def draw_batch(
     batch: dict,
     rows: list[dict],
     pictures: Pictures,
-) -> None:
+) -> dict[str, str]:
     """
     Draws those images of a batch that are asked for, each in one process: `eval_batches` deals some out twice.
 
     Args:
         indices: of its images in the dataset.
         rows: the predictions for its prompts.
+
+    Returns:
+        {name of the picture: the best score and its concept} where there are objects and nothing was drawn as found.
     """
+    empty = {}
     for image, index in enumerate(indices):
         if index < pictures.count and index % accelerator.num_processes == accelerator.process_index:
             own = (batch["image_index"] == image).nonzero().flatten().tolist()
-            picture = draw(dataset, index, [rows[row] for row in own], [batch["references"][row] for row in own])
-            write_file(pictures.folder / f"{index:04d}.png", partial(picture.save, format="PNG"))
+            predictions, references = [rows[row] for row in own], [batch["references"][row] for row in own]
+            picture, name = draw(dataset, index, predictions, references), f"{index:04d}.png"
+            write_file(pictures.folder / name, partial(picture.save, format="PNG"))
+            best = best_scores(predictions, dataset)
+            concept = max(best, key=best.get, default=None)
+            if any(len(row["boxes"]) for row in references) and (concept is None or best[concept] < DRAWN_SCORE):
+                said = f"{score_text(best[concept])} ({concept})" if best else f"below {LOWEST_SCORE}"
+                empty[name] = said
+    return empty
+
+
+def best_scores(predictions: list[dict], dataset: EvalDataset) -> dict[str, float]:
+    """{concept: the highest score of its prediction row}, without those of which nothing was kept."""
+    return {dataset.concepts[row["category"]]: max(row["scores"]) for row in predictions if row["scores"]}
 
 
 def draw(dataset: EvalDataset, index: int, predictions: list[dict], references: list[dict]):
@@ -225,13 +250,15 @@ def draw(dataset: EvalDataset, index: int, predictions: list[dict], references: 
     pixels, _ = load_image(row["image"], row["width"], row["height"])
     return side_by_side(
         pixels.permute(1, 2, 0).numpy(),
-        _instances(predictions, dataset, lambda row, index: row["scores"][index] >= DRAWN_SCORE),
-        _instances(references, dataset, lambda row, index: not row["iscrowd"][index]),
+        instances_of(predictions, dataset, lambda row, index: row["scores"][index] >= DRAWN_SCORE)
+        | {"best": best_scores(predictions, dataset)},
+        instances_of(references, dataset, lambda row, index: not row["iscrowd"][index]),
         title=row["file_name"],
     )
 
 
-def _instances(rows: list[dict], dataset: EvalDataset, wanted) -> dict:
+def instances_of(rows: list[dict], dataset: EvalDataset, wanted: Callable[[dict, int], bool]) -> dict:
+    """What `draw_instances` takes, of those objects of some rows of an image that `wanted(row, index)` picks."""
     picked = [(row, index) for row in rows for index in range(len(row["boxes"])) if wanted(row, index)]
     instances = {
         "boxes": np.array([row["boxes"][index] for row, index in picked]).reshape(-1, 4),

@@ -16,6 +16,7 @@ import torch
 from ..configuration_sam3_lite import BOX_PADDING_LABEL, Sam3LiteConfig, context_length
 from ..files import write_folder
 from ..modeling_sam3_lite import Sam3LiteModel
+from ..precision_sam3_lite import precision_name
 from ..presets_sam3_lite import LITE_TEXT
 from ..processing_sam3_lite import Sam3LiteProcessor, num_tokens
 from ..sharing.model_card import (
@@ -80,6 +81,7 @@ def export_model(
         OSError: the source is missing, or the folder cannot be written.
         ImportError: a library of the extra `export` is missing or too old.
     """
+    precision = precision_name(precision)
     _check_choices(format, precision, calibration)
     if is_export(source):
         start = _from_export(read_export(source), precision, image_size)

@@ -23,6 +23,7 @@ from ..outputs_sam3_lite import (
     check_boxes,
     choose_queries,
 )
+from ..precision_sam3_lite import precision_name
 from ..presets_sam3_lite import LITE_TEXT
 from ..text_sam3_lite import TOKEN_BLOCK
 from ..vocabulary_sam3_lite import Sam3LiteVocabulary
@@ -54,7 +55,7 @@ class ExportedModel(nn.Module):
         if dtype not in (torch.float32, *([torch.bfloat16] if export.format == "openvino" else [])):
             raise ValueError(
                 f"{export.folder} computes in the precision that it was exported in ({export.precision}), `dtype` "
-                f"{str(dtype).removeprefix('torch.')} is not for it: leave it out, or export with another --precision."
+                f"{precision_name(dtype)} is not for it: leave it out, or export with another --precision."
             )
         self.export, self.config = export, export.config
         runtime = OnnxRuntimeGraph
@@ -158,13 +159,7 @@ class ExportedModel(nn.Module):
         masks = None
         if self.config.mask_supervision:
             masks = self._masks_of(vision, asked, found, chosen.prompt, chosen.query)
-        return Sam3LiteFindings(
-            scores=chosen.scores,
-            boxes=output.pred_boxes[chosen.prompt, chosen.query],
-            prompt_index=chosen.prompt,
-            mask_logits=masks,
-            finite=chosen.finite,
-        )
+        return chosen.findings(output.pred_boxes, masks)
 
     def _prompts(self, vision, image_index, text, text_mask, boxes, labels) -> Prompts:
         if boxes is not None:

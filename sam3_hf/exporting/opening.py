@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from ..precision_sam3_lite import as_dtype
 from ..processing_sam3_lite import Sam3LiteProcessor
 from ..sources_sam3_lite import HUB_ARGUMENTS
 from .folder import read_export
@@ -31,7 +32,5 @@ def open_export(
     if refused:
         raise ValueError(f"{source} is an exported model, `{refused[0]}` is for the one that it was exported from.")
     export = read_export(source)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
-    model = ExportedModel(export, str(device or "cpu"), dtype or torch.float32)
+    model = ExportedModel(export, str(device or "cpu"), torch.float32 if dtype is None else as_dtype(dtype))
     return model.eval(), Sam3LiteProcessor.of_source(source, export.config)

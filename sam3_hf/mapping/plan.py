@@ -13,6 +13,7 @@ from transformers import CLIPTokenizer, PreTrainedConfig
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..configuration_sam3_lite import Sam3LiteConfig
 from ..errors import missing_source
+from ..precision_sam3_lite import as_dtype
 from ..processing_sam3_lite import Sam3LiteProcessor
 from ..sources_sam3_lite import HUB_ARGUMENTS, listed
 from .mapper import map_checkpoint
@@ -144,7 +145,4 @@ def resolve_dtype(dtype, torch_dtype, stored: torch.dtype) -> torch.dtype:
     dtype = torch_dtype if dtype is None else dtype
     if dtype in (None, "auto"):
         return stored
-    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ValueError(f"`dtype` must be a floating point dtype, its name or 'auto', got {dtype!r}.")
-    return resolved
+    return as_dtype(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,8 +12,11 @@ from torch import Tensor
 
 from ..plain_text import plain
 from ..rle import decode_mask, ious
+from ..visualization import score_text
 
 SHOWN = 10  # detections, and prompts, that the text of a result lists
+LEGEND_LABELS = 24  # that a legend has room for
+LEGEND_COLORS = 8  # of detections of one label that it shows; of more it shows none
 
 
 @dataclass(repr=False)
@@ -29,6 +32,7 @@ class Detections:
             was trained on boxes alone.
         size: height and width of the image.
         prompts: all labels that were asked for, in their order.
+        best: {label: the highest score that anything in the image has for it}, of a detection or below the threshold.
     """
 
     boxes: Tensor
@@ -37,6 +41,7 @@ class Detections:
     rle: list[dict] | None
     size: tuple[int, int]
     prompts: list[str]
+    best: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,7 +50,7 @@ class Detections:
         """What is there of each label, and the best few with score and box; fits on a screen."""
         height, width = self.size
         found = Counter(self.labels)
-        counts = ", ".join(f"{found[label]} {plain(label)}" for label in self.prompts[:SHOWN])
+        counts = ", ".join(f"{found[label]} {plain(label)}{self._missed(label)}" for label in self.prompts[:SHOWN])
         counts += f", and {len(self.prompts) - SHOWN} more prompts" if len(self.prompts) > SHOWN else ""
         masks = "" if self.rle is not None else ", no masks"
         lines = [f"Detections({counts}; image of {width}x{height} pixels{masks})"]
@@ -54,6 +59,34 @@ class Detections:
             lines.append(f"  {score:.2f}  {plain(label)}  [{corners}]")
         lines += [f"  and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
         return "\n".join(lines)
+
+    def _missed(self, label: str) -> str:
+        """The best score of a label of which nothing was found, as a remark."""
+        if label in self.labels or label not in self.best:
+            return ""
+        return f" (best score {score_text(self.best[label])})"
+
+    def legend(self, colors: Sequence[tuple[int, int, int]]) -> list[tuple[str, list[tuple[int, int, int]]]]:
+        """
+        What a drawing of them says below: how many there are of each label, with their scores and colours; of what is
+        not there, the best score.
+
+        Args:
+            colors: RGB of each detection.
+        """
+        entries = [] if len(self) else [("Nothing above the threshold.", [])]
+        for label in sorted(self.prompts, key=lambda label: label not in self.labels)[:LEGEND_LABELS]:
+            own = [index for index, other in enumerate(self.labels) if other == label]
+            if not own:
+                entries.append((f"{plain(label, 40)}: none{self._missed(label)}", []))
+                continue
+            scores = [self.scores[index].item() for index in own]
+            ends = dict.fromkeys([score_text(min(scores)), score_text(max(scores))])
+            shades = list(dict.fromkeys(tuple(colors[index]) for index in own))
+            text = f"{plain(label, 40)}: {len(own)} ({' to '.join(ends)})"
+            entries.append((text, shades if len(shades) <= LEGEND_COLORS else []))
+        rest = len(self.prompts) - LEGEND_LABELS
+        return entries + ([(f"and {rest} more prompts", [])] if rest > 0 else [])
 
     @property
     def masks(self) -> Tensor | None:
@@ -75,6 +108,7 @@ class Detections:
             rle=None if self.rle is None else [self.rle[row] for row in index],
             size=self.size,
             prompts=self.prompts,
+            best=self.best,
         )
 
     def to_coco(self, image_id: int | str, category_ids: Mapping[str, int]) -> list[dict]:

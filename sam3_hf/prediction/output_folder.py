@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from PIL import Image
 
 from ..files import partial_of, write_file
 from ..picture_files import InputFile
+from ..precision_sam3_lite import precision_name
 from ..rle import compress, decode_mask
 from ..sources_sam3_lite import read_json
-from ..visualization import draw_instances
+from ..visualization import draw_instances, drawing_colors, with_legend
 from .detections import Detections
 
 logger = logging.getLogger(__name__)
@@ -29,12 +31,42 @@ class UnwritableName(OSError):
     """The predictions of a picture of this name cannot be written."""
 
 
+@dataclass
+class Contents:
+    """
+    What a folder holds.
+
+    Args:
+        images, detections: how many.
+        broken: what is wrong with the files that were left out.
+        empty: {name: the highest score in it and its prompt} of the images without detections.
+        missed: {prompt: its highest score and the name of the image}, until there is a detection of it: then None.
+    """
+
+    images: int = 0
+    detections: int = 0
+    broken: list[str] = field(default_factory=list)
+    empty: dict[str, tuple[float, str]] = field(default_factory=dict)
+    missed: dict[str, tuple[float, str] | None] = field(default_factory=dict)
+
+    def add(self, name: str, found: Detections) -> None:
+        self.images += 1
+        self.detections += len(found)
+        for label, score in found.best.items():
+            before = self.missed.setdefault(label, (score, name))
+            if before is not None:
+                self.missed[label] = None if label in found.labels else max(before, (score, name))
+        if not len(found) and found.best:
+            self.empty[name] = max((score, label) for label, score in found.best.items())
+
+
 class PredictionFolder:
     """
     Written are, for a picture `a/b.jpg`:
 
-        predictions/a/b.jpg.json   file, its bytes and modification time, width, height; detections: label, score,
-                                   box (xyxy in pixels), segmentation (COCO's compressed encoding; null without masks)
+        predictions/a/b.jpg.json   file, its bytes and modification time, width, height; best_scores, by prompt, of
+                                   detections or below the threshold; detections: label, score, box (xyxy in pixels),
+                                   segmentation (COCO's compressed encoding; null without masks)
         overlays/a/b.jpg.png       the detections drawn over it, if asked
         masks/a/b.jpg/000.png ...  a black and white mask per detection, in the order of the JSON file, if asked
         settings.json              what the predictions were made with
@@ -116,6 +148,7 @@ class PredictionFolder:
             **state,
             "width": found.size[1],
             "height": found.size[0],
+            "best_scores": found.best,
             "detections": [
                 {"label": label, "score": score, "box": box, "segmentation": rle}
                 for label, score, box, rle in zip(
@@ -134,33 +167,27 @@ class PredictionFolder:
         """{prompt: id of it in COCO files}"""
         return {prompt: index for index, prompt in enumerate(self.prompts, 1)}
 
-    def write_coco(self) -> tuple[int, int, list[str]]:
-        """
-        Exports all predictions of the folder, of earlier runs as well.
-
-        Returns:
-            How many images and detections, and what is wrong with the files that were left out.
-        """
+    def write_coco(self) -> Contents:
+        """Exports all predictions of the folder, of earlier runs as well."""
         category_ids = self.category_ids
-        images, count, broken = [], 0, []
+        images, contents = [], Contents()
 
         def write_results(partial: Path) -> None:
-            nonlocal count
             with partial.open("w", encoding="utf-8") as file:
                 file.write("[")
-                for image_id, (name, _, found) in enumerate(self._read_all(self._names(), broken), 1):
+                for image_id, (name, _, found) in enumerate(self._read_all(self._names(), contents.broken), 1):
                     height, width = found.size
                     images.append({"id": image_id, "file_name": name, "width": width, "height": height})
-                    for entry in found.to_coco(image_id, category_ids):
-                        file.write((",\n" if count else "\n") + json.dumps(entry))
-                        count += 1
+                    for number, entry in enumerate(found.to_coco(image_id, category_ids), contents.detections):
+                        file.write((",\n" if number else "\n") + json.dumps(entry))
+                    contents.add(name, found)
                 file.write("\n]\n")
 
         write_file(self.folder / "coco_results.json", write_results)
         categories = [{"id": index, "name": prompt} for prompt, index in category_ids.items()]
         dataset = json.dumps({"images": images, "categories": categories})
         write_file(self.folder / "coco_images.json", dataset)
-        return len(images), count, broken
+        return contents
 
     def _names(self) -> list[str]:
         """Of the pictures that have a prediction, in order."""
@@ -184,6 +211,7 @@ class PredictionFolder:
                 rle=None if None in [row["segmentation"] for row in rows] else [row["segmentation"] for row in rows],
                 size=(record["height"], record["width"]),
                 prompts=self.prompts,
+                best=record.get("best_scores", {}),
             )
             yield name, record["file"], found
 
@@ -196,8 +224,10 @@ class PredictionFolder:
         try:
             whole = all(isinstance(record[key], int) for key in ("bytes", "modified", "width", "height"))
             size = [record["height"], record["width"]]
+            scores = record.get("best_scores", {}).values()  # which folders of an earlier version lack
+            whole &= all(isinstance(score, (int, float)) for score in scores)
             valid = whole and all(_is_row(row, self.prompts, size) for row in record["detections"])
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             valid = False
         if not valid or not isinstance(record.get("file"), str):
             raise ValueError(f"{path} is no prediction of a picture: it is damaged.")
@@ -225,6 +255,10 @@ class PredictionFolder:
     def _json(self, name: str) -> Path:
         return self.folder / "predictions" / f"{name}.json"
 
+    def overlay_of(self, picture: InputFile) -> Path:
+        """Where its overlay is, if it was asked for and could be made."""
+        return self._overlay(picture.name)
+
     def _overlay(self, name: str) -> Path:
         return self.folder / "overlays" / f"{name}.png"
 
@@ -234,7 +268,7 @@ class PredictionFolder:
 
 def draw_detections(picture: torch.Tensor, found: Detections) -> Image.Image:
     """
-    Detections drawn over their picture, which may be smaller than the image they were found in.
+    Detections drawn over their picture, which may be smaller than the image they were found in, above a legend.
 
     Args:
         picture: `(3, h, w)` uint8.
@@ -244,17 +278,22 @@ def draw_detections(picture: torch.Tensor, found: Detections) -> Image.Image:
     for mask, rle in zip(masks, found.rle, strict=True) if found.rle else ():
         mask[:] = Image.fromarray(decode_mask(rle)).convert("L").resize((width, height), Image.Resampling.BOX)
     scale = torch.tensor([width, height, width, height]) / torch.tensor([*found.size[::-1], *found.size[::-1]])
-    return draw_instances(
+    colors = drawing_colors(found.labels)
+    drawing = draw_instances(
         picture.permute(1, 2, 0).numpy(),
         found.boxes * scale,
         masks,
         found.labels,
         found.scores.tolist(),
+        colors=colors,
     )
+    return with_legend(drawing, found.legend(colors))
 
 
 def _check_settings(path: Path, settings: dict) -> None:
     earlier = read_json(path)
+    if "dtype" in earlier:  # under other names in folders of an earlier version
+        earlier["dtype"] = precision_name(earlier["dtype"])
     changed = [key for key in settings if key != "model" and settings[key] != earlier.get(key)]
     if changed:
         differences = ", ".join(f"{key} was {earlier.get(key)} and is {settings[key]}" for key in changed)

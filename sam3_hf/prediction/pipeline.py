@@ -200,8 +200,8 @@ class Sam3LitePipeline:
             pretrained_model_name_or_path: folder or Hub id of a saved model and processor, a `.pt` of Meta's, or a
                 folder that `sam3-lite export` wrote, which its runtime computes.
             device: default: the GPU if there is one; for an exported model the CPU.
-            dtype: default: float16 on a GPU, float32 on a CPU, which is slow in float16. An exported model computes in
-                the precision that it was exported in; for OpenVINO it may be bfloat16.
+            dtype: fp16, bf16, fp32, or a dtype; default: fp16 on a GPU, fp32 on a CPU, which is slow in fp16. An
+                exported model computes in the precision that it was exported in; for OpenVINO it may be bf16.
             kwargs: those of [`Sam3LiteModel.from_pretrained`]. Sizes are those of the checkpoint unless told.
         """
         if is_export(pretrained_model_name_or_path):
@@ -293,6 +293,7 @@ class Sam3LitePipeline:
         if settings.tile_size is not None and any(prompt.all_boxes for own in prompts for prompt in own):
             raise ValueError("`tile_size` goes with prompts by words: a box would be in some tiles and not in others.")
         parts: list[list[Part]] = [[] for _ in prepared]
+        best: list[dict[str, float]] = [{} for _ in prepared]
         views = [(index, tile) for index, image in enumerate(prepared) for tile in image.tiles]
         for start in range(0, len(views), batch_size):
             group = views[start : start + batch_size]
@@ -305,15 +306,18 @@ class Sam3LitePipeline:
                 for prompt in prompts[index]
             ]
             for first in range(0, len(asked), PROMPTS_AT_ONCE):
-                for index, part in self._parts(vision, asked[first : first + PROMPTS_AT_ONCE], text, settings):
+                for index, part in self._parts(vision, asked[first : first + PROMPTS_AT_ONCE], text, settings, best):
                     parts[index].append(part)
+        with_masks = self.model.config.mask_supervision
         return [
-            _finish(own, image, [prompt.label for prompt in asked], settings, self.model.config.mask_supervision)
-            for own, image, asked in zip(parts, prepared, prompts, strict=True)
+            _finish(own, image, [prompt.label for prompt in asked], settings, with_masks, scores)
+            for own, image, asked, scores in zip(parts, prepared, prompts, best, strict=True)
         ]
 
-    def _parts(self, vision, asked: list[Question], text, settings: PredictionSettings) -> Iterator[tuple[int, Part]]:
-        """What is found, each with the place of its image."""
+    def _parts(
+        self, vision, asked: list[Question], text, settings: PredictionSettings, best: list[dict[str, float]]
+    ) -> Iterator[tuple[int, Part]]:
+        """What is found, each with the place of its image. Raises the scores in `best`, by image and label."""
         inputs = self._inputs(asked, text)
         limit = settings.max_detections
         if limit is not None and not (settings.nms_iou is None and settings.tile_size is None):
@@ -321,9 +325,12 @@ class Sam3LitePipeline:
         threshold = self._threshold(asked, settings.threshold)
         found = self.model.find(vision, **inputs, threshold=threshold, max_detections=limit)
         owners, boxes = found.prompt_index.tolist(), found.boxes.float().cpu()
-        *scores, finite = torch.cat([found.scores.float(), found.finite.float()[None]]).tolist()
+        *scores, finite = torch.cat([found.scores.float(), found.best.float(), found.finite.float()[None]]).tolist()
         if not finite:
             self._warn_of_overflow()
+        for question, score in zip(asked, scores[len(owners) :], strict=True):
+            own, label = best[question.image], question.prompt.label
+            own[label] = max(score, own.get(label, 0.0))
         for _, rows in groupby(range(len(owners)), key=lambda row: asked[owners[row]].row):
             rows = list(rows)
             image, size, tile, _, _ = asked[owners[rows[0]]]
@@ -417,7 +424,12 @@ def _filled(box: Tensor) -> tuple[Tensor, int, int]:
 
 
 def _finish(
-    parts: list[Part], image: PreparedImage, labels: list[str], settings: PredictionSettings, with_masks: bool
+    parts: list[Part],
+    image: PreparedImage,
+    labels: list[str],
+    settings: PredictionSettings,
+    with_masks: bool,
+    best: dict[str, float],
 ) -> Detections:
     if len(image.tiles) > 1:
         parts = join_parts(parts)
@@ -433,4 +445,5 @@ def _finish(
         rle=[part.rle for part in parts] if with_masks else None,
         size=image.size,
         prompts=list(dict.fromkeys(labels)),
+        best=best,
     )

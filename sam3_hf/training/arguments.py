@@ -13,6 +13,7 @@ from typing import Literal
 import yaml
 from transformers import HfArgumentParser
 
+from ..precision_sam3_lite import precision_name
 from . import DEFAULT_COMMAND
 from .adapter_arguments import AdapterArguments
 from .augmentation_arguments import AugmentationArguments
@@ -495,6 +496,7 @@ def parse_arguments(argv: list[str] | None = None, command: str = DEFAULT_COMMAN
             argv = _yaml_as_flags(Path(argv[0])) + argv[1:]
         except ValueError as error:
             parser.error(str(error))
+    argv = _with_precision_names(argv)
     _, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(_unknown("argument", unknown[0].split("=")[0]))
@@ -531,6 +533,18 @@ def _yaml_as_flags(path: Path) -> list[str]:
         if value is not None:
             flags.append(f"--{key}={value}")
     return flags
+
+
+def _with_precision_names(argv: list[str]) -> list[str]:
+    """--mixed_precision by its one name, whichever of float16, half, bfloat16, fp32, ... it is given by."""
+    flag, named = "--mixed_precision", []
+    for word in argv:
+        if named and named[-1] == flag:
+            word = precision_name(word).replace("fp32", "no")
+        elif word.startswith(f"{flag}="):
+            word = f"{flag}={precision_name(word.removeprefix(f'{flag}=')).replace('fp32', 'no')}"
+        named.append(word)
+    return named
 
 
 def _unknown(kind: str, name: str) -> str:

@@ -40,16 +40,12 @@ def read(name: str, folders: Folders, problems: Problems) -> RawSplit:
             of numbers, labels without a picture are added, with file and shape.
     """
     builder, left_out = SplitBuilder(name, str(folders.labels), problems), Counter()
-    for picture in pair_labels(name, folders, ".json", problems):
-        size, objects = None, []
-        if picture.label is not None:
-            content = _load(picture.label, problems)
-            if content is None:
-                continue
-            size, objects = _stated_size(content), _objects(content["shapes"], picture.label, problems, left_out)
-        size = size or builder.size_of(picture.path, picture.name)
-        if size is not None:
-            builder.add(picture, size, objects)
+
+    def content_of(file: Path):
+        content = _load(file, problems)
+        return content and (_stated_size(content), _objects(content["shapes"], file, problems, left_out))
+
+    builder.add_all(pair_labels(name, folders, ".json", problems), content_of)
     for kind, count in sorted(left_out.items()):
         logger.warning("%s: %d shapes of kind '%s' left out, which cover no area", builder.source, count, kind)
     return builder.build()

@@ -1,7 +1,7 @@
 """Pictures and the label file of each, whichever way they lie in folders."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -157,6 +157,29 @@ class SplitBuilder:
         row = {"image_id": len(self.rows) + 1, "file_name": picture.name, "width": size[0], "height": size[1]}
         self.rows.append({**row, "objects": objects, "label_file": str(picture.label or picture.name)})
         self.images.append({"path": str(picture.path), "bytes": None})
+
+    def add_all(
+        self,
+        pictures: Iterable[Labelled],
+        content_of: Callable[[Path], tuple[tuple[int, int] | None, list[dict]] | None],
+    ) -> None:
+        """
+        Adds pictures with what is in their label files; those without one have no objects.
+
+        Args:
+            content_of: the size that a label file states, if it does, and its objects; None where the file is faulty,
+                which leaves the picture out.
+        """
+        for picture in pictures:
+            size, objects = None, []
+            if picture.label is not None:
+                content = content_of(picture.label)
+                if content is None:
+                    continue
+                size, objects = content
+            size = size or self.size_of(picture.path, picture.name)
+            if size is not None:
+                self.add(picture, size, objects)
 
     def build(self, names: Sequence[str] | None = None) -> RawSplit:
         """

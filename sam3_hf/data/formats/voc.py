@@ -59,16 +59,12 @@ def read(name: str, folders: Folders, problems: Problems) -> RawSplit:
             are added, with file and object.
     """
     builder = SplitBuilder(name, str(folders.labels), problems)
-    for picture in pair_labels(name, folders, ".xml", problems):
-        size, objects = None, []
-        if picture.label is not None:
-            root = _parse(picture.label, problems)
-            if root is None:
-                continue
-            size, objects = _stated_size(root), _objects(root, picture.label, problems)
-        size = size or builder.size_of(picture.path, picture.name)
-        if size is not None:
-            builder.add(picture, size, objects)
+
+    def content_of(file: Path):
+        root = _parse(file, problems)
+        return None if root is None else (_stated_size(root), _objects(root, file, problems))
+
+    builder.add_all(pair_labels(name, folders, ".xml", problems), content_of)
     _count_from_0(builder)
     return builder.build()
 
