@@ -204,6 +204,9 @@ def test_services_go_on_with_their_run_and_are_told_nothing_twice(name, tmp_path
     metrics = Metrics(tmp_path, step=0, evaluated=0, report_to=[name])  # anew
     metrics.write("train", 1, {"loss": 1.0})
     assert len(service.runs) == 2 and service.current == [(1, ["train/loss"])]
+    (tmp_path / "trackers.json").write_text("{")
+    with pytest.raises(ValueError, match="trackers.json is damaged: delete it"):
+        Metrics(tmp_path, step=2, evaluated=2, report_to=[name])
     service.broken = True
     for step in (2, 3):
         metrics.write("train", step, {"loss": 1.0})

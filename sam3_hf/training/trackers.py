@@ -53,10 +53,10 @@ class Trackers:
 
         Raises:
             RuntimeError: a service cannot be started, as without a login.
+            ValueError: what is known of the run's services cannot be read.
         """
         self._file, self._running = output_dir / TRACKERS_FILE, {}
-        known = json.loads(self._file.read_text(encoding="utf-8")) if step and self._file.is_file() else {}
-        self._ids, self._reported = known.get("ids", {}), known.get("reported", {})
+        self._ids, self._reported = _known(self._file) if step else ({}, {})
         for name in names:
             try:
                 self._running[name] = _start(name, output_dir, step, settings, self._ids.get(name))
@@ -117,6 +117,17 @@ class Trackers:
     def finish(self) -> None:
         for tracker in self._running.values():
             tracker.finish()
+
+
+def _known(file: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """The run's id with each service, and the last step that was reported of each kind."""
+    if not file.is_file():
+        return {}, {}
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return known["ids"], known["reported"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged: delete it, and services other than tensorboard get new runs") from None
 
 
 def _start(name: str, output_dir: Path, step: int, settings: dict, known: str | None) -> GeneralTracker:
