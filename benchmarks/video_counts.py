@@ -2,11 +2,11 @@
 
     python benchmarks/video_counts.py --models stock-standard standard lite --objects 1 5 20
 
-Counts, not measurements: see `counting.py`. Rows named `stock-PRESET` are `transformers.Sam3VideoModel`. The frame is one
-in the middle of a film: every object is found by the detector under one phrase, and was followed long enough for the
-memory of the tracker to be full (7 frames, 16 pointers). Text features are given; matching, which is small, is left
-out. `trunk` is the ViT with the pyramids of detector and tracker, `detector` what finds one phrase, with masks of all
-queries in stock and of those found here, `tracker` what follows the objects and writes their memory.
+Counts, not measurements: see `counting.py`. Rows named `stock-PRESET` are `transformers.Sam3VideoModel`. The frame is
+one in the middle of a film: every object is found by the detector under one phrase, and was followed long enough for
+the memory of the tracker to be full (7 frames, 16 pointers). Text features are given; matching is left out. `trunk` is
+the ViT with the pyramids of detector and tracker; `detector` what finds one phrase, with masks of all queries in stock
+and of those found here; `tracker` what follows the objects and writes their memory.
 """
 
 import argparse

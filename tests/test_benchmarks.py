@@ -301,9 +301,9 @@ def test_parts_tell_what_is_not_equal(found):
 def test_counts_of_a_film(tmp_path):
     """The trunk is shared, the tracker pays for each object; masks of what is not found are not made here."""
     output = tmp_path / "rows.json"
-    options = ["--models", "stock-small", "small", "--objects", "1", "3", "--image-size", "336", "--output", str(output)]
-    code = f"import sys, video_counts\nsys.argv = {['video_counts.py', *options]}\nvideo_counts.main()"
-    in_a_process(code)
+    options = ["--models", "stock-small", "small", "--objects", "1", "3", "--image-size", "336"]
+    arguments = ["video_counts.py", *options, "--output", str(output)]
+    in_a_process(f"import sys, video_counts\nsys.argv = {arguments}\nvideo_counts.main()")
     stock, ours, _, more = json.loads(output.read_text())["rows"]
     assert ours["trunk TFLOP"] == more["trunk TFLOP"] <= stock["trunk TFLOP"]
     assert ours["detector TFLOP"] < stock["detector TFLOP"] and ours["tracker TFLOP"] == stock["tracker TFLOP"]
