@@ -78,9 +78,10 @@ class LiteLoading:
         Loads a lite checkpoint as Transformers does, or makes a lite model from any other SAM 3 checkpoint.
 
         Args:
-            pretrained_model_name_or_path: Hub id or folder of a model of type `sam3_lite`, `sam3`, `sam3_video` or
-                `sam3_lite_text`, or a native `.pt` file of Meta's (also as written by its trainer). Also a checkpoint
-                folder of `training/train.py`, whose averaged weights are those of `variant="ema"`.
+            pretrained_model_name_or_path: Hub id or folder of a model of type `sam3_lite`, `sam3`, `sam3_video`,
+                `sam3_lite_video` or `sam3_lite_text`, or a native `.pt` file of Meta's (also as written by its
+                trainer). Also a checkpoint folder of `training/train.py`, whose averaged weights are those of
+                `variant="ema"`.
             preset (`str`, *optional*): sizes of the model, see [`~Sam3LiteConfig.at_preset`], or `"same"` for those
                 of the source. Default: `"lite"` for a standard source, `"same"` for a lite one.
             mapping (`str`, *optional*, defaults to `"auto"`): how weights are carried to smaller sizes: `"isometry"`,

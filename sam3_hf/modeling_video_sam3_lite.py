@@ -230,8 +230,8 @@ def _trunk(model: Sam3LiteModel) -> torch.nn.Module:
 
 
 def _relative_difference(new: dict[str, Tensor], old: dict[str, Tensor]) -> float:
-    """Of two sets of weights of the same shapes, in units of the norm of the old."""
-    pairs = [(new[name].to(old[name].device, torch.float32), old[name].float()) for name in old]
+    """Of two sets of weights of the same shapes, in the precision of the old and in units of its norm."""
+    pairs = [(new[name].to(old[name]).float(), old[name].float()) for name in old]
     square = sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
     return square.sqrt().item()
 

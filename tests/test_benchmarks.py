@@ -52,12 +52,18 @@ def counted(folder: Path, *runs: list[str]) -> tuple[list[list[dict]], str]:
     code = "import counts, sys"
     for options, output in zip(runs, outputs, strict=True):
         code += f"\nsys.argv = {['counts.py', *options, '--output', str(output)]}\ncounts.main()"
+    printed = in_a_process(code)
+    return [json.loads(output.read_text())["rows"] for output in outputs], printed
+
+
+def in_a_process(code: str) -> str:
+    """What Python code that imports benchmarks prints."""
     path = os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HUNG)
     assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(output.read_text())["rows"] for output in outputs], result.stdout
+    return result.stdout
 
 
 def read_clock(monkeypatch, read: Callable[[], float]) -> None:
@@ -298,3 +304,17 @@ def test_parts_tell_what_is_not_equal(found):
     assert parts.mistakes([row]) == [] and parts.mistakes([{**row, "gradients": None}]) == []
     (line,) = parts.mistakes([{**row, **found}])
     assert line.startswith("ViT (forward, fp32): outputs differ by")
+
+
+@pytest.mark.slow
+def test_counts_of_a_film(tmp_path):
+    """The trunk is shared, the tracker pays for each object; masks of what is not found are not made here."""
+    output = tmp_path / "rows.json"
+    options = ["--models", "stock-small", "small", "--objects", "1", "3", "--image-size", "336"]
+    arguments = ["video_counts.py", *options, "--output", str(output)]
+    in_a_process(f"import sys, video_counts\nsys.argv = {arguments}\nvideo_counts.main()")
+    stock, ours, _, more = json.loads(output.read_text())["rows"]
+    assert ours["trunk TFLOP"] == more["trunk TFLOP"] <= stock["trunk TFLOP"]
+    assert ours["detector TFLOP"] < stock["detector TFLOP"] and ours["tracker TFLOP"] == stock["tracker TFLOP"]
+    assert more["tracker TFLOP"] == pytest.approx(3 * ours["tracker TFLOP"], rel=0.01)
+    assert ours["stock / this"] == pytest.approx(stock["TFLOP"] / ours["TFLOP"])

@@ -24,8 +24,9 @@ from conftest import HUNG
 from hub_stand_in import TOKEN, HubStandIn
 from typer.main import get_command
 from typer.testing import CliRunner
+from video_cases import lite_config, stock_video_model
 
-from sam3_hf import Sam3LitePipeline
+from sam3_hf import Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.cli import app
 from sam3_hf.data import read_category_map
 from sam3_hf.training.arguments import GROUPS
@@ -37,6 +38,10 @@ README_SECTIONS = ["Two commands", "Find things", "Start from SAM 3", "Train", "
 
 # Replaced wherever they occur in code blocks: nothing can be downloaded here, and `lite` takes gigabytes.
 SUBSTITUTIONS = {
+    'Sam3LiteVideoModel.from_pretrained("facebook/sam3", preset="lite")': (
+        'Sam3LiteVideoModel.from_pretrained("sam3-video", preset="same")'
+    ),
+    'Sam3VideoProcessor.from_pretrained("facebook/sam3")': 'Sam3VideoProcessor.from_pretrained("sam3-video")',
     "facebook/sam3": str(STANDARD),
     'preset="lite"': 'preset="tiny"',
     'preset="lite-plus"': 'preset="tiny-plus"',
@@ -273,6 +278,8 @@ def workspace(tmp_path_factory):
             for command in block.commands():
                 workspace.run(command)
         assert (folder / "outputs" / "demo" / "final" / "model.safetensors").is_file()
+        stock_video_model().save_pretrained(folder / "sam3-video")
+        Sam3LiteProcessor.from_config(lite_config()).to_video().save_pretrained(folder / "sam3-video")
         yield workspace
 
 

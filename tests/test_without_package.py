@@ -13,8 +13,9 @@ import torch
 from conftest import HUNG, PREDICTIONS, micro_config, shake
 from test_conversion import native_file
 from test_text_encoders import KINDS, PHRASES, lite_text_model
+from video_cases import lite_config
 
-from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf import Sam3LiteModel, Sam3LiteProcessor, Sam3LiteVideoConfig, Sam3LiteVideoModel
 
 NAMES = ("plain", "vocabulary", *KINDS)
 CODE = """
@@ -31,8 +32,17 @@ CODE = """
     sys.meta_path.insert(0, Block())
     from transformers import AutoModel, AutoProcessor
 
-    native, *folders = map(Path, sys.argv[1:])
+    native, video, *folders = map(Path, sys.argv[1:])
     found = {}
+    model, expected = AutoModel.from_pretrained(video, trust_remote_code=True), load_file(video / "model.safetensors")
+    processor = AutoProcessor.from_pretrained(video)
+    session = processor.init_video_session(video=torch.zeros(1, 3, 48, 64, dtype=torch.uint8))
+    processor.add_text_prompt(session, ["cat", "red car"])
+    found["video"] = {
+        "module": type(model).__module__,
+        "weights": all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items()),
+        "frames": [output.frame_idx for output in model.propagate_in_video_iterator(session)],
+    }
     for folder in folders:
         saved, weights = torch.load(folder / "expected.pt"), load_file(folder / "model.safetensors")
         model = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -90,8 +100,11 @@ def found(tmp_path_factory) -> dict:
     for name, model in made.items():
         save(model, folder / name)
     torch.save(native_file(made["plain"]), folder / "sam3.pt")
+    video = Sam3LiteVideoModel(Sam3LiteVideoConfig(detector_config=lite_config()))
+    video.save_pretrained(folder / "video")
+    Sam3LiteProcessor.from_config(video.config.detector_config).to_video().save_pretrained(folder / "video")
     environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
-    arguments = [str(folder / name) for name in ("sam3.pt", *NAMES)]
+    arguments = [str(folder / name) for name in ("sam3.pt", "video", *NAMES)]
     finished = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(CODE), *arguments],
         capture_output=True,
@@ -108,6 +121,11 @@ def test_a_saved_folder_loads(found, name):
     assert found[name]["module"].startswith("transformers_modules")
     assert found[name]["difference"] <= 1e-6 and found[name]["weights"]
     assert len(found[name]["tokens"]) > 2
+
+
+def test_a_saved_video_model_loads(found):
+    assert found["video"]["module"].startswith("transformers_modules")
+    assert found["video"]["weights"] and found["video"]["frames"] == [0]
 
 
 def test_what_needs_the_package_says_so(found):

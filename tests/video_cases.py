@@ -61,13 +61,17 @@ def follow(model, phrases=PHRASES, frames: int = 12, streaming: bool = False) ->
     session = processor.init_video_session(video=None if streaming else video)
     processor.add_text_prompt(session, list(phrases))
     for index, frame in enumerate(video):
+        of_phrases = {}
         if streaming:
-            pixels = processor(images=frame, return_tensors="pt")["pixel_values"][0]
-            output = model(inference_session=session, frame=pixels)
+            inputs = processor(images=frame, return_tensors="pt")
+            output = model(inference_session=session, frame=inputs["pixel_values"][0])
+            found = processor.postprocess_outputs(session, output, original_sizes=inputs["original_sizes"])
+            assert found["masks"].shape == (len(found["object_ids"]), 48, 64)
+            of_phrases = found["prompt_to_obj_ids"]
         else:
             output = model(inference_session=session, frame_idx=index)
         of_objects = {obj: session.prompts[key] for obj, key in session.obj_id_to_prompt_id.items()}
-        followed.append({**output, "phrases": of_objects})
+        followed.append({**output, "phrases": of_objects, "of_phrases": of_phrases})
     return followed
 
 
@@ -75,7 +79,7 @@ def check_same(first: list[dict], second: list[dict], tolerance: float = 1e-5):
     """All that is said of each frame; masks relative to their largest value, which is about 15."""
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
-        for name in ("object_ids", "removed_obj_ids", "suppressed_obj_ids", "frame_idx", "phrases"):
+        for name in ("object_ids", "removed_obj_ids", "suppressed_obj_ids", "frame_idx", "phrases", "of_phrases"):
             assert one[name] == other[name]
         for name in ("obj_id_to_score", "obj_id_to_tracker_score"):
             assert one[name] == pytest.approx(other[name], abs=tolerance)

@@ -107,6 +107,7 @@ def calibrate_mapping(
     dtype = resolve_dtype(dtype, None, teacher.dtype)
     device = torch.device(device or teacher.device)
     label = teacher.name_or_path or "the model"
+    detector = _ready(detector, config.image_size, device)
     if isinstance(source, kind):
         processor = Sam3LiteProcessor.of_origin(source.name_or_path, detector.config)
     elif where.get("text_encoder") is not None:
@@ -114,7 +115,7 @@ def calibrate_mapping(
     else:
         hub_arguments = {key: value for key, value in where.items() if key in HUB_ARGUMENTS}
         processor = Sam3LiteProcessor.of_source(source, detector.config, **hub_arguments)
-    options = _ready(detector, config.image_size, device), processor, label, config, ridge, seed, text_phrases
+    options = detector, processor, label, config, ridge, seed, text_phrases
     calibration = VideoCalibration(teacher, *options) if tracker else Calibration(*options)
     prompts = prompts or config.vocabulary or PROMPTS
     return calibration.run(images, prompts, num_images, search_depth, batch_size).to(dtype)
