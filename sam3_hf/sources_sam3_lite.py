@@ -20,6 +20,8 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 TRAINER_STATE = "trainer_state.json"
 FROZEN_TEXT = "frozen_text.safetensors"
 AVERAGE = "ema.safetensors"
+# What says in a folder or repository that it holds graphs (`sam3-lite export`) and no model to load here.
+EXPORT_FILE = "sam3_lite_export.json"
 
 
 def config_fields(source: str | os.PathLike, **hub_arguments) -> dict | None:
@@ -136,6 +138,7 @@ def _is_below(name: str) -> bool:
 
 __all__ = [
     "AVERAGE",
+    "EXPORT_FILE",
     "FROZEN_TEXT",
     "HUB_ARGUMENTS",
     "TRAINER_STATE",

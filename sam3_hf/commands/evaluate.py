@@ -60,9 +60,9 @@ def _scores(source, data, split, image_folder, category_map, batch_size, workers
         raise ValueError(f"{data} has no split {split}: --split takes {', '.join(splits)}.")
     with model_errors(source):
         refuse_training_checkpoint(source)
-        exported = is_export(source)
+        exported = is_export(source, revision=revision)
         if exported:
-            model, processor = open_export(source)
+            model, processor = open_export(source, revision=revision)
         else:
             model = Sam3LiteModel.from_pretrained(source, preset="same", dtype="float32", revision=revision).eval()
             processor = Sam3LiteProcessor.of_source(source, model.config, revision=revision)

@@ -25,7 +25,8 @@ def info(
     one, what its graphs take on disk.
     """
     with one_line_errors(), model_errors(model):
-        facts = export_info(model) if is_export(model) else model_info(model, revision=revision)
+        read = export_info if is_export(model, revision=revision) else model_info
+        facts = read(model, revision=revision)
     text = exported_as_text if "format" in facts else as_text
     typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else text(facts))
 
