@@ -60,12 +60,14 @@ def main():
 
 
 @torch.no_grad()
-def predict(accelerator: Accelerator, model, processor, dataset: EvalDataset) -> list[tuple[dict, dict]]:
+def predict(
+    accelerator: Accelerator, model, processor, dataset: EvalDataset, num_workers: int = 4
+) -> list[tuple[dict, dict]]:
     """Prediction and reference row of each pair of an image and a concept."""
     set_seed(0)
     text = PhraseFeatures(model, processor, dataset.concepts, accelerator.device)
     pairs = []
-    for batch in make_loader(dataset, eval_batches(len(dataset), 4, 0, 1)):
+    for batch in make_loader(dataset, eval_batches(len(dataset), 4, 0, 1), num_workers=num_workers):
         for chunk, outputs in outputs_by_chunk(accelerator, model, text, batch):
             found = prediction_rows(processor, outputs, chunk, dataset.has_masks)
             sizes = chunk["original_sizes"]

@@ -20,6 +20,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from .sources_sam3_lite import EXPORT_FILE
+
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError)  # what a user can mend; the type of others is named
 
 # Why a file of a repository was not had, as Transformers gives it as the cause of its own error.
@@ -84,6 +86,11 @@ def missing_source(source: str | os.PathLike, token: str | bool | None = None) -
     Args:
         token: as in `from_pretrained`.
     """
+    if os.path.exists(os.path.join(source, EXPORT_FILE)):
+        return FileNotFoundError(
+            f"{source} holds graphs of 'sam3-lite export', which can be run, and neither trained nor converted: give "
+            "the model that they were made of"
+        )
     if os.path.exists(source):
         return FileNotFoundError(f"{source} has neither a config.json nor a .pt file of Meta's")
     try:

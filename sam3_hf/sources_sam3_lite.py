@@ -25,6 +25,8 @@ ADAPTER = "adapter.safetensors"
 # Those of peft in the folder of an adapter alone.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What says in a folder or repository that it holds graphs (`sam3-lite export`) and no model to load here.
+EXPORT_FILE = "sam3_lite_export.json"
 
 
 def config_fields(source: str | os.PathLike, **hub_arguments) -> dict | None:
@@ -144,6 +146,7 @@ __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "AVERAGE",
+    "EXPORT_FILE",
     "FROZEN_TEXT",
     "HUB_ARGUMENTS",
     "TRAINER_STATE",

@@ -9,8 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # what tests and the processes they start remember of images is not left in the user's cache
 os.environ["HF_DATASETS_CACHE"] = os.path.join(tempfile.gettempdir(), f"sam3-hf-tests-{os.getuid()}")
 
+import huggingface_hub
 import pytest
 import torch
+from hub_stand_in import TOKEN, HubStandIn
 from transformers import Sam3Config, Sam3Model
 from typer.testing import CliRunner
 
@@ -74,6 +76,22 @@ def saved(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     Sam3LiteProcessor.from_config(model.config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in of the Hub that this process pushes to and loads from."""
+    with HubStandIn() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+        url = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
+        yield hub
 
 
 def run(*arguments):

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_stand_in"
-LARGE = (".safetensors", ".png", ".bin")
+LARGE = (".safetensors", ".png", ".bin", ".onnx", ".npz")
 
 
 @dataclass

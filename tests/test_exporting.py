@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import onnx
 import pytest
@@ -15,10 +16,13 @@ import warm
 from conftest import HUNG, micro_config, run, shake
 from PIL import Image
 from test_text_encoders import PHRASES, lite_text_model
+from transformers.models.sam3.modeling_sam3 import eager_attention_forward
 
 from sam3_hf import Prompt, Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.data.generated import write_dataset
+from sam3_hf.exporting import attention
 from sam3_hf.exporting import export as exporting
+from sam3_hf.exporting import model as running
 from sam3_hf.exporting.build import write_onnx
 from sam3_hf.exporting.calibration import Calibration
 from sam3_hf.exporting.export import export_model
@@ -26,7 +30,7 @@ from sam3_hf.exporting.folder import EXPORT_FILE, Export
 from sam3_hf.exporting.graphs import graphs_of
 from sam3_hf.exporting.model import ExportedModel
 from sam3_hf.exporting.opening import open_export
-from sam3_hf.exporting.quantize import stays_float
+from sam3_hf.exporting.quantize import is_excluded
 from sam3_hf.page.asking import Finder, ask
 from sam3_hf.page.pictures import open_picture
 from sam3_hf.rle import ious
@@ -126,6 +130,39 @@ def same(first, second, tolerance=1e-4):
 def test_outputs_are_those_of_pytorch(small, exported, with_boxes):
     model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
     assert_equal_in_float32(open_export(exported)[0], model, with_boxes)
+
+
+def test_prompts_that_are_too_many_at_once_are_asked_one_after_the_other(small, exported, monkeypatch):
+    monkeypatch.setattr(running, "PIXELS_AT_ONCE", 1)
+    model, counts = open_export(exported)[0], []
+    run_graph = model.run
+
+    def run(name, **inputs):
+        counts.extend([len(inputs["prompt"])] if name == "detector" else [])
+        return run_graph(name, **inputs)
+
+    monkeypatch.setattr(model, "run", run)
+    assert_equal_in_float32(model, Sam3LiteModel.from_pretrained(small, dtype=torch.float32), with_boxes=True)
+    assert counts == [1] * 8  # of `forward` and of `find`
+
+
+def test_attention_in_blocks_is_that_of_pytorch_and_makes_few_scores_at_once(small, monkeypatch):
+    model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32, attn_implementation="eager")
+    pixels, asked = images(model), prompts(with_boxes=True)
+    expected = answers(model, pixels, asked)[0]
+    made = []
+
+    def attend(module, query, key, value, mask, **kwargs):
+        if mask is None:  # with one, keys are words, whose number is free
+            made.append(query.shape[1] * query.shape[2] * key.shape[2])
+        return eager_attention_forward(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr(attention, "eager_attention_forward", attend)
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", 1000)
+    attention.attend_in_blocks(model)
+    apart = differences(answers(model, pixels, asked)[0], expected)
+    assert all(value < 1e-5 for value in apart.values()), apart
+    assert len(made) > 20 and max(made) <= 1000 + 4 * 64  # at most a row of 64 positions and 4 heads more than allowed
 
 
 def test_the_pipeline_takes_it_as_any_model(small, exported, picture):
@@ -376,6 +413,60 @@ os.kill(os.getpid(), signal.SIGUSR1)
     assert (finished.returncode, finished.stdout) == (0, "arrived\n"), finished.stderr
 
 
+def test_a_repository_of_the_hub_is_a_model_as_well(hub, exported, picture, tmp_path, monkeypatch):
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    result = run("push", exported, "me/graphs", "--private", "--message", "Graphs")
+    assert result.exit_code == 0, result.output
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+    _, commit = hub.repositories["me/graphs"].branches["main"]
+    assert commit.sha in result.output and set(commit.files) == set(before) and "vision.onnx" in commit.large
+    card = commit.files["README.md"].decode()
+    assert 'from_pretrained("me/graphs")' in card and "path/to/this/folder" not in card
+    told = run("info", "me/graphs")
+    assert told.exit_code == 0 and "me/graphs: " in told.output and "onnx in fp32" in told.output
+    assert hub.count("resolve/.*/.*onnx") == 0  # no graph was downloaded to tell of them
+    first, second = (Sam3LitePipeline.from_pretrained(source, device="cpu") for source in ("me/graphs", exported))
+    same(*(pipe(picture, WORDS, threshold=0.1, max_detections=9) for pipe in (first, second)))
+    options = ["--output", tmp_path / "found", "--prompt", "cat", "--workers", 0]
+    assert run("predict", picture, "--model", "me/graphs", *options).exit_code == 0
+    assert run("export", "me/graphs", tmp_path / "small", "--precision", "int8-weights").exit_code == 0
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert len(open_export("me/graphs")[1].tokenizer) == len(second.processor.tokenizer)
+
+
+def test_a_second_push_leaves_no_graph_of_the_first(hub, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "copy")
+    hub.add_file("me/graphs", "vision.xml", b"of an earlier push")
+    hub.add_file("me/graphs", "other/vision.xml", b"of somebody else")
+    (tmp_path / "copy" / "README.md").unlink()
+    (tmp_path / "copy" / "optimizer.bin").touch()
+    assert run("push", tmp_path / "copy", "me/graphs").exit_code == 0
+    files = hub.repositories["me/graphs"].branches["main"][-1].files
+    assert set(files) == {path.name for path in exported.iterdir()} | {"other/vision.xml"}
+    assert b"sam3-lite export" in files["README.md"]
+
+
+def test_graphs_and_weights_do_not_go_into_one_repository(hub, small, exported, tmp_path):
+    for first, second, name in ((small, exported, "config.json"), (exported, small, EXPORT_FILE)):
+        assert run("push", first, f"me/{name}").exit_code == 0
+        result = run("push", second, f"me/{name}")
+        assert result.exit_code == 1 and f"holds a model of another kind ({name})" in result.stderr, result.output
+        assert len(hub.repositories[f"me/{name}"].branches["main"]) == 2
+
+
+def test_what_is_no_model_to_push_or_to_train_is_said(hub, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "copy")
+    (tmp_path / "copy" / "masks.onnx").unlink()
+    result = run("push", tmp_path / "copy", "me/graphs")
+    assert result.exit_code == 1 and "masks.onnx is missing, the folder is half copied" in result.stderr
+    hub.add_file("me/half", EXPORT_FILE, (exported / EXPORT_FILE).read_bytes())
+    result = run("evaluate", "--model", "me/half", "--data", write_dataset(tmp_path / "data", 1, 1, image_size=64))
+    assert result.exit_code == 1 and "boxes.onnx" in result.stderr and result.stderr.count("\n") == 1, result.output
+    result = run("convert", exported, tmp_path / "out")
+    assert result.exit_code == 1 and "holds graphs of 'sam3-lite export'" in result.stderr
+    assert not hub.repositories.get("me/graphs")
+
+
 def test_an_openvino_that_is_too_old_is_said(small, tmp_path, monkeypatch):
     import openvino
 
@@ -430,7 +521,7 @@ def test_what_stays_in_float(exported, picture, tmp_path):
             elif node.op_type in ("MatMul", "Conv") and any(map(is_int8, node.input)):
                 weight = makers.get(node.input[1])
                 assert weight.op_type == "DequantizeLinear" and weight.input[0] in constants, node.name
-                assert not stays_float(node.name), node.name
+                assert not is_excluded(node.name), node.name
     vision = onnx.load(tmp_path / "int8" / "vision.onnx").graph
     assert sum(node.op_type == "QuantizeLinear" for node in vision.node) > 10
 

@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import HUNG, micro_config, shake
-from hub_stand_in import TOKEN, HubStandIn
+from hub_stand_in import TOKEN
 from huggingface_hub import ModelCard
 from PIL import Image
 from typer.testing import CliRunner
@@ -50,21 +50,6 @@ TRAINING = {
     "best": {"step": 1000, "epoch": 5.0, "metric": "segm_AP", "value": 0.48006, "scores": {**SCORES, "loss": 59.8}},
     "arguments": {"epochs": 7, "learning_rate": 2e-4, "seed": 0, "ema_decay": None},
 }
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubStandIn() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
-        url = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
-        yield hub
 
 
 @pytest.fixture

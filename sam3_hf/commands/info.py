@@ -34,8 +34,8 @@ def info(
 
 def _facts(model: str, revision: str) -> tuple[Callable[[dict], str], dict]:
     """What there is to say, and what makes text of it."""
-    if is_export(model):
-        return exported_as_text, export_info(model)
+    if is_export(model, revision=revision):
+        return exported_as_text, export_info(model, revision=revision)
     if (adapter := adapter_info(model, revision=revision)) is not None:
         return adapter_as_text, adapter
     return as_text, model_info(model, revision=revision)

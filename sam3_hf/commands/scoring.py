@@ -84,8 +84,8 @@ def open_scored(source: str, revision: str) -> tuple[Sam3LiteModel | ExportedMod
     """
     with model_errors(source):
         refuse_training_checkpoint(source)
-        if is_export(source):
-            return open_export(source)
+        if is_export(source, revision=revision):
+            return open_export(source, revision=revision)
         model = Sam3LiteModel.from_pretrained(source, preset="same", dtype=torch.float32, revision=revision).eval()
         return model, Sam3LiteProcessor.of_source(source, model.config, revision=revision)
 

@@ -30,11 +30,22 @@ from ..sharing.model_card import (
     versions,
 )
 from ..sharing.sizes import sizes_of
+from .attention import attend_in_blocks
 from .build import OPSET, write_onnx
 from .calibration import Calibration
 from .card import write_export_card
 from .engines import import_onnxruntime, import_openvino
-from .folder import EXPORT_FILE, LAYOUT, SUFFIXES, VOCABULARY_FILE, Export, is_export, read_export, record_files
+from .folder import (
+    EXPORT_FILE,
+    LAYOUT,
+    SUFFIXES,
+    VOCABULARY_FILE,
+    Export,
+    fetch_export,
+    is_export,
+    read_export,
+    record_files,
+)
 from .graphs import graphs_of
 from .intermediate import convert_graphs
 from .quantize import quantize_activations, quantize_weights
@@ -83,8 +94,9 @@ def export_model(
     """
     precision = precision_name(precision)
     _check_choices(format, precision, calibration)
-    if is_export(source):
-        start = _from_export(read_export(source), precision, image_size)
+    if is_export(source, **hub_arguments):
+        folder = fetch_export(source, also=[PROVENANCE_FILE], **hub_arguments)
+        start = _from_export(read_export(folder), precision, image_size)
     else:
         start = _from_model(source, torch.float16 if precision == "fp16" else torch.float32, image_size, hub_arguments)
 
@@ -105,6 +117,7 @@ def _from_model(source, dtype: torch.dtype, image_size: int | None, hub_argument
     model = Sam3LiteModel.from_pretrained(
         source, preset="same", dtype=dtype, attn_implementation="eager", **size, **hub_arguments
     ).eval()
+    attend_in_blocks(model)
     processor = Sam3LiteProcessor.of_source(source, model.config, **hub_arguments)
 
     def write(folder: Path) -> list[str]:

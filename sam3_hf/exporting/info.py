@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 
 from ..sharing.sizes import preset_of, text_encoder_of
-from .folder import VOCABULARY_FILE, read_export
+from .folder import VOCABULARY_FILE, describe_export
 
 
-def export_info(source: str | os.PathLike) -> dict:
+def export_info(source: str | os.PathLike, **hub_arguments) -> dict:
     """
     Args:
-        source: a folder of `sam3-lite export`.
+        source: a folder of `sam3-lite export`, or a repository of the Hub with its content.
+        hub_arguments: `revision`, `token`, ... as in `from_pretrained`.
 
     Returns:
         A dict that `json` can write: `source`, `license`, `preset`, `text_encoder`, `vocabulary` and `sizes` as in
@@ -22,7 +23,7 @@ def export_info(source: str | os.PathLike) -> dict:
         ValueError: the folder is damaged.
         OSError: files are missing or truncated.
     """
-    export = read_export(source)
+    export = describe_export(source, **hub_arguments)
     sizes = {name: file["bytes"] for name, file in export.facts["files"].items()}
     parts = {
         name: {"bytes": sum(size for file, size in sizes.items() if file.split(".")[0] == name)}

@@ -31,7 +31,7 @@ from .engines import OnnxRuntimeGraph, OpenVinoGraph
 from .folder import VOCABULARY_FILE, Export
 from .graphs import LEVELS
 
-# Bytes of pixel features, in float32, that the mask graph makes at once: of four prompts at 1008 px.
+# Bytes of fine pixel features of the prompts that a graph gets at once, in float32: of four prompts at 1008 px.
 PIXELS_AT_ONCE = 4 * 288 * 288 * 256 * 4
 
 
@@ -186,9 +186,13 @@ class ExportedModel(nn.Module):
             prompt = torch.cat([prompt.float(), shown.float()], dim=1)
             mask = torch.cat([mask, shown_mask], dim=1)
         given = {"prompt": prompt, "prompt_mask": mask}
-        outputs = self.run("detector", coarse=coarse, image_index=owner, **given)
         names = ("boxes", "logits", "presence_logits", "queries", "encoded")
-        return {**given, **dict(zip(names, outputs, strict=True))}
+        parts = []
+        for some in torch.arange(len(owner)).split(self._prompts_at_once(vision.fpn_hidden_states[0])):
+            images, own = owner[some].unique(return_inverse=True)
+            asked_now = {name: tensor[some] for name, tensor in given.items()}
+            parts.append(self.run("detector", coarse=coarse[images], image_index=own, **asked_now))
+        return {**given, **dict(zip(names, map(torch.cat, zip(*parts, strict=True)), strict=True))}
 
     def _masks_of(self, vision, asked: Prompts, found: dict, prompt: Tensor, query: Tensor) -> Tensor:
         """Mask logits `(matches, h, w)` of single queries; `prompt` and `query` `(matches,)`, sorted by prompt."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,7 +53,14 @@ def quantize_weights(path: Path) -> None:
     _save(model, path)
 
 
-def quantize_activations(path: Path, samples: list[dict[str, np.ndarray]]) -> None:
+def stays_in_float(node, weights: set[str]) -> bool:
+    """Whether a node of a graph with these weights computes in float: a product of activations, or excluded."""
+    return is_excluded(node.name) or is_product(node, weights)
+
+
+def quantize_activations(
+    path: Path, samples: list[dict[str, np.ndarray]], in_float: Callable[[object, set[str]], bool] = stays_in_float
+) -> None:
     """
     Rewrites a graph with its products and convolutions by weights in int8, of weights and of what they read. Norms,
     softmax, products of activations and `FLOAT_ACTIVATIONS` stay in float; the weights of the latter and of embeddings
@@ -60,6 +68,7 @@ def quantize_activations(path: Path, samples: list[dict[str, np.ndarray]]) -> No
 
     Args:
         samples: inputs of the graph, whose ranges become those of int8.
+        in_float: of a node and the names of the weights of the graph, whether the node stays in float.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -73,7 +82,7 @@ def quantize_activations(path: Path, samples: list[dict[str, np.ndarray]]) -> No
 
     graph = onnx.load(path, load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer}
-    in_float = [node.name for node in graph.node if stays_float(node.name) or is_product(node, weights)]
+    excluded = [node.name for node in graph.node if in_float(node, weights)]
     with _quiet(), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         output = Path(scratch) / path.name
         quantize_static(
@@ -82,7 +91,7 @@ def quantize_activations(path: Path, samples: list[dict[str, np.ndarray]]) -> No
             Reader(),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["MatMul", "Conv"],
-            nodes_to_exclude=in_float,
+            nodes_to_exclude=excluded,
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -96,8 +105,8 @@ def quantize_activations(path: Path, samples: list[dict[str, np.ndarray]]) -> No
     quantize_weights(path)
 
 
-def stays_float(node_name: str) -> bool:
-    """Whether the products of a node stay in float; it is named `<module>/<operator>`."""
+def is_excluded(node_name: str) -> bool:
+    """Whether a node is of `FLOAT_ACTIVATIONS`; it is named `<module>/<operator>`."""
     module = node_name.rsplit("/", 1)[0]
     return any(re.match(pattern, module) for pattern in FLOAT_ACTIVATIONS)
 

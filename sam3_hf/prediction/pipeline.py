@@ -197,20 +197,20 @@ class Sam3LitePipeline:
     ) -> Sam3LitePipeline:
         """
         Args:
-            pretrained_model_name_or_path: folder or Hub id of a saved model and processor, a `.pt` of Meta's, or a
-                folder that `sam3-lite export` wrote, which its runtime computes.
+            pretrained_model_name_or_path: folder or Hub id of a saved model and processor, or of what `sam3-lite
+                export` wrote, which its runtime computes; or a `.pt` of Meta's.
             device: default: the GPU if there is one; for an exported model the CPU.
             dtype: fp16, bf16, fp32, or a dtype; default: fp16 on a GPU, fp32 on a CPU, which is slow in fp16. An
                 exported model computes in the precision that it was exported in; for OpenVINO it may be bf16.
             kwargs: those of [`Sam3LiteModel.from_pretrained`]. Sizes are those of the checkpoint unless told.
         """
-        if is_export(pretrained_model_name_or_path):
+        hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        if is_export(pretrained_model_name_or_path, **hub_arguments):
             return cls(*open_export(pretrained_model_name_or_path, device, dtype, **kwargs))
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
         kwargs.setdefault("preset", None if kwargs.get("config") is not None else "same")
         model = Sam3LiteModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs).to(device)
-        hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if os.path.isfile(pretrained_model_name_or_path):  # a checkpoint of Meta's
             return cls(model, Sam3LiteProcessor.from_config(model.config))
         processor = Sam3LiteProcessor.from_pretrained(pretrained_model_name_or_path, **hub_arguments)

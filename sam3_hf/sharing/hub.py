@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..processing_sam3_lite import Sam3LiteProcessor
-from ..sources_sam3_lite import ADAPTER_CONFIG, read_json
+from ..sources_sam3_lite import ADAPTER_CONFIG, EXPORT_FILE, read_json
 from .model_card import (
     CARD_FILE,
     LICENSE_FILE,
@@ -34,8 +35,6 @@ logger = logging.get_logger(__name__)
 # Beside the weights, files of these kinds are pushed: configuration, reports, code, card and pictures. All else stays,
 # as the state of an optimizer, checkpoints and weights in other formats do.
 PUSHED = ("*.json", "*.jsonl", "*.py", "*.md", "*.txt", "*.png", "*.jpg", "*.jpeg", "LICENSE", "NOTICE")
-# Weights of an earlier push; those that the folder does not have any more are deleted in the same commit.
-WEIGHTS = (".safetensors", ".safetensors.index.json")
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt")
 
 
@@ -47,16 +46,24 @@ class PushRefused(Exception):
     """What the Hub would do is not what was asked for."""
 
 
-def push_folder(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    private: bool = False,
-    gated: Literal["auto", "manual"] | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    token: str | None = None,
-) -> CommitInfo:
+class Kind(NamedTuple):
+    """
+    A kind of folder that is pushed.
+
+    Args:
+        weights: patterns of names of its weights. Those of an earlier push that the folder does not have any more are
+            deleted in the same commit.
+        other: a file that tells a repository of another kind, which is left alone.
+    """
+
+    weights: tuple[str, ...]
+    other: str
+
+
+MODEL = Kind(("*.safetensors", "*.safetensors.index.json"), EXPORT_FILE)
+
+
+def push_folder(folder: str | os.PathLike, repo_id: str, **options) -> CommitInfo:
     """
     Pushes a saved model in one commit. The folder is not changed: if it has no `README.md`, or no copy of the licence
     that its weights fall under, these are made for the repository alone.
@@ -64,11 +71,7 @@ def push_folder(
     Args:
         folder: as `save_pretrained` or a training run (`final/`) writes it.
         repo_id: `owner/name`; created if there is none.
-        private: create the repository as a private one.
-        gated: who wants the weights has to ask for them, with automatic or manual approval.
-        revision: branch to commit to, created if there is none. Default: `main`.
-        commit_message: of the commit.
-        token: default: `HF_TOKEN`, or that of `hf auth login`.
+        options: those of [`push_files`].
 
     Raises:
         ValueError: the folder is no model that can be pushed.
@@ -77,10 +80,45 @@ def push_folder(
     """
     folder = Path(folder)
     files = files_to_push(folder)
+    card = None if folder / CARD_FILE in files else str(model_card(folder))
+    return push_files(folder, files, repo_id, MODEL, card, **options)
+
+
+def push_files(
+    folder: Path,
+    files: list[Path],
+    repo_id: str,
+    kind: Kind,
+    card: str | None = None,
+    *,
+    private: bool = False,
+    gated: Literal["auto", "manual"] | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    """
+    Pushes files of a folder in one commit, with a copy of the licence that the weights fall under if it is not among
+    them.
+
+    Args:
+        folder: says in the usual files where its weights come from.
+        files: of the folder.
+        repo_id: `owner/name`; created if there is none.
+        kind: of the folder.
+        card: content of `README.md`. Default: that of the folder, which is among the files.
+        private: create the repository as a private one.
+        gated: who wants the weights has to ask for them, with automatic or manual approval.
+        revision: branch to commit to, created if there is none. Default: `main`.
+        commit_message: of the commit.
+        token: default: `HF_TOKEN`, or that of `hf auth login`.
+
+    Raises:
+        PushError: the Hub refused, or could not be reached; or the repository holds a model of another kind.
+    """
     additions = [CommitOperationAdd(path.name, path) for path in files if path.name != CARD_FILE]
-    has_card, has_license = (folder / name in files for name in (CARD_FILE, LICENSE_FILE))
-    card = (folder / CARD_FILE).read_text(encoding="utf-8") if has_card else str(model_card(folder))
-    if folder_origin(folder).derived and not has_license:
+    card = card or (folder / CARD_FILE).read_text(encoding="utf-8")
+    if folder_origin(folder).derived and folder / LICENSE_FILE not in files:
         additions.append(CommitOperationAdd(LICENSE_FILE, SAM_LICENSE_TEXT))
     api = HfApi(token=token)
     try:
@@ -92,12 +130,12 @@ def push_folder(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         additions.append(CommitOperationAdd(CARD_FILE, card.replace(PLACEHOLDER, repo_id).encode()))
-        kept = {addition.path_in_repo for addition in additions}
         there = api.list_repo_files(repo_id, revision=revision)
-        stale = [CommitOperationDelete(name) for name in there if name.endswith(WEIGHTS) and name not in kept]
+        if kind.other in there:
+            raise PushRefused(f"{repo_id} holds a model of another kind ({kind.other}): push to another repository")
         return api.create_commit(
             repo_id,
-            [*additions, *stale],
+            [*additions, *_stale(there, additions, kind)],
             commit_message=commit_message or "Upload model with sam3-hf",
             revision=revision,
             num_threads=1,  # the bars of several threads, and log lines written between them, break each other
@@ -105,6 +143,13 @@ def push_folder(
     except Exception as error:  # of several libraries, by version; all of them mean that there is no commit
         flags = {"--private": private, "--gated": gated, "--revision": revision}
         raise PushError(_failure(error, folder, repo_id, flags)) from error
+
+
+def _stale(there: list[str], additions: list[CommitOperationAdd], kind: Kind) -> list[CommitOperationDelete]:
+    """What is to be deleted of the files of a repository: weights that are not pushed again."""
+    kept = {addition.path_in_repo for addition in additions}
+    own = [name for name in there if "/" not in name and name not in kept]
+    return [CommitOperationDelete(name) for name in own if any(fnmatch(name, pattern) for pattern in kind.weights)]
 
 
 def files_to_push(folder: Path) -> list[Path]:
@@ -131,10 +176,16 @@ def files_to_push(folder: Path) -> list[Path]:
     if model_type != "sam3_lite":
         raise ValueError(f"{folder} holds a model of type {model_type!r}: `sam3-lite convert` makes a lite one of it.")
     weights = weight_files(folder)
-    rest = {path for pattern in PUSHED for path in folder.glob(pattern) if path.is_file()}
+    rest = set(others_to_push(folder))
     if len(weights) == 1:
         rest.discard(folder / SAFE_WEIGHTS_INDEX_NAME)
-    return sorted({*weights, *(path for path in rest if not path.name.startswith("."))})
+    return sorted({*weights, *rest})
+
+
+def others_to_push(folder: Path) -> list[Path]:
+    """The files of a folder that go to the Hub beside its weights."""
+    found = {path for pattern in PUSHED for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def push_model(
@@ -152,7 +203,7 @@ def push_model(
         model: a [`Sam3LiteModel`].
         processor: default: that of the model's configuration, with the tokenizer of what it was loaded from.
         max_shard_size: of the weight files, as in `save_pretrained`.
-        kwargs: those of [`push_folder`].
+        kwargs: those of [`push_files`].
 
     Raises:
         PushError: the Hub refused, or could not be reached.
