@@ -13,6 +13,7 @@ from sam3_hf.data.transforms import (
     draw_transform,
     mask_box,
     pad_to_canvas,
+    shown,
     transform_boxes,
     transform_mask,
     transform_pixels,
@@ -46,10 +47,10 @@ def test_turned_pixels_masks_and_boxes_agree(seed):
     pixels = torch.from_numpy(letter(160, 120, (0, 0, 0), (255, 0, 0))).permute(2, 0, 1)
     rle = mask_api.encode(np.asfortranarray((pixels[0] > 0).numpy().astype(np.uint8)))
     transform = draw_transform(160, 120, CANVAS, ANY, rng)
-    shown = pad_to_canvas(transform_pixels(pixels, transform), transform)[0] > 127
+    seen = pad_to_canvas(transform_pixels(pixels, transform), transform)[0] > 127
     from_polygon, from_rle = transform_mask([LETTER], transform), transform_mask(rle, transform)
-    assert transform.angle != 0 and torch.equal(from_rle, shown)
-    assert differing(from_polygon, shown) == 0
+    assert transform.angle != 0 and torch.equal(from_rle, seen)
+    assert differing(from_polygon, seen) == 0
     boxes, cut, visible = transform_boxes(np.array([[20, 20, 75, 80.0]]), transform)
     assert visible[0]
     outer, inner = boxes[0], mask_box(from_polygon)
@@ -115,17 +116,26 @@ def test_a_mosaic_shows_what_its_labels_say(rows):
             assert len(tiles) == 4 and tiles[0].row["image_id"] == index + 1 == sample.image_id
             crowd = any(tile.row["image_id"] == 5 for tile in tiles)
             for phrase, label in zip(sample.phrases, sample.labels, strict=True):
-                shown = painted(sample.pixel_values, phrase)
+                seen = painted(sample.pixel_values, phrase)
                 with_crowd += crowd and phrase == "platelet"
                 if crowd and phrase == "platelet":
                     assert len(label["boxes"])  # of a crowd nobody can say that it is not there
                     continue
-                assert differing(label["masks"].any(dim=0), shown) == 0
+                assert differing(label["masks"].any(dim=0), seen) == 0
                 for box, mask in zip(label["boxes"], label["masks"], strict=True):
                     sides = torch.from_numpy(mask_box(mask)) / 128
                     torch.testing.assert_close(box[2:].double(), sides[2:] - sides[:2], atol=1.5 / 128, rtol=0)
                 most, absent = max(most, len(label["boxes"])), absent + (len(label["boxes"]) == 0)
     assert most >= 2 and absent > 5 and with_crowd > 0
+
+
+def test_what_is_turned_stands_on_black(rows):
+    varied = Augmentation(horizontal_flip=0, crop=0, smallest_side=1, color_jitter=0.5, rotation=45)
+    for index in range(5):
+        pixels = TrainDataset(rows, 64, SAMPLING, varied, seed=1)[0, index].pixel_values
+        (tile,) = draw_tiles(rows, index, 64, varied, np.random.default_rng([1, 0, index]))
+        outside = ~shown(64, tile.transform.angle)
+        assert outside.sum() > 20 and (pixels[:, outside] == -1).all()
 
 
 def test_a_mosaic_depends_on_seed_epoch_and_index_alone(rows):

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 import sys
 from types import SimpleNamespace
 
@@ -116,7 +117,10 @@ def test_an_early_score_is_made_where_evaluations_are_far_apart(splits):
 # Services
 
 
-EVALUATION = {"segm_AP": 0.5, "segm_per_class": {"red circle": {"AP": 0.7, "AP50": 0.9, "cgF1": None, "objects": 3}}}
+EVALUATION = {
+    "segm_cgF1@0.5": 0.5,
+    "segm_per_class": {"red circle": {"AP": 0.7, "AP50": 0.9, "cgF1": None, "objects": 3}},
+}
 
 
 def test_tensorboard_holds_pictures_and_scores_per_class_each_once(tmp_path):
@@ -131,7 +135,12 @@ def test_tensorboard_holds_pictures_and_scores_per_class_each_once(tmp_path):
         metrics.close()
     told = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0})
     told.Reload()
-    names = ["eval/segm_AP", "eval_segm_per_class/AP/red_circle", "eval_segm_per_class/AP50/red_circle", "train/loss"]
+    names = [
+        "eval/segm_cgF1_0.5",
+        "eval_segm_per_class/AP/red_circle",
+        "eval_segm_per_class/AP50/red_circle",
+        "train/loss",
+    ]
     assert sorted(told.Tags()["scalars"]) == names
     for name in names:
         assert [event.step for event in told.Scalars(name)] == list(range(1, 8))
@@ -158,6 +167,7 @@ class Service:
         return self.start_run(id)
 
     def log(self, values, step=None):
+        assert all(re.fullmatch(r"[-\w./ :]+", name) for name in values)  # as mlflow demands
         if self.broken:
             raise ConnectionError("the service\nis away")
         self.current.append((values.get("step", step), sorted(set(values) - {"step"})))
@@ -195,11 +205,11 @@ def test_services_go_on_with_their_run_and_are_told_nothing_twice(name, tmp_path
         for step in steps:
             metrics.write("train", step, {"loss": 1.0})
             if step % 2 == 0:
-                metrics.write("eval", step, {"loss": 2.0})
+                metrics.write("eval", step, EVALUATION)
                 metrics.trackers.show("predictions", step, [tmp_path / "0000.png"])
     (told,) = service.runs.values()
     assert [step for step, names in told if names == ["train/loss"]] == [1, 2, 3, 4, 5, 6]
-    assert [step for step, names in told if names == ["eval/loss"]] == [2, 4, 6]
+    assert [step for step, names in told if "eval/segm_cgF1_0.5" in names] == [2, 4, 6]
     assert sum(names[0].startswith("predictions/") for _, names in told) == 3
     metrics = Metrics(tmp_path, step=0, evaluated=0, report_to=[name])  # anew
     metrics.write("train", 1, {"loss": 1.0})

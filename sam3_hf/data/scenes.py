@@ -62,7 +62,7 @@ def draw_tiles(
 def _draw_mosaic(
     rows: datasets.Dataset, index: int, canvas: int, augmentation: Augmentation, rng: np.random.Generator
 ) -> list[Tile]:
-    side = canvas // 2
+    side, augmentation = canvas // 2, replace(augmentation, smallest_side=1.0)  # they are small already
     chosen = [index, *(int(other) for other in rng.integers(len(rows), size=3))]
     corners = [(0, 0), (side, 0), (0, side), (side, side)]
     tiles = []
@@ -121,4 +121,6 @@ def _varied(tile: Tile, augmentation: Augmentation, rng: np.random.Generator) ->
     pixels = transforms.transform_pixels(pixels, transform, factor).contiguous()
     if augmentation.color_jitter > 0:
         pixels = transforms.jitter_colors(pixels, augmentation.color_jitter, rng)
+        if transform.angle:
+            pixels = pixels * transforms.shown(transform.side, transform.angle)  # other contrast leaves black grey
     return pixels

@@ -228,7 +228,7 @@ def transform_mask(segmentation: list | dict, transform: GeometricTransform) -> 
         flat = [(polygon - corner).reshape(-1).tolist() for polygon in polygons]
         inside = torch.from_numpy(decode_mask(encode_segmentation(flat, side, side)))
         if transform.angle:
-            inside &= _shown(side, transform.angle)  # the polygon may go on where the crop has ended
+            inside &= shown(side, transform.angle)  # the polygon may go on where the crop has ended
     else:
         mask = torch.from_numpy(np.ascontiguousarray(decode_mask(segmentation)).view(np.uint8))
         inside = transform_pixels(mask[None] * 255, transform)[0] > 127  # as the image: half covered is inside
@@ -237,7 +237,7 @@ def transform_mask(segmentation: list | dict, transform: GeometricTransform) -> 
 
 
 @lru_cache(maxsize=8)  # one is asked for again with each object of an image
-def _shown(side: int, angle: float) -> torch.Tensor:
+def shown(side: int, angle: float) -> torch.Tensor:
     """Where a turned square shows something of the image: (side, side) bool."""
     square = GeometricTransform(0, 0, side, side, False, side, 0, 0, side, angle=angle)
     corners = square.move(np.array([[0.0, 0.0], [side, 0.0], [side, side], [0.0, side]]))

@@ -155,16 +155,22 @@ def _start(name: str, output_dir: Path, step: int, settings: dict, known: str | 
 
 
 def scalars_of(kind: str, values: dict) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl as services name them; what is not defined per class is left out."""
-    scalars = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
+    """
+    The numbers of a line of metrics.jsonl as services name them, which do not take all characters; what is not defined
+    per class is left out.
+    """
+    scalars = {f"{kind}/{_plain(name)}": value for name, value in values.items() if isinstance(value, (int, float))}
     for table, classes in values.items():
         if table.endswith("_per_class"):
             for label, numbers in classes.items():
-                plain = re.sub(r"[^-\w.]", "_", label)
                 for name in ("AP", "AP50", "cgF1"):
                     if numbers[name] not in (-1, None):
-                        scalars[f"{kind}_{table}/{name}/{plain}"] = numbers[name]
+                        scalars[f"{kind}_{table}/{name}/{_plain(label)}"] = numbers[name]
     return scalars
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^-\w.]", "_", name)
 
 
 def _pixels(path: Path) -> np.ndarray:
