@@ -22,6 +22,7 @@ import warm
 from accelerate.commands.launch import launch_command_parser
 from conftest import HUNG
 from hub_stand_in import TOKEN, HubStandIn
+from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 from video_cases import lite_config, stock_video_model
@@ -46,6 +47,7 @@ SUBSTITUTIONS = {
     'preset="lite"': 'preset="tiny"',
     'preset="lite-plus"': 'preset="tiny-plus"',
     "path/to/images": "outputs/demo/data/valid",
+    "path/to/frames": "frames",
     "path/to/dataset": "outputs/demo/data",
     "phrases.txt": str(ROOT / "training" / "configs" / "other_words.txt"),
 }
@@ -278,6 +280,9 @@ def workspace(tmp_path_factory):
             for command in block.commands():
                 workspace.run(command)
         assert (folder / "outputs" / "demo" / "final" / "model.safetensors").is_file()
+        (folder / "frames").mkdir()
+        for index in range(4):
+            Image.new("RGB", (80, 60), (60 * index, 90, 90)).save(folder / "frames" / f"{index}.png")
         stock_video_model().save_pretrained(folder / "sam3-video")
         Sam3LiteProcessor.from_config(lite_config()).to_video().save_pretrained(folder / "sam3-video")
         yield workspace

@@ -50,9 +50,7 @@ def run(finished_run, tmp_path) -> Path:
 @pytest.fixture
 def fails(tmp_path, monkeypatch, capsys):
     """Runs the trainer in this process, in `tmp_path`; the line that it fails with."""
-    root = logging.getLogger()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    handlers, level = root.handlers[:], root.level
     monkeypatch.setattr(logging, "raiseExceptions", logging.raiseExceptions)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.chdir(tmp_path)
@@ -64,8 +62,6 @@ def fails(tmp_path, monkeypatch, capsys):
         return lines[-1].removesuffix(" (traceback: run/logs/train.log)")
 
     yield run
-    root.handlers[:] = handlers
-    root.setLevel(level)
     for number, handler in before.items():
         signal.signal(number, handler)
 
