@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from ..checkpoints import open_checkpoint
-from ..exporting.folder import read_export
 from ..exporting.model import ExportedModel
 from ..files import write_file
 from ..plain_text import plain
@@ -125,10 +124,7 @@ def _compare(sources, revisions, rows, batch_size, workers, most_pictures) -> tu
 def _size(source: str, revision: str, model) -> dict:
     """Parameters (None for graphs) and bytes on the disk."""
     if isinstance(model, ExportedModel):
-        return {
-            "parameters": None,
-            "bytes": sum(file["bytes"] for file in read_export(source).facts["files"].values()),
-        }
+        return {"parameters": None, "bytes": sum(file["bytes"] for file in model.export.facts["files"].values())}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"parameters": parameters, "bytes": open_checkpoint(source, revision=revision).size}
 
