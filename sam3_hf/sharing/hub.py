@@ -175,8 +175,8 @@ def files_to_push(folder: Path) -> list[Path]:
     model_type = read_json(folder / "config.json").get("model_type")
     if model_type == "sam3_lite_video":
         raise ValueError(
-            f"{folder} holds a video model, which push does not know: `hf upload OWNER/NAME {folder}` sends it; put the "
-            "licence of its weights and a card beside it."
+            f"{folder} holds a video model, which push does not know: `hf upload OWNER/NAME {folder}` sends it; put "
+            "the licence of its weights and a card beside it."
         )
     if model_type != "sam3_lite":
         raise ValueError(f"{folder} holds a model of type {model_type!r}: `sam3-lite convert` makes a lite one of it.")
