@@ -64,6 +64,7 @@ def squares(labels=("cat", "dog", "cat"), prompts=("cat", "dog", "bird"), name="
         mask[top:bottom, left:right] = True
     scores, rle = 0.9 - 0.2 * torch.arange(count), encode_masks(pixels) if masks else None
     found = Detections(boxes, scores, list(labels), rle, (100, 200), list(prompts))
+    found.best = {label: scores[labels.index(label)].item() if label in labels else 0.002 for label in prompts}
     return Answer("me/model", grey(200, 100, name), found, 0.25, "cpu, float32")
 
 
@@ -215,10 +216,10 @@ def test_masks_and_boxes_are_drawn_in_the_colours_of_the_phrases():
 
 def test_the_legend_says_how_many_and_the_best_score():
     text = Elements(show([squares()], 0.6)).text
-    for line in ("2 found in 0.25 s (cpu, float32)", "1 found, best 0.90", "1 found, best 0.70"):
+    for line in ("2 found in 0.25 s (cpu, float32)", "1 found, best score 0.90", "1 found, best score 0.70"):
         assert line in text.splitlines()
-    assert "none, no score above 0.05" in text  # bird
-    assert "none above 0.80, best 0.70" in Elements(show([squares()], 0.8)).text
+    assert "none, best score 0.002" in text  # bird
+    assert "none, best score 0.70" in Elements(show([squares()], 0.8)).text
     assert "30 40 50 60" in text and "400" in text  # box and pixels of the dog
     assert "pixels of the mask" not in Elements(show([squares(masks=False)], 0.6)).text
 

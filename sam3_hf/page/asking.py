@@ -52,13 +52,6 @@ class Answer:
         """
         return self.found.select(np.flatnonzero(self.found.scores.numpy() > threshold).tolist())
 
-    def best(self, label: str) -> float | None:
-        """The highest score of a label above `LOWEST_SCORE`."""
-        scores = [
-            score for own, score in zip(self.found.labels, self.found.scores.tolist(), strict=True) if own == label
-        ]
-        return max(scores, default=None)
-
 
 class Finder:
     """

@@ -16,8 +16,8 @@ from PIL import Image
 from ..plain_text import plain
 from ..prediction.detections import Detections
 from ..rle import decode_mask, mask_areas
-from ..visualization import Colour, draw_instances, instance_colors
-from .asking import LOWEST_SCORE, Answer
+from ..visualization import Colour, draw_instances, instance_colors, score_text
+from .asking import Answer
 from .pictures import as_url
 
 MASKS, BOXES = "masks", "boxes"
@@ -93,7 +93,7 @@ def _figure(answer: Answer, threshold: float, layers: Sequence[str]) -> str:
     parts = [
         f"<figcaption><b>{name}</b><span>{said}</span></figcaption>",
         f'<img src="{as_url(draw(answer, threshold, layers))}" alt="{len(found)} found by {name}">',
-        _legend(answer, found, threshold),
+        _legend(found),
         _table(found),
         "<nav>",
         # The picture is in the page already, and is not sent a second time.
@@ -104,16 +104,12 @@ def _figure(answer: Answer, threshold: float, layers: Sequence[str]) -> str:
     return f"<figure>{''.join(parts)}</figure>"
 
 
-def _legend(answer: Answer, found: Detections, threshold: float) -> str:
+def _legend(found: Detections) -> str:
     rows = []
     for label, colour in colours_of(found).items():
-        count, best = found.labels.count(label), answer.best(label)
-        if count:
-            said = f"{count} found, best {best:.2f}"
-        elif best is not None:
-            said = f"none above {threshold:.2f}, best {best:.2f}"
-        else:
-            said = f"none, no score above {LOWEST_SCORE:.2f}"
+        count, best = found.labels.count(label), found.best.get(label)
+        said = f"{count} found" if count else "none"
+        said += "" if best is None else f", best score {score_text(best)}"
         rows.append(f"<li>{_swatch(colour)}<span>{_text(label)}</span><small>{said}</small></li>")
     return f'<ul class="sam3-legend">{"".join(rows)}</ul>'
 
