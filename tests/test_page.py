@@ -12,13 +12,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import micro_config, run
 from faster_coco_eval import COCO
 from PIL import Image, ImageDraw
 from test_bad_inputs import HOSTILE
 
 from sam3_hf import Sam3LitePipeline
 from sam3_hf.commands.demo import GRADIO
+from sam3_hf.exporting.folder import Export
+from sam3_hf.exporting.model import ExportedModel, precision_of
 from sam3_hf.page import asking, pictures
 from sam3_hf.page.asking import DRAWN_BOXES, LOWEST_SCORE, Answer, Finder, as_line, ask, read_prompts, split_phrases
 from sam3_hf.page.pictures import MAX_EXAMPLES, Picture, as_url, find_examples, open_picture
@@ -65,7 +67,7 @@ def squares(labels=("cat", "dog", "cat"), prompts=("cat", "dog", "bird"), name="
     scores, rle = 0.9 - 0.2 * torch.arange(count), encode_masks(pixels) if masks else None
     found = Detections(boxes, scores, list(labels), rle, (100, 200), list(prompts))
     found.best = {label: scores[labels.index(label)].item() if label in labels else 0.002 for label in prompts}
-    return Answer("me/model", grey(200, 100, name), found, 0.25, "cpu, float32")
+    return Answer("me/model", grey(200, 100, name), found, 0.25, "cpu, fp32")
 
 
 class Elements(HTMLParser):
@@ -160,7 +162,22 @@ def test_words_and_boxes_find_what_is_drawn(finder, tmp_path):
     centres = found.boxes[[label == "red circle" for label in found.labels]].reshape(-1, 2, 2).mean(1)
     for middle in (24, 72):
         assert (centres - torch.tensor([middle, 48.0])).abs().max(1).values.min() < 5
-    assert answer.error is None and answer.seconds > 0 and answer.computed == "cpu, float32"
+    assert answer.error is None and answer.seconds > 0 and answer.computed == "cpu, fp32"
+
+
+@pytest.mark.parametrize(
+    "format, device, dtype, said",
+    [
+        ("onnx", "cpu", torch.float32, "cpu, int8"),
+        ("openvino", "GPU", torch.float32, "GPU, int8"),
+        ("openvino", "cpu", torch.bfloat16, "cpu, bf16"),
+    ],
+)
+def test_an_export_says_where_and_in_what_it_computes(format, device, dtype, said):
+    facts = {"format": format, "precision": "int8"}
+    model = ExportedModel(Export(Path("folder"), facts, micro_config()), device, dtype)
+    assert Finder("folder", SimpleNamespace(model=model)).computed == said
+    assert precision_of(model, "fp16") == said.split()[-1]
 
 
 def test_two_models_answer_beside_each_other_and_one_may_fail(finder, example):
@@ -177,7 +194,7 @@ def test_two_models_answer_beside_each_other_and_one_may_fail(finder, example):
     assert [tag for tag, _ in html.tags].count("figure") == 2 and len(html.attributes("img")) == 1
     assert second.error in html.text and "assets/tiny-standard" in html.text
     first, second = ask([finder, finder], example, "blue circle", [], None)
-    assert len(re.findall(r"\d found in .* m?s \(cpu, float32\)", Elements(show([first, second], 0.5)).text)) == 2
+    assert len(re.findall(r"\d found in .* m?s \(cpu, fp32\)", Elements(show([first, second], 0.5)).text)) == 2
 
 
 def test_what_nobody_expects_is_a_line_too_and_is_logged(example, caplog):
@@ -216,7 +233,7 @@ def test_masks_and_boxes_are_drawn_in_the_colours_of_the_phrases():
 
 def test_the_legend_says_how_many_and_the_best_score():
     text = Elements(show([squares()], 0.6)).text
-    for line in ("2 found in 0.25 s (cpu, float32)", "1 found, best score 0.90", "1 found, best score 0.70"):
+    for line in ("2 found in 0.25 s (cpu, fp32)", "1 found, best score 0.90", "1 found, best score 0.70"):
         assert line in text.splitlines()
     assert "none, best score 0.002" in text  # bird
     assert "none, best score 0.70" in Elements(show([squares()], 0.8)).text

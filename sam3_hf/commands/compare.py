@@ -31,7 +31,7 @@ from .scoring import (
     dataset_for,
     load_split,
     open_scored,
-    precision_of,
+    scored_precision,
 )
 
 SCORES = ("AP", "AP50", "AP75", "AR100", "cgF1")
@@ -97,7 +97,7 @@ def _compare(sources, revisions, rows, batch_size, workers, most_pictures) -> tu
         {
             "model": source,
             "revision": revision,
-            "precision": precision_of(one.model, accelerator),
+            "precision": scored_precision(one.model, accelerator),
             **_size(source, revision, one.model),
             "seconds_per_image": seconds,
             "scores": scores,

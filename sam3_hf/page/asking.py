@@ -13,6 +13,7 @@ import numpy as np
 
 from ..checkpoints import refuse_training_checkpoint
 from ..errors import EXPECTED, model_errors, one_line
+from ..exporting.model import ExportedModel, precision_of
 from ..prediction.detections import Detections
 from ..prediction.pipeline import Prompt, Sam3LitePipeline
 from .pictures import Picture
@@ -34,7 +35,7 @@ class Answer:
         picture: that was looked at.
         found: all above `LOWEST_SCORE`; None after an error.
         seconds: that the model took.
-        computed: by what, as "cpu, float32".
+        computed: by what, as "cpu, fp32".
         error: one line.
     """
 
@@ -88,7 +89,9 @@ class Finder:
 
     @property
     def computed(self) -> str:
-        return f"{self.pipe.model.device.type}, {str(self.pipe.model.dtype).removeprefix('torch.')}"
+        model = self.pipe.model
+        device = model.runs_on if isinstance(model, ExportedModel) else model.device.type
+        return f"{device}, {precision_of(model)}"
 
     def ask(self, picture: Picture, pixels, prompts: Sequence[Prompt]) -> Answer:
         """
