@@ -22,7 +22,8 @@ from sam3_hf.commands.demo import GRADIO
 from sam3_hf.exporting.folder import Export
 from sam3_hf.exporting.model import ExportedModel, precision_of
 from sam3_hf.page import asking, pictures
-from sam3_hf.page.asking import DRAWN_BOXES, LOWEST_SCORE, Answer, Finder, as_line, ask, read_prompts, split_phrases
+from sam3_hf.page.asking import DRAWN_BOXES, LOWEST_SCORE, Answer, Finder, as_line, ask, read_prompts
+from sam3_hf.page.phrases import split_phrases
 from sam3_hf.page.pictures import MAX_EXAMPLES, Picture, as_url, find_examples, open_picture
 from sam3_hf.page.results import BOXES, MASKS, as_coco, as_error, colours_of, draw, show
 from sam3_hf.prediction.detections import Detections
@@ -322,6 +323,10 @@ def test_examples_are_drawn_or_of_a_folder(tmp_path, finder):
     assert len({example.picture.name for example in examples}) == len(examples) >= 3
     assert all(set(split_phrases(example.phrases)) <= set(split_phrases(KNOWN)) for example in examples)
     assert find_examples(None, ["cat", "dog"])[0].phrases == "cat, dog"
+    known = ["salt, pepper", "cats; dogs", "two\nlines", *(f"thing {number}" for number in range(40))]
+    words = [prompt.text for prompt in read_prompts(find_examples(None, known)[0].phrases, [], None, (1, 1))]
+    assert len(words) > 2 and words == known[3 : 3 + len(words)]
+    assert find_examples(None, known[:1])[0].phrases == ""
     for number in range(MAX_EXAMPLES + 1):
         as_file(tmp_path / f"{number:02d}.png", 8, 6)
     names = [example.picture.name for example in find_examples(tmp_path, None)]

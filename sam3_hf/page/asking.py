@@ -16,13 +16,13 @@ from ..errors import EXPECTED, model_errors, one_line
 from ..exporting.model import ExportedModel, precision_of
 from ..prediction.detections import Detections
 from ..prediction.pipeline import Prompt, Sam3LitePipeline
+from .phrases import MAX_PHRASES, split_phrases
 from .pictures import Picture
 
 logger = logging.getLogger(__name__)
 
 LOWEST_SCORE = 0.05  # where the slider starts: all above it are computed
 MAX_DETECTIONS = 100
-MAX_PHRASES = 16
 MAX_BOXES = 32
 DRAWN_BOXES = "drawn boxes"  # the label of what is shown by boxes and has no phrase
 
@@ -127,12 +127,6 @@ def ask(
     prompts = read_prompts(phrases, drawn, of, picture.size)
     pixels = picture.read()
     return [finder.ask(picture, pixels, prompts) for finder in finders]
-
-
-def split_phrases(text: str | None) -> list[str]:
-    """The distinct phrases of a text, between commas, semicolons and ends of lines."""
-    phrases = (" ".join(part.split()) for part in re.split(r"[,;\n]", text or ""))
-    return list(dict.fromkeys(filter(None, phrases)))
 
 
 def read_prompts(phrases: str, drawn: list | None, of: str | None, size: tuple[int, int]) -> list[Prompt]:
