@@ -232,6 +232,15 @@ def test_masks_and_boxes_are_drawn_in_the_colours_of_the_phrases():
     assert np.array_equal(draw(only_boxes, 0, [MASKS, BOXES]), draw(only_boxes, 0, [BOXES]))
 
 
+def test_what_was_found_scales_to_the_picture_that_is_shown():
+    found = squares().found
+    boxes, masks = found.scaled(100, 25)
+    assert boxes[1].tolist() == [15, 10, 25, 15] and masks.shape == (3, 25, 100)
+    assert [np.argwhere(masks[1]).min(0).tolist(), np.argwhere(masks[1]).max(0).tolist()] == [[10, 15], [14, 24]]
+    boxes, masks = squares(masks=False).found.scaled(400, 200)
+    assert boxes[1].tolist() == [60, 80, 100, 120] and masks is None
+
+
 def test_the_legend_says_how_many_and_the_best_score():
     text = Elements(show([squares()], 0.6)).text
     for line in ("2 found in 0.25 s (cpu, fp32)", "1 found, best score 0.90", "1 found, best score 0.70"):
