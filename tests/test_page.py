@@ -383,5 +383,42 @@ def test_the_page_is_local_unless_asked(monkeypatch):
         assert (threshold, max_pixels) == (0.4, pictures.MAX_PIXELS)
 
 
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        ([], ["me/model", "me/model"]),
+        (["--revision", "v1"], ["me/model@v1", "me/model@v1"]),
+        (["--revision-b", "v2"], ["me/model", "me/model@v2"]),
+        (["--revision", "v1", "--revision-b", "main"], ["me/model@v1", "me/model"]),
+    ],
+)
+def test_two_revisions_of_a_model_have_names_of_their_own(options, names, monkeypatch):
+    served = []
+
+    def build_page(finders, *_):
+        served.extend(finders)
+        return SimpleNamespace(block_thread=lambda: None)
+
+    def from_pretrained(model, revision, **_):
+        loaded.append(revision)
+        pipe = lambda *_, **__: None  # noqa: E731
+        pipe.model = SimpleNamespace(config=SimpleNamespace(vocabulary=None))
+        return pipe
+
+    loaded = []
+    layout = SimpleNamespace(build_page=build_page, serve=lambda *_, **__: ("http://127.0.0.1:7860", None))
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "sam3_hf.page.layout", layout)
+    monkeypatch.setattr(Sam3LitePipeline, "from_pretrained", from_pretrained)
+    result = run("demo", "me/model", "--compare", "me/model", *options)
+    assert result.exit_code == 0, result.output
+    assert [finder.name for finder in served] == names
+    assert loaded == [name.partition("@")[2] or "main" for name in names]
+
+
+def test_a_folder_has_no_revision(finder):
+    assert Finder(STANDARD.as_posix(), finder.pipe, "v2").name == "assets/tiny-standard"
+
+
 def test_scores_in_json_are_numbers(answer):
     json.loads(json.dumps(as_coco(answer, 0.3), allow_nan=False))

@@ -14,6 +14,7 @@ import numpy as np
 from ..checkpoints import refuse_training_checkpoint
 from ..errors import EXPECTED, model_errors, one_line
 from ..exporting.model import ExportedModel, precision_of
+from ..plain_text import with_revision
 from ..prediction.detections import Detections
 from ..prediction.pipeline import Prompt, Sam3LitePipeline
 from .phrases import MAX_PHRASES, split_phrases
@@ -61,10 +62,12 @@ class Finder:
     Args:
         model: as it was asked for; its last two parts are its name in the page.
         pipe: of it.
+        revision: of a model of the Hub; if it is not `main`, the name has it as well.
     """
 
-    def __init__(self, model: str, pipe: Sam3LitePipeline):
-        self.name = "/".join(re.split(r"[/\\]+", model.rstrip("/\\"))[-2:])
+    def __init__(self, model: str, pipe: Sam3LitePipeline, revision: str = "main"):
+        name = "/".join(re.split(r"[/\\]+", model.rstrip("/\\"))[-2:])
+        self.name = with_revision(name, model, revision)
         self.pipe = pipe
         self.vocabulary: list[str] | None = pipe.model.config.vocabulary
 
@@ -74,7 +77,7 @@ class Finder:
         Loads a model, and runs it once: what the first run prepares does not count as time of a picture.
 
         Args:
-            model: as [`Sam3LitePipeline.from_pretrained`] takes it; exported folders as well.
+            model: as [`Sam3LitePipeline.from_pretrained`] takes it; exports as well.
 
         Raises:
             ValueError, OSError, ImportError: it cannot be loaded.
@@ -82,7 +85,7 @@ class Finder:
         with model_errors(model):
             refuse_training_checkpoint(model)
             pipe = Sam3LitePipeline.from_pretrained(model, device=device, dtype=dtype, revision=revision)
-            finder = cls(model, pipe)
+            finder = cls(model, pipe, revision)
             grey = np.full((64, 64, 3), 128, dtype=np.uint8)
             pipe(grey, (finder.vocabulary or ["object"])[0], threshold=LOWEST_SCORE)
         return finder
