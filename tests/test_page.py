@@ -360,6 +360,13 @@ def test_without_gradio_the_command_says_how_to_get_it(monkeypatch):
     assert f'demo = ["{GRADIO}"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
+def test_the_help_and_the_docs_take_exports_of_the_hub():
+    said = " ".join(re.sub(r"[│|*]", " ", run("demo", "--help").output).split())
+    assert "Folder or Hub id of a model or of what `export` wrote" in said
+    docs = " ".join((ROOT / "docs" / "inference.md").read_text(encoding="utf-8").split())
+    assert "a folder or a repository of the Hub, with a model or with what [`sam3-lite export`]" in docs
+
+
 def test_the_page_is_local_unless_asked(monkeypatch):
     """The command with a stand-in for the module that needs gradio."""
     served = []

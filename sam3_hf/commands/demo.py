@@ -16,7 +16,7 @@ GRADIO = "gradio>=6.31,<7"  # the extra `demo`
 
 def demo(
     model: Annotated[
-        str, typer.Argument(help="Folder or Hub id of a model, folder that `export` wrote, or .pt of Meta's.")
+        str, typer.Argument(help="Folder or Hub id of a model or of what `export` wrote, or .pt of Meta's.")
     ],
     compare: Annotated[str | None, typer.Option(metavar="MODEL", help="A second model beside the first.")] = None,
     examples: Annotated[
