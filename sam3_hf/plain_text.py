@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 
 LONGEST = 80
@@ -16,6 +17,11 @@ def plain(text: str, longest: int = LONGEST) -> str:
     line = " ".join(str(text).split())
     shown = "".join(_shown(character) for character in line[: longest + 1])
     return shown if len(line) <= longest else shown[: longest - 1] + "…"
+
+
+def with_revision(name: str, source: str, revision: str) -> str:
+    """A name of a model with the revision of its source, where that is of the Hub and not `main`: "me/model@v2"."""
+    return name if revision == "main" or os.path.exists(source) else f"{name}@{revision}"
 
 
 def markdown(text: str, longest: int = LONGEST) -> str:

@@ -185,7 +185,7 @@ def test_the_page_takes_an_exported_folder(exported, small, picture):
     box = {"box": [0.1, 0.1, 0.6, 0.7], "positive": True}
     first, second = ask([Finder.open(str(exported)), Finder.open(str(small), "cpu")], chosen, "cat", [box], None)
     same(first.found, second.found)
-    assert first.found.prompts == ["cat", "drawn boxes"] and first.computed == "cpu, float32"
+    assert first.found.prompts == ["cat", "drawn boxes"] and first.computed == "cpu, fp32"
 
 
 def test_nothing_found_is_no_error(exported, picture):

@@ -13,9 +13,9 @@ import typer
 from ..checkpoints import open_checkpoint
 from ..exporting.model import ExportedModel
 from ..files import write_file
-from ..plain_text import plain
+from ..plain_text import plain, with_revision
 from .errors import one_line_errors
-from .options import Revision
+from .options import Revision, RevisionB
 from .scoring import (
     BatchSize,
     CategoryMap,
@@ -30,7 +30,7 @@ from .scoring import (
     dataset_for,
     load_split,
     open_scored,
-    precision_of,
+    scored_precision,
 )
 
 SCORES = ("AP", "AP50", "AP75", "AR100", "cgF1")
@@ -51,7 +51,7 @@ def compare(
     batch_size: BatchSize = 4,
     workers: Workers = 2,
     revision: Revision = "main",
-    revision_b: Annotated[str | None, typer.Option(help="That of B, where it is another one.")] = None,
+    revision_b: RevisionB = None,
 ):
     """
     Compares two models on a split: scores, size and time per image, measured in turns in one run, and the pictures in
@@ -96,7 +96,7 @@ def _compare(sources, revisions, rows, batch_size, workers, most_pictures) -> tu
         {
             "model": source,
             "revision": revision,
-            "precision": precision_of(one.model, accelerator),
+            "precision": scored_precision(one.model, accelerator),
             **_size(source, revision, one.model),
             "seconds_per_image": seconds,
             "scores": scores,
@@ -116,7 +116,7 @@ def _compare(sources, revisions, rows, batch_size, workers, most_pictures) -> tu
         for number, one in enumerate(result.differences)
     ]
     about = {"images": len(rows), "concepts": len(pair[0].dataset.concepts), "device": accelerator.device.type}
-    names = tuple(f"{letter}: {source}" for letter, source in zip("AB", sources, strict=True))
+    names = tuple(_names(models))
     drawings = [partial(draw_difference, pair[0].dataset, one, names) for one in result.differences]
     return {**about, "batch_size": batch_size, "models": models, "pictures": shown}, drawings
 
@@ -132,7 +132,7 @@ def _size(source: str, revision: str, model) -> dict:
 def table(found: dict) -> str:
     """The comparison as text: scores, size and time of both and how they differ, the scores by concept, pictures."""
     models = found["models"]
-    lines = [f"{letter}: {one['model']}, {one['precision']}" for letter, one in zip("AB", models, strict=True)]
+    lines = [f"{name}, {one['precision']}" for name, one in zip(_names(models), models, strict=True)]
     about = f"{found['images']} images, {found['concepts']} concepts"
     lines += [f"on {found['data']}, {found['split']}: {about}, {found['device']}", ""]
     rows = [("", "A", "B", "B - A")]
@@ -158,6 +158,13 @@ def table(found: dict) -> str:
             rows.append((plain(one["file_name"]), *map(str, counts)))
         lines += ["", *_aligned(rows)]
     return "\n".join(lines)
+
+
+def _names(models: list[dict]) -> list[str]:
+    return [
+        f"{letter}: {with_revision(one['model'], one['model'], one['revision'])}"
+        for letter, one in zip("AB", models, strict=True)
+    ]
 
 
 def _row(name: str, first: float | None, second: float | None, digits: int = 3) -> tuple[str, ...]:

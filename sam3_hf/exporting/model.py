@@ -46,6 +46,10 @@ class ExportedModel(nn.Module):
         device: "cpu", or what the runtime calls another one.
         dtype: float32, or with OpenVINO bfloat16: what it computes in.
 
+    Attributes:
+        runs_on: the device of the runtime, while `device` is that of the tensors.
+        precision: that of the export, or "bf16".
+
     Raises:
         ValueError: a precision that the runtime does not take, or a file that it cannot read.
     """
@@ -58,6 +62,8 @@ class ExportedModel(nn.Module):
                 f"{precision_name(dtype)} is not for it: leave it out, or export with another --precision."
             )
         self.export, self.config = export, export.config
+        self.runs_on = device
+        self.precision = export.precision if dtype == torch.float32 else precision_name(dtype)
         runtime = OnnxRuntimeGraph
         if export.format == "openvino":
             runtime = partial(OpenVinoGraph, bfloat16=dtype == torch.bfloat16)
@@ -229,6 +235,18 @@ class ExportedModel(nn.Module):
     @staticmethod
     def _prompts_at_once(fine: Tensor) -> int:
         return max(1, PIXELS_AT_ONCE // (fine[0].numel() * 4))
+
+
+def precision_of(model: nn.Module, autocast: str | None = None) -> str:
+    """
+    What a model computes in: fp32, fp16 or bf16; of an `ExportedModel` its own, as int8.
+
+    Args:
+        autocast: the precision of products where it is not that of the weights.
+    """
+    if isinstance(model, ExportedModel):
+        return model.precision
+    return precision_name(autocast or model.dtype)
 
 
 def _predictions(found: dict[str, Tensor]) -> dict[str, Tensor]:
