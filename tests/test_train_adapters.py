@@ -10,7 +10,7 @@ import torch
 from conftest import micro_config
 from conftest import run as command
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train_cases import launcher, state_of, train, train_in_two
 
 from sam3_hf import Sam3LiteModel
@@ -113,10 +113,18 @@ def test_an_adapter_alone_is_as_good_as_the_final_model(alone, merged, saved):
 
 
 def test_a_resumed_run_is_as_if_nothing_had_happened(alone, data, settings, tmp_path):
+    """Also in a folder with the weights of another run."""
     checkpoint = str(alone / "checkpoints" / "epoch_1")
+    base = alone / "checkpoints" / "frozen_base.safetensors"
+    stale = tmp_path / "run" / "checkpoints" / base.name
+    stale.parent.mkdir(parents=True)
+    save_file({name: torch.zeros_like(value) for name, value in load_file(base).items()}, stale)
     finished = train(tmp_path, data, "--resume", checkpoint, **settings, merge_adapter=False)
     assert finished.returncode == 0 and "step 3" in finished.stderr, finished.stderr
     assert_same_steps(tmp_path / "run", alone, first=4)
+    found, expected = load_file(stale.parent / "last" / base.name), load_file(base)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def assert_same_steps(found: Path, expected: Path, first: int) -> None:

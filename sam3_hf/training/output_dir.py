@@ -12,7 +12,7 @@ from ..sources_sam3_lite import ADAPTER_CONFIG
 from .accelerator import decide
 from .adapters import adapted_layers
 from .arguments import Arguments
-from .checkpoints import BASE, FROZEN
+from .checkpoints import FROZEN, shares_base
 from .parts import Parts
 from .recovery import checkpoint_to_resume, checkpoints_in
 from .trackers import TRACKERS_FILE
@@ -89,7 +89,7 @@ def check_space(parts: Parts, checkpoint: Path | None) -> None:
     if parts.frozen is not None and not (output_dir / "checkpoints" / FROZEN).is_file():
         needed += sum(tensor.nbytes for tensor in parts.frozen.values())
     model = parts.accelerator.unwrap_model(parts.model)
-    if adapted_layers(model) and not (output_dir / "checkpoints" / BASE).is_file():
+    if adapted_layers(model) and not shares_base(output_dir / "checkpoints", checkpoint):
         needed += sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
     free = shutil.disk_usage(output_dir).free
     if checkpoint is None and parts.arguments.output.resume == "none" and holds_run(output_dir):

@@ -17,7 +17,7 @@ from .accelerator import decide, prepare
 from .adapters import plain_weights, trains_vision
 from .agreement import agreement_data
 from .arguments import Arguments
-from .checkpoints import BASE, write_base, write_frozen
+from .checkpoints import shares_base, write_base, write_frozen
 from .data import load_data, load_unlabelled, read_words, warn_of_crowds
 from .distillation import Distillation
 from .model import (
@@ -175,7 +175,7 @@ def write_parts(parts: Parts, checkpoint: Path | None) -> None:
     """Writes into the output folder what its checkpoints and final model will refer to; called by every process."""
     checkpoints = Path(parts.arguments.output.output_dir) / "checkpoints"
     model, base = parts.accelerator.unwrap_model(parts.model), None
-    if parts.arguments.adapter.lora_rank and (checkpoint is None or not (checkpoints / BASE).is_file()):
+    if parts.arguments.adapter.lora_rank and not shares_base(checkpoints, checkpoint):
         base = parts.accelerator.get_state_dict(parts.model)
     if not parts.accelerator.is_main_process:
         return
