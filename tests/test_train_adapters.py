@@ -19,7 +19,8 @@ from sam3_hf.training.adapters import add_adapters
 from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.compatibility import check_compatible
 from sam3_hf.training.model import build_model
-from sam3_hf.training.parts import build_objective
+from sam3_hf.training.objectives import Labels
+from sam3_hf.training.parts import build_objective, set_mask_supervision
 
 KILLED = """
 from sam3_hf.training.loop import TrainingLoop
@@ -231,6 +232,24 @@ def test_a_teacher_of_features_needs_adapters_in_the_vision_encoder(model):
     add_adapters(model, arguments.adapter)
     with pytest.raises(ValueError, match="set feature_steps to 0.*or lora_targets to all"):
         build_objective(None, arguments, model, None, [], [], None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "had_masks", "labels_have_masks", "message"),
+    [
+        (["--merge_adapter", "false"], True, False, "makes mask_supervision false, unlike in the config.json of some"),
+        (["--merge_adapter", "false"], False, True, "makes mask_supervision true, unlike in the config.json of some"),
+        (["--lora_targets", "mask_decoder.*"], True, False, "nothing would train.*the training split has no masks"),
+    ],
+)
+def test_what_a_run_without_masks_cannot_train_or_say_is_refused(flags, had_masks, labels_have_masks, message):
+    arguments = parse_arguments(["--data", "x", "--init", "some", "--lora_rank", "2", *flags])
+    model = Sam3LiteModel(micro_config(mask_supervision=had_masks))
+    add_adapters(model, arguments.adapter)
+    with pytest.raises(ValueError, match=message):
+        set_mask_supervision(arguments, model, Labels(), labels_have_masks)
+    assert model.config.mask_supervision == had_masks
+    set_mask_supervision(arguments, model, Labels(), had_masks)
 
 
 @pytest.mark.slow
