@@ -184,17 +184,33 @@ def test_an_adapter_alone_names_its_model(alone, saved):
     assert facts["bytes"] == 4 * facts["parameters"] and f"{facts['parameters']:,}" in last
 
 
+def test_an_adapter_is_measured_in_whatever_precision_it_is(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "me/model", "r": 2, "lora_alpha": 2}')
+    for dtype, size in ((torch.bfloat16, 2), (torch.float8_e4m3fn, 1), (torch.float32, 4)):
+        name = "base_model.model.detr_decoder.layers.0.fc1.lora_A.weight"
+        save_file({name: torch.zeros(2, 8, dtype=dtype)}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+        facts = json.loads(command("info", tmp_path, "--json").stdout)
+        assert (facts["parameters"], facts["bytes"]) == (16, 16 * size)
+    assert command("info", tmp_path).exit_code == 0
+
+
 def test_commands_say_what_to_do_with_an_adapter(alone, data, saved, tmp_path):
     final, last = alone / "final", alone / "checkpoints" / "last"
     picture = next((data / "valid").glob("*.png"))
     predict = ("predict", picture, "--prompt", "a", "--output", tmp_path / "out", "--model")
     evaluate = ("evaluate", "--data", data, "--workers", "0", "--model")
-    for result in (command(*predict, final), command(*evaluate, final)):
+    for result in (command(*predict, final), command(*evaluate, final), command(*predict, alone)):
         assert result.exit_code == 1
         (line,) = result.stderr.splitlines()
-        assert "holds an adapter, and no model" in line and "--merge_adapter true" in line and str(saved) in line
-    result = command("push", final, "me/adapter")
-    assert result.exit_code == 1 and "push it with `hf upload" in result.stderr
+        assert f"{final} holds an adapter, and no model" in line
+        assert "--merge_adapter true" in line and str(saved) in line
+    for folder in (final, alone):
+        result = command("push", folder, "me/adapter")
+        assert result.exit_code == 1 and f"push it with `hf upload OWNER/NAME {final}`" in result.stderr
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(alone / "checkpoints", unfinished / "checkpoints", symlinks=True)
+    result = command(*predict, unfinished)
+    assert result.exit_code == 1 and "has no model yet" in result.stderr and "--resume auto" in result.stderr
     result = command("convert", last, tmp_path / "converted")
     assert result.exit_code == 1 and "a run that trains an adapter" in result.stderr
     assert "is a checkpoint to resume from" in command(*evaluate, last).stderr
