@@ -134,8 +134,8 @@ def set_mask_supervision(
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not keeps_masks and all(name.startswith("mask_decoder.") for name in trained):
         raise ValueError(
-            f"lora_targets {arguments.adapter.lora_targets!r}: nothing would train, as only layers of the mask decoder "
-            "get an adapter and the training split has no masks: choose others, such as detector"
+            f"lora_targets {arguments.adapter.lora_targets!r}: nothing would train, as only layers of the mask "
+            "decoder get an adapter and the training split has no masks: choose others, such as detector"
         )
     model.config.mask_supervision = keeps_masks
 
