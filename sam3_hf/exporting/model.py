@@ -48,7 +48,6 @@ class ExportedModel(nn.Module):
 
     Attributes:
         runs_on: the device of the runtime, while `device` is that of the tensors.
-        precision: that of the export, or "bf16".
 
     Raises:
         ValueError: a precision that the runtime does not take, or a file that it cannot read.
@@ -63,7 +62,7 @@ class ExportedModel(nn.Module):
             )
         self.export, self.config = export, export.config
         self.runs_on = device
-        self.precision = export.precision if dtype == torch.float32 else precision_name(dtype)
+        self._computed_in = dtype
         runtime = OnnxRuntimeGraph
         if export.format == "openvino":
             runtime = partial(OpenVinoGraph, bfloat16=dtype == torch.bfloat16)
@@ -72,6 +71,11 @@ class ExportedModel(nn.Module):
         self.vocabulary = None if self.config.vocabulary is None else _read_vocabulary(export)
 
     device, dtype = torch.device("cpu"), torch.float32
+
+    @property
+    def precision(self) -> str:
+        """That of the export, or bf16."""
+        return self.export.precision if self._computed_in == torch.float32 else precision_name(self._computed_in)
 
     @property
     def fingerprint(self) -> str:
