@@ -13,7 +13,7 @@ import typer
 from ..checkpoints import open_checkpoint
 from ..exporting.model import ExportedModel
 from ..files import write_file
-from ..plain_text import plain, with_revision
+from ..plain_text import aligned, plain, with_revision
 from .errors import one_line_errors
 from .options import Revision, RevisionB
 from .scoring import (
@@ -145,18 +145,18 @@ def table(found: dict) -> str:
         rows.append(_row("parameters, M", *(one["parameters"] / 1e6 for one in models), digits=1))
     rows.append(_row("size, MB", *(one["bytes"] / 1e6 for one in models), digits=1))
     rows.append(_row("time per image, ms", *(one["seconds_per_image"] * 1e3 for one in models), digits=1))
-    lines += _aligned(rows)
+    lines += aligned(rows)
     classes = [one["scores"][f"{kinds[0]}_per_class"] for one in models]
     if len(classes[0]) > 1:
         rows = [(f"{KINDS[kinds[0]]} AP", "A", "B", "B - A")]
         rows += [_row(plain(name), *(of_one[name]["AP"] for of_one in classes)) for name in classes[0]]
-        lines += ["", *_aligned(rows)]
+        lines += ["", *aligned(rows)]
     if found["pictures"]:
         rows = [("they differ most in", "both", "A alone", "B alone")]
         for one in found["pictures"]:
             counts = (one["found_by_both"], one["by_a_alone"], one["by_b_alone"])
             rows.append((plain(one["file_name"]), *map(str, counts)))
-        lines += ["", *_aligned(rows)]
+        lines += ["", *aligned(rows)]
     return "\n".join(lines)
 
 
@@ -172,11 +172,3 @@ def _row(name: str, first: float | None, second: float | None, digits: int = 3) 
     known = [value if value is not None and not (digits == 3 and value == -1) else None for value in (first, second)]
     cells = ["-" if value is None else f"{value:.{digits}f}" for value in known]
     return name, *cells, "-" if None in known else f"{known[1] - known[0]:+.{digits}f}"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
