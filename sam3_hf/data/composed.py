@@ -92,7 +92,7 @@ def _write_split(folder: Path, split: str, phrases: tuple, count: int, image_siz
         images.append({"id": index + 1, "file_name": file_name, "width": width, "height": height})
         masks = encode_masks([] if not objects else np.stack([each.mask for each in objects]))
         for painted, rle in zip(objects, masks, strict=True):
-            asked = [phrase for phrase in _phrases_of(painted) if phrase in numbers]
+            asked = [phrase for phrase in phrases_of_object(painted) if phrase in numbers]
             shared = {"bbox": box_around(painted.mask), "area": int(painted.mask.sum()), "segmentation": rle}
             for phrase in asked:
                 ids = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": numbers[phrase]}
@@ -126,5 +126,6 @@ def _count(rng: np.random.Generator, split: str) -> int:
     return int(rng.integers(11, 41) if rng.random() < 0.15 else rng.integers(1, 11))
 
 
-def _phrases_of(painted: Painted) -> list[str]:
+def phrases_of_object(painted: Painted) -> list[str]:
+    """Every phrase that means an object, the shortest first."""
     return phrases_of(painted.kind.shape, painted.kind.fill, painted.size)
