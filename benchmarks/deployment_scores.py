@@ -4,8 +4,8 @@ What a runtime and a precision cost a model in AP and cgF1, one exclusion of int
     sam3-lite export MODEL exported
     python benchmarks/deployment_scores.py MODEL exported --output benchmarks/results/deployment_scores/tiny.json
 
-Pictures are drawn, of which the 24 of tests/test_tiny_standard.py are the first set; or those of a dataset (`--data`).
-Scores are those of all pictures. Beside them is what sets of as many pictures gain on average over `onnx-fp32`, with
+Pictures are drawn ones of the composed world, asked for a dozen phrases, or those of a dataset (`--data`). Scores are
+those of all pictures. Beside them is what sets of as many pictures gain on average over `onnx-fp32`, with
 the standard error of that: a difference that is not some times as large is none of the precision.
 
 Rows: `pytorch-fp32`, `pytorch-bf16`, and what `sam3-lite export` makes for ONNX Runtime and OpenVINO; with
@@ -31,7 +31,7 @@ from suppression import predict, score
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.data import EvalDataset, load_dataset_splits
-from sam3_hf.data.generated import write_dataset
+from sam3_hf.data.composed import write_composed
 from sam3_hf.exporting.calibration import Calibration
 from sam3_hf.exporting.folder import Export, read_export
 from sam3_hf.exporting.intermediate import convert_graphs
@@ -39,6 +39,7 @@ from sam3_hf.exporting.model import ExportedModel
 from sam3_hf.exporting.quantize import is_excluded, is_product, quantize_activations, quantize_weights, stays_in_float
 
 SET = 24  # pictures
+PHRASES = 12
 FIGURES = ("segm_AP", "bbox_AP", "segm_cgF1", "bbox_cgF1")
 SEEDS = (1, 2, 3)  # of the pictures that ranges are fitted to; otherwise 0
 RUNTIMES = ("pytorch-fp32", "pytorch-bf16", "onnx-fp32", "onnx-int8-weights", "onnx-int8")
@@ -173,7 +174,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pictures = arguments.data
         if pictures is None:
-            pictures = write_dataset(folder, 128, arguments.pictures, image_size=96, num_concepts=4, seed=77)
+            size = read_export(arguments.export).config.image_size
+            counts = {"train": 128, "valid": arguments.pictures}
+            pictures = write_composed(folder, counts, size, seed=77, num_phrases=PHRASES)
         splits = load_dataset_splits(pictures, None, arguments.category_map)
         bench = Bench(arguments.model, arguments.export, splits, pictures, arguments.split, arguments.pictures)
         exclusions = [row for row in ways(bench.graphs) if row not in RUNTIMES]

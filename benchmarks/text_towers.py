@@ -2,13 +2,12 @@
 Text encoders: what smaller ones keep of a larger one's words, and what each costs at full size.
 
     python benchmarks/text_towers.py kept sam3_hf/assets/tiny-standard
-    python benchmarks/text_towers.py kept TEACHER --data composed --text-hidden-size 16
     python benchmarks/text_towers.py cost
 
 `kept` makes the text encoder of a teacher smaller, from phrases alone: mapped, fitted, then distilled. Of each it says
 how near its features come to the teacher's on phrases of the same world that it did not learn from, and the scores of
-the whole model, all else of which stays the teacher's. `composed` has a split of word pairs that neither the teacher's
-training nor the phrases of the fit combine.
+the whole model, all else of which stays the teacher's, in the composed world; one of its splits is of word pairs that
+neither the teacher's training nor the phrases of the fit combine.
 
 `cost` takes random weights at full size: parameters, bytes, and the seconds of processor time, on one core, of loading
 and of 20 phrases, in float32.
@@ -20,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,15 +29,12 @@ from torch import nn
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.checkpoints.text_encoder import text_parts
-from sam3_hf.data import EvalDataset, load_dataset_splits
-from sam3_hf.data.generated import CONCEPTS, write_dataset
 from sam3_hf.data.words import SEEN_PHRASES, absent_phrases
 from sam3_hf.phrases import everyday_phrases, plural
 from sam3_hf.presets_sam3_lite import TEXT_ENCODERS
 from sam3_hf.training.text_distillation import TextSettings, TextSide, detector_scores, distill_text, read_teacher
 
-SEED = 10_000  # of pictures; no training has it
-SPLITS = {"generated": ("valid",), "composed": ("seen", "unseen")}
+SPLITS = ("seen", "unseen")
 FEW = 20  # phrases that are timed
 
 
@@ -48,8 +43,6 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     kept = commands.add_parser("kept", help="what a smaller text encoder keeps")
     kept.add_argument("teacher", nargs="?", default="sam3_hf/assets/tiny-standard", help="folder or Hub id")
-    kept.add_argument("--data", choices=SPLITS, default="generated")
-    kept.add_argument("--concepts", type=int, default=4, help="of generated pictures; tiny-standard learnt four")
     kept.add_argument("--images", type=int, default=100, help="pictures of each split")
     kept.add_argument("--text-hidden-size", type=int, default=16)
     kept.add_argument("--text-intermediate-size", type=int)
@@ -77,10 +70,11 @@ def measure_kept(arguments: argparse.Namespace) -> tuple[list[dict], dict]:
     """A row for the teacher, and for each way to a smaller text encoder."""
     teacher = Sam3LiteModel.from_pretrained(arguments.teacher, preset="same", dtype=torch.float32)
     processor = Sam3LiteProcessor.of_source(arguments.teacher, teacher.config)
-    phrases = phrases_of(arguments.data, arguments.concepts)
+    phrases = known_phrases()
     rows, more = [], {"phrases": len(phrases)}
     with tempfile.TemporaryDirectory() as folder:
-        data = {split: pictures(Path(folder), arguments, split, teacher) for split in SPLITS[arguments.data]}
+        size = teacher.config.image_size
+        data = {split: composed_split(Path(folder), split, arguments.images, size) for split in SPLITS}
         for name, model, cosine in students(arguments, teacher, processor, phrases):
             row = {"text": name, "parameters": words_of(model), "share": words_of(model) / words_of(teacher)}
             row |= {"cosine": cosine}
@@ -114,24 +108,9 @@ def students(
     yield f"and distilled, {arguments.steps} steps", fitted, figures["cosine_after"]
 
 
-def phrases_of(data: str, concepts: int) -> list[str]:
-    """The words of a drawn world as far as training has combined them, in the plural too, and absent phrases."""
-    known = SEEN_PHRASES
-    if data == "generated":
-        adjectives, nouns = ({concept.split()[part] for concept in CONCEPTS[:concepts]} for part in (0, 1))
-        known = [*sorted(nouns), *(" ".join(pair) for pair in product(sorted(adjectives), sorted(nouns)))]
-    return list(dict.fromkeys([*known, *map(plural, known), *absent_phrases()]))
-
-
-def pictures(folder: Path, arguments: argparse.Namespace, split: str, model: Sam3LiteModel) -> EvalDataset:
-    size = model.config.image_size
-    if arguments.data == "composed":
-        return composed_split(folder, split, arguments.images, size)
-    write_dataset(
-        folder, num_train=0, num_valid=arguments.images, image_size=size, num_concepts=arguments.concepts, seed=SEED
-    )
-    file = folder / split / "_annotations.coco.json"
-    return EvalDataset(load_dataset_splits({"test": file}, check_images=False)["test"], size)
+def known_phrases() -> list[str]:
+    """The words of the composed world as far as training has combined them, in the plural too, and absent phrases."""
+    return list(dict.fromkeys([*SEEN_PHRASES, *map(plural, SEEN_PHRASES), *absent_phrases()]))
 
 
 def words_of(model: Sam3LiteModel) -> int:

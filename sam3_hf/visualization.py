@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torchvision.ops import box_iou
 
 from .plain_text import plain
@@ -185,19 +185,23 @@ def contact_sheet(
     columns = max(min(columns, len(pictures)), 1)
     width = columns * (tile + margin) + margin
     explained = _Legend([(text, [color]) for text, color in legend.items()], width - 2 * margin)
-    rows = -(-len(pictures) // columns)
-    top = rows * (tile + title_height + margin) + margin
-    sheet = Image.new("RGB", (width, top + explained.height + margin), PAPER)
+    small = [_within(picture.convert("RGB"), tile) for picture in pictures]
+    row_height = title_height + max((picture.height for picture in small), default=0) + margin
+    top = -(-len(pictures) // columns) * row_height + margin
+    sheet = Image.new("RGB", (width, top + (explained.height + margin if legend else 0)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+    for number, (picture, title) in enumerate(zip(small, titles, strict=True)):
         left = margin + number % columns * (tile + margin)
-        above = margin + number // columns * (tile + title_height + margin)
+        above = margin + number // columns * row_height
         draw.text((left, above), _fit(plain(title, 400), tile, 16), font=_font(16), fill=INK)
-        small = picture.convert("RGB")
-        small.thumbnail((tile, tile), Image.Resampling.LANCZOS)
-        sheet.paste(small, (left, above + title_height))
+        sheet.paste(picture, (left, above + title_height))
     explained.draw(draw, margin, top)
     return sheet
+
+
+def _within(picture: Image.Image, side: int) -> Image.Image:
+    """The picture itself, or a smaller one whose sides are at most so many pixels."""
+    return ImageOps.contain(picture, (min(picture.width, side), min(picture.height, side)), Image.Resampling.LANCZOS)
 
 
 def plot_curves(metrics_jsonl: str | Path, out_png: str | Path) -> Path:

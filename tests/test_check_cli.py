@@ -98,8 +98,10 @@ def test_a_contact_sheet_of_a_dataset_with_faults(tmp_path):
 def test_pictures_of_a_contact_sheet_lie_in_a_grid():
     pictures = [Image.new("RGB", size, color) for size, color in (((900, 300), "red"), ((20, 50), "blue"))]
     sheet = contact_sheet(pictures, ["first", "second"], {"cat": (1, 2, 3)}, columns=1)
-    assert sheet.size == (416, 2 * (384 + 40) + 16 + 28 + 16)
+    row = 24 + 128 + 16  # a title, the highest picture, a margin
+    assert sheet.size == (416, 2 * row + 16 + 28 + 16)
     assert sheet.getpixel((16 + 100, 16 + 24 + 50)) == (255, 0, 0)  # enough room for 384 x 128 of it
-    assert sheet.getpixel((16 + 10, 16 + 424 + 24 + 20)) == (0, 0, 255)  # small ones stay as they are
+    assert sheet.getpixel((16 + 10, 16 + row + 24 + 20)) == (0, 0, 255)  # small ones stay as they are
+    assert contact_sheet(pictures, ["first", "second"], {}, columns=2).size == (816, row + 16)
     with pytest.raises(ValueError, match="strict|longer|shorter"):
         contact_sheet(pictures, ["first"], {})

@@ -1,6 +1,7 @@
 """The composed world: what is drawn, what is called what, and what training never sees."""
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +148,12 @@ def test_bad_arguments_are_refused(tmp_path):
 def test_pictures_are_read_as_they_were_drawn(folder):
     picture, _ = compose("dense", 2, seed=3)
     assert np.array_equal(np.asarray(Image.open(folder / "dense" / "00002.png")), picture)
+
+
+def test_the_demo_asks_for_words_that_combine():
+    demo = runpy.run_path(str(Path(__file__).parents[1] / "training" / "demo.py"))
+    image, asked = demo["picture_and_phrases"]()
+    word, pair, three, absent = asked
+    assert [len(phrase.split()) for phrase in asked] == [1, 2, 3, 2] and image.size[0] >= 300
+    assert pair in UNSEEN_PHRASES and {word, three, absent} < set(SEEN_PHRASES)
+    assert asked[word] > 1 and asked[pair] and asked[three] and not asked[absent]

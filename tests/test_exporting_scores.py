@@ -10,7 +10,8 @@ from test_exporting import assert_equal_in_float32
 import sam3_hf
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.data import EvalDataset, load_dataset_splits
-from sam3_hf.data.generated import write_dataset
+from sam3_hf.data.composed import write_composed
+from sam3_hf.data.words import some_phrases
 from sam3_hf.evaluation.loop import evaluate
 from sam3_hf.evaluation.text import PhraseFeatures
 from sam3_hf.exporting.calibration import Calibration
@@ -19,14 +20,13 @@ from sam3_hf.exporting.opening import open_export
 from sam3_hf.mapping.calibration import calibrate_mapping
 
 CHECKPOINT = Path(sam3_hf.__file__).parent / "assets" / "tiny-standard"
-CONCEPTS = ["red circle", "blue circle", "red square", "striped square"]
+CONCEPTS = list(some_phrases(12))
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """Those of test_tiny_standard.py."""
-    folder = tmp_path_factory.mktemp("pictures")
-    return write_dataset(folder, num_train=128, num_valid=24, image_size=96, num_concepts=4, seed=77)
+    counts = {"train": 128, "valid": 24}
+    return write_composed(tmp_path_factory.mktemp("pictures"), counts, 144, seed=77, num_phrases=len(CONCEPTS))
 
 
 def scores(folder: Path, pictures: Path) -> dict:

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from test_bad_inputs import HOSTILE
 
 from sam3_hf import Sam3LitePipeline
 from sam3_hf.commands.demo import GRADIO
+from sam3_hf.data.words import SEEN_PHRASES, UNSEEN_PHRASES
 from sam3_hf.exporting.folder import Export
 from sam3_hf.exporting.model import ExportedModel, precision_of
 from sam3_hf.page import asking, pictures
@@ -31,7 +33,7 @@ from sam3_hf.rle import encode_masks
 
 ROOT = Path(__file__).parents[1]
 STANDARD = ROOT / "sam3_hf" / "assets" / "tiny-standard"
-KNOWN = "red circle, blue circle, red square, striped square"
+KNOWN = "star, green star, dotted ring, small dotted ring"
 
 
 @pytest.fixture(scope="module")
@@ -183,18 +185,18 @@ def test_an_export_says_where_and_in_what_it_computes(format, device, dtype, sai
 
 def test_two_models_answer_beside_each_other_and_one_may_fail(finder, example):
     def refuse(*_, **__):
-        raise ValueError("'blue circle' is not in the vocabulary;\nknown are: <b>cat</b>")
+        raise ValueError("'green star' is not in the vocabulary;\nknown are: <b>cat</b>")
 
     model = SimpleNamespace(config=SimpleNamespace(vocabulary=["cat"]))
     refuse.model = model
     other = Finder("/home/me/outputs/other/final/", refuse)
     assert other.name == "other/final"
-    first, second = ask([finder, other], example, "blue circle", [], None)
-    assert len(first.above(0.5)) and second.error == "'blue circle' is not in the vocabulary; known are: <b>cat</b>"
+    first, second = ask([finder, other], example, "green star", [], None)
+    assert len(first.above(0.5)) and second.error == "'green star' is not in the vocabulary; known are: <b>cat</b>"
     html = Elements(show([first, second], 0.5))
     assert [tag for tag, _ in html.tags].count("figure") == 2 and len(html.attributes("img")) == 1
     assert second.error in html.text and "assets/tiny-standard" in html.text
-    first, second = ask([finder, finder], example, "blue circle", [], None)
+    first, second = ask([finder, finder], example, "green star", [], None)
     assert len(re.findall(r"\d found in .* m?s \(cpu, fp32\)", Elements(show([first, second], 0.5)).text)) == 2
 
 
@@ -330,7 +332,9 @@ def test_uploads_are_bounded_and_damaged_ones_are_one_line_without_a_folder(tmp_
 def test_examples_are_drawn_or_of_a_folder(tmp_path, finder):
     examples = find_examples(None, None)
     assert len({example.picture.name for example in examples}) == len(examples) >= 3
-    assert all(set(split_phrases(example.phrases)) <= set(split_phrases(KNOWN)) for example in examples)
+    asked = [split_phrases(example.phrases) for example in examples]
+    assert asked[0] == split_phrases(KNOWN) and set(chain(*asked)) <= {*SEEN_PHRASES, *UNSEEN_PHRASES}
+    assert all({1, 2, 3} == {len(phrase.split()) for phrase in phrases} for phrases in asked)
     assert find_examples(None, ["cat", "dog"])[0].phrases == "cat, dog"
     known = ["salt, pepper", "cats; dogs", "two\nlines", *(f"thing {number}" for number in range(40))]
     words = [prompt.text for prompt in read_prompts(find_examples(None, known)[0].phrases, [], None, (1, 1))]

@@ -81,13 +81,13 @@ def pixels(url: str) -> np.ndarray:
 def test_upload_type_and_see_masks(page, finder, downloads):
     upload(page, sorted(ASSETS.glob("*.jpg"))[0])
     wait_for_picture(page)
-    page.type("#phrases textarea, #phrases input", "blue circle, striped square")
+    page.type("#phrases textarea, #phrases input", "green star, dotted ring")
     page.click("#find")
     page.wait(f"{FOUND} == 2")
     (asked, other) = finder.asked
-    assert [prompt.text for prompt in asked] == ["blue circle", "striped square"] and other == asked
+    assert [prompt.text for prompt in asked] == ["green star", "dotted ring"] and other == asked
     legend = page.evaluate("document.querySelector('#results .sam3-legend').innerText")
-    assert "blue circle" in legend and "striped square" in legend and "found, best score" in legend
+    assert "green star" in legend and "dotted ring" in legend and "found, best score" in legend
     assert "cpu, fp32" in page.evaluate("document.querySelector('#results figcaption').innerText")
     drawn = pixels(page.evaluate("document.querySelector('#results figure img').src"))
     for colour in instance_colors(2):
@@ -105,14 +105,14 @@ def test_upload_type_and_see_masks(page, finder, downloads):
         page.evaluate("new Promise((done) => setTimeout(done, 50))")
     assert Image.open(files[0]).size == tuple(drawn.shape[1::-1])
     coco = page.evaluate("document.querySelector('#results nav a:last-child').href")
-    assert json.loads(base64.b64decode(coco.partition(",")[2]))["categories"][1]["name"] == "striped square"
+    assert json.loads(base64.b64decode(coco.partition(",")[2]))["categories"][1]["name"] == "dotted ring"
 
 
 def test_draw_boxes_on_an_example(page, finder):
     page.click("#examples button:nth-of-type(2)")
     wait_for_picture(page)
-    assert "red circle" in page.wait("document.querySelector('#phrases textarea, #phrases input').value")
-    page.type("#phrases textarea, #phrases input", "blue circle")
+    assert "dotted crescent" in page.wait("document.querySelector('#phrases textarea, #phrases input').value")
+    page.type("#phrases textarea, #phrases input", "ring")
     page.drag("#canvas svg", (0.25, 0.5), (0.5, 0.75))
     page.wait("document.querySelectorAll('#canvas rect').length == 2")  # one is what is being drawn
     page.click("#canvas [data-do=other]")
@@ -126,7 +126,7 @@ def test_draw_boxes_on_an_example(page, finder):
     page.wait(f"{FOUND} == 2")
     words, boxes = finder.asked[0]
     height, width = find_examples(None, None)[1].picture.size
-    assert words.text == "blue circle" and not words.all_boxes
+    assert words.text == "ring" and not words.all_boxes
     parts = np.array(boxes.all_boxes) / [width, height, width, height]
     np.testing.assert_allclose(parts, [[0.25, 0.5, 0.5, 0.75], [0.7, 0.6, 0.9, 0.9]], atol=0.01)
     assert (len(boxes.boxes), len(boxes.negative_boxes)) == (1, 1)
@@ -138,7 +138,7 @@ def test_draw_boxes_on_an_example(page, finder):
     page.click("#find")
     page.wait("!document.querySelector('#results .sam3-legend').innerText.includes('drawn boxes')")
     (one,) = finder.asked[-1]
-    assert (one.text, one.boxes, one.negative_boxes) == ("blue circle", boxes.boxes, boxes.negative_boxes)
+    assert (one.text, one.boxes, one.negative_boxes) == ("ring", boxes.boxes, boxes.negative_boxes)
 
 
 def test_what_goes_wrong_is_a_line_in_the_page(page, tmp_path):

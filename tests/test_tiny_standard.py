@@ -5,24 +5,27 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from transformers import Sam3Model
 
 import sam3_hf
 from sam3_hf import Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.data import EvalDataset, load_dataset_splits
-from sam3_hf.data.generated import write_dataset
+from sam3_hf.data.composed import compose, phrases_of_object, write_composed
+from sam3_hf.data.words import UNSEEN_PHRASES, some_phrases
 from sam3_hf.evaluation.loop import evaluate
 from sam3_hf.evaluation.text import PhraseFeatures
 from sam3_hf.mapping.calibration import calibrate_mapping
 
 CHECKPOINT = Path(sam3_hf.__file__).parent / "assets" / "tiny-standard"
+PHRASES = 12
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Drawn with another seed than those of the checkpoint's training."""
     folder = tmp_path_factory.mktemp("pictures")
-    return write_dataset(folder, num_train=64, num_valid=16, image_size=96, num_concepts=4, seed=77)
+    return write_composed(folder, {"train": 48, "valid": 12}, image_size=144, seed=77, num_phrases=PHRASES)
 
 
 def scores(model, pictures) -> dict:
@@ -53,20 +56,35 @@ def test_it_finds_what_is_there_and_nothing_else(teacher_scores):
 
 
 @torch.no_grad()
-def test_stock_transformers_load_it(teacher):
+def test_stock_transformers_load_it():
+    teacher = Sam3LiteModel.from_pretrained(CHECKPOINT, preset="same", dtype=torch.float32, summary_token=False).eval()
     stock = Sam3Model.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
-    pixels = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    inputs = Sam3LiteProcessor.from_pretrained(CHECKPOINT)(text="red circle", original_sizes=[(96, 96)])
+    pixels = torch.rand(1, 3, 144, 144, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    inputs = Sam3LiteProcessor.from_pretrained(CHECKPOINT)(text="red circle", original_sizes=[(144, 144)])
     inputs = {"pixel_values": pixels, "input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
     expected, result = stock(**inputs), teacher(**inputs)
     for name in ("pred_masks", "pred_boxes", "pred_logits", "presence_logits"):
         torch.testing.assert_close(result[name], expected[name], atol=1e-4, rtol=1e-4)
 
 
+def test_words_that_training_never_combined_are_told_apart():
+    pairs = [
+        phrase for phrase in UNSEEN_PHRASES if phrase.count(" ") == 1 and not phrase.startswith(("small", "large"))
+    ]
+    pipe = Sam3LitePipeline.from_pretrained(CHECKPOINT)
+    surest = []
+    for index in range(len(pairs)):
+        pixels, objects = compose("unseen", index, 144, seed=77)
+        found = pipe(Image.fromarray(pixels), pairs, threshold=0.05)
+        best = found.labels[int(found.scores.argmax())] if len(found) else None
+        surest.append(best in [phrase for painted in objects for phrase in phrases_of_object(painted)])
+    assert len(pairs) == 12 and sum(surest) >= 8, surest
+
+
 def test_a_lite_model_made_from_it_works_before_any_training(teacher, teacher_scores, pictures):
     mapped = Sam3LiteModel.from_pretrained(CHECKPOINT, preset="tiny", dtype=torch.float32)
     assert mapped.mapping_report.strategy == "isometry" and mapped.num_parameters() < 0.65 * teacher.num_parameters()
-    concepts = ["red circle", "blue circle", "red square", "striped square"]
+    concepts = list(some_phrases(PHRASES))
     calibrated = calibrate_mapping(teacher, pictures / "train", preset="tiny", prompts=concepts, search_depth=False)
     shares = [scores(model, pictures)["segm_AP"] / teacher_scores["segm_AP"] for model in (mapped, calibrated)]
     assert shares[0] > 0.4 and shares[1] > 0.75, shares
@@ -74,6 +92,6 @@ def test_a_lite_model_made_from_it_works_before_any_training(teacher, teacher_sc
 
 
 def test_the_pipeline_takes_another_resolution(pictures):
-    pipe = Sam3LitePipeline.from_pretrained(CHECKPOINT, image_size=128)
-    results = pipe(sorted((pictures / "valid").glob("*.png"))[:4], ["blue circle", "striped square", "red circle"])
-    assert pipe.model.config.image_size == 128 and sum(map(len, results)) > 0
+    pipe = Sam3LitePipeline.from_pretrained(CHECKPOINT, image_size=192)
+    results = pipe(sorted((pictures / "valid").glob("*.png"))[:4], ["circle", "square", "red circle"])
+    assert pipe.model.config.image_size == 192 and sum(map(len, results)) > 0

@@ -21,6 +21,7 @@ from sam3_hf.visualization import contact_sheet, draw_instances
 logger = logging.getLogger(__name__)
 
 SEED = 12  # no run draws with it
+PIXELS = 384  # of its longer side
 CONFIDENT = 0.5  # a model this small is often half sure of the wrong thing
 
 
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     pipe = Sam3LitePipeline.from_pretrained(folder / "final")
-    image, asked = picture_and_phrases(pipe.model.config.image_size)
+    image, asked = picture_and_phrases()
     answers, titles = [], []
     for phrase, true in asked.items():
         found = pipe(image, [phrase], threshold=CONFIDENT)
@@ -43,10 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("drawn in %s", picture)
 
 
-def picture_and_phrases(image_size: int) -> tuple[Image.Image, dict[str, int]]:
+def picture_and_phrases() -> tuple[Image.Image, dict[str, int]]:
     """A picture, and four phrases with the number of objects that each of them means."""
     for index in range(1000):
-        pixels, objects = compose("unseen", index, image_size, SEED)
+        pixels, objects = compose("unseen", index, PIXELS, SEED)
         meant = [phrase for painted in objects for phrase in phrases_of_object(painted)]
         new_pair = next((phrase for phrase in meant if phrase in UNSEEN_PHRASES and phrase.count(" ") == 1), None)
         if new_pair is None:

@@ -22,7 +22,12 @@ MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000
 MAX_EXAMPLES = 12
 ASSETS = Path(__file__).parents[1] / "assets" / "page"
-PACKAGED_PHRASES = ("red circle", "blue circle", "red square", "striped square")  # which `tiny-standard` knows
+PACKAGED_PHRASES = {  # for `tiny-standard`, whose training never had the second of the first three
+    "shapes-1.jpg": "star, green star, dotted ring, small dotted ring",
+    "shapes-2.jpg": "ring, dotted crescent, checkered ring, large checkered ring",
+    "shapes-3.jpg": "star, checkered heart, orange ring, large orange star",
+    "shapes-4.jpg": "ring, red triangle, striped cross, small red circle",
+}
 
 
 @dataclass
@@ -84,8 +89,11 @@ def find_examples(
         OSError: one of them cannot be read.
     """
     found = find_pictures([str(folder or ASSETS)], exclude=ASSETS / "none")[:MAX_EXAMPLES]
-    phrases = vocabulary or (PACKAGED_PHRASES if folder is None else ())
-    return [Example(open_picture(path, max_pixels), example_text(phrases)) for path, _ in found]
+    own = PACKAGED_PHRASES if folder is None else {}
+    return [
+        Example(open_picture(path, max_pixels), example_text(vocabulary) if vocabulary else own.get(path.name, ""))
+        for path, _ in found
+    ]
 
 
 def as_url(image: Tensor | Image.Image, longest_side: int | None = None) -> str:
