@@ -265,6 +265,24 @@ def test_a_film_that_is_stored_turned_is_set_upright():
 
 
 @needs_av
+def test_a_film_that_says_that_it_is_turned_is_set_upright(film, tmp_path):
+    import av
+    from av.bitstream import BitStreamFilterContext
+
+    path = tmp_path / "turned.mp4"
+    with av.open(str(film)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        turn = "h264_metadata=display_orientation=insert:rotate=90"  # counterclockwise
+        turned = BitStreamFilterContext(turn, source.streams.video[0], stream)
+        for packet in source.demux(video=0):
+            for changed in turned.filter(packet if packet.size else None):
+                changed.stream = stream
+                target.mux(changed)
+    (before,), (after,) = (list(Film(name).frames(Span().has, 1)) for name in (film, path))
+    assert np.array_equal(after.pixels, np.rot90(before.pixels))
+
+
+@needs_av
 def test_pictures_of_a_folder_come_by_their_numbers(frames, tmp_path):
     folder = tmp_path / "frames"
     folder.mkdir()
@@ -406,7 +424,7 @@ def test_a_camera_is_followed_until_it_is_stopped(command, film, tmp_path, monke
     ("source", "options", "message"),
     [
         ("none.mp4", [], "none.mp4 is no file"),
-        ("text.mp4", [], "text.mp4 cannot be opened as a film"),
+        ("text.mp4", [], "it is damaged, without its end, or no film"),
         (None, ["--start", 5, "--end", 5], "--end 5 must be above --start 5"),
         (None, ["--start", 99], "clip.mp4 has no frame 99"),
         (None, ["--low-threshold", 0.5], "`low_threshold`=0.5"),

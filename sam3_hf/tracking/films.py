@@ -131,7 +131,11 @@ class Camera:
                     yield Frame(number, time - start, image.to_ndarray(format="rgb24"))
 
     def _open(self):
-        return _opened(*camera_address(self.index), self.name)
+        address = camera_address(self.index)
+        try:
+            return _opened(*address, self.name)
+        except OSError as error:
+            raise OSError(f"{self.name} cannot be opened: is it there, free, and yours to use?") from error
 
 
 class Pictures:
@@ -217,7 +221,7 @@ def _opened(address: str, kind: str | None, name: str):
         return av.open(address, format=kind)
     except (av.FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{name} cannot be opened as a film: {reason}.") from error
+        raise OSError(f"{name} cannot be opened ({reason}): it is damaged, without its end, or no film.") from error
 
 
 def _pictures_of(container, name: str):
