@@ -28,7 +28,7 @@ from sam3_hf.tracking.tracker import TrackedObject, Tracker, TrackingSettings
 
 SEED = 50_000  # of the films, plus their number
 ASKED = CONCEPTS[:4]
-SETTINGS = TrackingSettings()
+LOWEST = TrackingSettings.low_threshold
 
 Frame = tuple[np.ndarray, list[FilmObject]]
 Detect = Callable[[Frame], Detections]
@@ -41,16 +41,21 @@ def main():
     options.add_argument("--frames", type=int, default=60, help="of each film")
     options.add_argument("--objects", type=int, default=5, help="of each film")
     options.add_argument("--image-size", type=int, default=128)
+    thresholds = [TrackingSettings.threshold]
+    options.add_argument("--thresholds", type=float, nargs="+", default=thresholds, help="scores that begin a track")
     options.add_argument("--calibration-images", type=int, default=128, help="that tiny is fitted to")
     arguments = options.parse_args()
     with reporting(arguments) as (rows, more):
         more["metrics"] = "trackers.eval"
+        films = [
+            list(draw_film(SEED + number, arguments.frames, arguments.image_size, arguments.objects))
+            for number in range(arguments.films)
+        ]
         for name, detect in detectors(arguments):
-            films = [
-                list(draw_film(SEED + number, arguments.frames, arguments.image_size, arguments.objects))
-                for number in range(arguments.films)
-            ]
-            rows.append({"model": name, **score([(film, follow(detect, film)) for film in films])})
+            found = [[detect(frame) for frame in film] for film in films]
+            for threshold in arguments.thresholds:
+                tracked = [follow(own, threshold) for own in found]
+                rows.append({"model": name, "threshold": threshold, **score(list(zip(films, tracked, strict=True)))})
 
 
 def detectors(arguments: argparse.Namespace) -> Iterator[tuple[str, Detect]]:
@@ -71,7 +76,7 @@ def detectors(arguments: argparse.Namespace) -> Iterator[tuple[str, Detect]]:
 
 
 def detector(pipe: Sam3LitePipeline) -> Detect:
-    return lambda frame: pipe(frame[0], list(ASKED), threshold=SETTINGS.low_threshold)
+    return lambda frame: pipe(frame[0], list(ASKED), threshold=LOWEST)
 
 
 def true_detections(frame: Frame) -> Detections:
@@ -81,9 +86,9 @@ def true_detections(frame: Frame) -> Detections:
     return Detections(boxes, torch.ones(len(objects)), labels, None, picture.shape[:2], list(ASKED))
 
 
-def follow(detect: Detect, film: Sequence[Frame]) -> list[list[TrackedObject]]:
-    tracker = Tracker(SETTINGS, RATE)
-    return [tracker.update(detect(frame)) for frame in film]
+def follow(found: Sequence[Detections], threshold: float) -> list[list[TrackedObject]]:
+    tracker = Tracker(TrackingSettings(threshold, LOWEST), RATE)
+    return [tracker.update(one) for one in found]
 
 
 def score(films: Sequence[tuple[Sequence[Frame], list[list[TrackedObject]]]]) -> dict[str, float]:
