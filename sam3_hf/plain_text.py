@@ -1,8 +1,13 @@
-"""Names that came from elsewhere, as they can be shown anywhere: on one line, of bounded length, without controls."""
+"""
+Names that came from elsewhere, as they can be shown anywhere: on one line, of bounded length, without controls; and
+tables of them.
+"""
 
 from __future__ import annotations
 
+import os
 import unicodedata
+from collections.abc import Container, Sequence
 
 LONGEST = 80
 JOINERS = "\u200c\u200d"  # shape letters of some scripts, and emoji
@@ -18,6 +23,11 @@ def plain(text: str, longest: int = LONGEST) -> str:
     return shown if len(line) <= longest else shown[: longest - 1] + "…"
 
 
+def with_revision(name: str, source: str, revision: str) -> str:
+    """A name of a model with the revision of its source, where that is of the Hub and not `main`: "me/model@v2"."""
+    return name if revision == "main" or os.path.exists(source) else f"{name}@{revision}"
+
+
 def markdown(text: str, longest: int = LONGEST) -> str:
     """`plain` text as Markdown, in a table as well, that shows it as it is: no emphasis, link, HTML or formula."""
     text = plain(text, longest).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -27,6 +37,18 @@ def markdown(text: str, longest: int = LONGEST) -> str:
 def markdown_code(text: str, longest: int = LONGEST) -> str:
     """`plain` text as code in Markdown; a backtick in it becomes an apostrophe."""
     return f"`{plain(text, longest).replace('`', chr(39)) or ' '}`"
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> list[str]:
+    """The lines of a table: the cells of the columns `left` stand at the left, all others at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def python_literal(text: str) -> str:

@@ -1,6 +1,7 @@
 """Sizes at which the model runs in milliseconds, and stock models that share its weights."""
 
 import gc
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -25,6 +26,16 @@ PREDICTIONS = ("pred_logits", "pred_boxes", "pred_masks", "presence_logits", "se
 
 def pytest_collection_finish():
     gc.freeze()  # whoever looks for garbage need not go through all that was imported
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before():
+    """What a trainer in the test's process set up does not write into the output of the next."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def micro_config(**overrides) -> Sam3LiteConfig:

@@ -9,6 +9,7 @@ from conftest import micro_config, run, shake
 from PIL import Image
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf.commands.compare import table
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.evaluation import prediction_row
 from sam3_hf.evaluation.compare import agreement
@@ -65,6 +66,14 @@ def test_a_model_does_not_differ_from_itself(saved, data, tmp_path):
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["pictures"] == [] and found["models"][0]["scores"] == found["models"][1]["scores"]
     assert "differ most" not in result.output and "+0.000" in result.output
+
+
+def test_the_table_tells_revisions_apart():
+    scores = {"bbox_AP": 0.5, "bbox_per_class": {"cat": {"AP": 0.5}}}
+    one = {"model": "me/model", "precision": "fp32", "parameters": None, "bytes": 1, "seconds_per_image": 1}
+    models = [{**one, "scores": scores, "revision": revision} for revision in ("main", "v2")]
+    found = {"models": models, "images": 1, "concepts": 1, "data": "data", "split": "test", "device": "cpu"}
+    assert table(found | {"pictures": []}).splitlines()[:2] == ["A: me/model, fp32", "B: me/model@v2, fp32"]
 
 
 def test_agreement_by_hand():

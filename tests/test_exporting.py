@@ -185,7 +185,7 @@ def test_the_page_takes_an_exported_folder(exported, small, picture):
     box = {"box": [0.1, 0.1, 0.6, 0.7], "positive": True}
     first, second = ask([Finder.open(str(exported)), Finder.open(str(small), "cpu")], chosen, "cat", [box], None)
     same(first.found, second.found)
-    assert first.found.prompts == ["cat", "drawn boxes"] and first.computed == "cpu, float32"
+    assert first.found.prompts == ["cat", "drawn boxes"] and first.computed == "cpu, fp32"
 
 
 def test_nothing_found_is_no_error(exported, picture):
@@ -446,6 +446,11 @@ def test_a_repository_of_the_hub_is_a_model_as_well(hub, exported, picture, tmp_
     options = ["--output", tmp_path / "found", "--prompt", "cat", "--workers", 0]
     assert run("predict", picture, "--model", "me/graphs", *options).exit_code == 0
     assert run("export", "me/graphs", tmp_path / "small", "--precision", "int8-weights").exit_code == 0
+    data = write_dataset(tmp_path / "data", 1, 1, image_size=64)
+    result = run("compare", "me/graphs", exported, "--data", data, "--output", tmp_path / "compared", "--workers", 0)
+    assert result.exit_code == 0, result.output
+    sizes = [one["bytes"] for one in json.loads((tmp_path / "compared" / "comparison.json").read_text())["models"]]
+    assert sizes[0] == sizes[1] > 0
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert len(open_export("me/graphs")[1].tokenizer) == len(second.processor.tokenizer)
 

@@ -12,15 +12,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import micro_config, run
 from faster_coco_eval import COCO
 from PIL import Image, ImageDraw
 from test_bad_inputs import HOSTILE
 
 from sam3_hf import Sam3LitePipeline
 from sam3_hf.commands.demo import GRADIO
+from sam3_hf.exporting.folder import Export
+from sam3_hf.exporting.model import ExportedModel, precision_of
 from sam3_hf.page import asking, pictures
-from sam3_hf.page.asking import DRAWN_BOXES, LOWEST_SCORE, Answer, Finder, as_line, ask, read_prompts, split_phrases
+from sam3_hf.page.asking import DRAWN_BOXES, LOWEST_SCORE, Answer, Finder, as_line, ask, read_prompts
+from sam3_hf.page.phrases import split_phrases
 from sam3_hf.page.pictures import MAX_EXAMPLES, Picture, as_url, find_examples, open_picture
 from sam3_hf.page.results import BOXES, MASKS, as_coco, as_error, colours_of, draw, show
 from sam3_hf.prediction.detections import Detections
@@ -64,7 +67,8 @@ def squares(labels=("cat", "dog", "cat"), prompts=("cat", "dog", "bird"), name="
         mask[top:bottom, left:right] = True
     scores, rle = 0.9 - 0.2 * torch.arange(count), encode_masks(pixels) if masks else None
     found = Detections(boxes, scores, list(labels), rle, (100, 200), list(prompts))
-    return Answer("me/model", grey(200, 100, name), found, 0.25, "cpu, float32")
+    found.best = {label: scores[labels.index(label)].item() if label in labels else 0.002 for label in prompts}
+    return Answer("me/model", grey(200, 100, name), found, 0.25, "cpu, fp32")
 
 
 class Elements(HTMLParser):
@@ -159,7 +163,22 @@ def test_words_and_boxes_find_what_is_drawn(finder, tmp_path):
     centres = found.boxes[[label == "red circle" for label in found.labels]].reshape(-1, 2, 2).mean(1)
     for middle in (24, 72):
         assert (centres - torch.tensor([middle, 48.0])).abs().max(1).values.min() < 5
-    assert answer.error is None and answer.seconds > 0 and answer.computed == "cpu, float32"
+    assert answer.error is None and answer.seconds > 0 and answer.computed == "cpu, fp32"
+
+
+@pytest.mark.parametrize(
+    "format, device, dtype, said",
+    [
+        ("onnx", "cpu", torch.float32, "cpu, int8"),
+        ("openvino", "GPU", torch.float32, "GPU, int8"),
+        ("openvino", "cpu", torch.bfloat16, "cpu, bf16"),
+    ],
+)
+def test_an_export_says_where_and_in_what_it_computes(format, device, dtype, said):
+    facts = {"format": format, "precision": "int8"}
+    model = ExportedModel(Export(Path("folder"), facts, micro_config()), device, dtype)
+    assert Finder("folder", SimpleNamespace(model=model)).computed == said
+    assert precision_of(model, "fp16") == said.split()[-1]
 
 
 def test_two_models_answer_beside_each_other_and_one_may_fail(finder, example):
@@ -176,7 +195,7 @@ def test_two_models_answer_beside_each_other_and_one_may_fail(finder, example):
     assert [tag for tag, _ in html.tags].count("figure") == 2 and len(html.attributes("img")) == 1
     assert second.error in html.text and "assets/tiny-standard" in html.text
     first, second = ask([finder, finder], example, "blue circle", [], None)
-    assert len(re.findall(r"\d found in .* m?s \(cpu, float32\)", Elements(show([first, second], 0.5)).text)) == 2
+    assert len(re.findall(r"\d found in .* m?s \(cpu, fp32\)", Elements(show([first, second], 0.5)).text)) == 2
 
 
 def test_what_nobody_expects_is_a_line_too_and_is_logged(example, caplog):
@@ -213,12 +232,21 @@ def test_masks_and_boxes_are_drawn_in_the_colours_of_the_phrases():
     assert np.array_equal(draw(only_boxes, 0, [MASKS, BOXES]), draw(only_boxes, 0, [BOXES]))
 
 
+def test_what_was_found_scales_to_the_picture_that_is_shown():
+    found = squares().found
+    boxes, masks = found.scaled(100, 25)
+    assert boxes[1].tolist() == [15, 10, 25, 15] and masks.shape == (3, 25, 100)
+    assert [np.argwhere(masks[1]).min(0).tolist(), np.argwhere(masks[1]).max(0).tolist()] == [[10, 15], [14, 24]]
+    boxes, masks = squares(masks=False).found.scaled(400, 200)
+    assert boxes[1].tolist() == [60, 80, 100, 120] and masks is None
+
+
 def test_the_legend_says_how_many_and_the_best_score():
     text = Elements(show([squares()], 0.6)).text
-    for line in ("2 found in 0.25 s (cpu, float32)", "1 found, best 0.90", "1 found, best 0.70"):
+    for line in ("2 found in 0.25 s (cpu, fp32)", "1 found, best score 0.90", "1 found, best score 0.70"):
         assert line in text.splitlines()
-    assert "none, no score above 0.05" in text  # bird
-    assert "none above 0.80, best 0.70" in Elements(show([squares()], 0.8)).text
+    assert "none, best score 0.002" in text  # bird
+    assert "none, best score 0.70" in Elements(show([squares()], 0.8)).text
     assert "30 40 50 60" in text and "400" in text  # box and pixels of the dog
     assert "pixels of the mask" not in Elements(show([squares(masks=False)], 0.6)).text
 
@@ -304,6 +332,10 @@ def test_examples_are_drawn_or_of_a_folder(tmp_path, finder):
     assert len({example.picture.name for example in examples}) == len(examples) >= 3
     assert all(set(split_phrases(example.phrases)) <= set(split_phrases(KNOWN)) for example in examples)
     assert find_examples(None, ["cat", "dog"])[0].phrases == "cat, dog"
+    known = ["salt, pepper", "cats; dogs", "two\nlines", *(f"thing {number}" for number in range(40))]
+    words = [prompt.text for prompt in read_prompts(find_examples(None, known)[0].phrases, [], None, (1, 1))]
+    assert len(words) > 2 and words == known[3 : 3 + len(words)]
+    assert find_examples(None, known[:1])[0].phrases == ""
     for number in range(MAX_EXAMPLES + 1):
         as_file(tmp_path / f"{number:02d}.png", 8, 6)
     names = [example.picture.name for example in find_examples(tmp_path, None)]
@@ -328,6 +360,13 @@ def test_without_gradio_the_command_says_how_to_get_it(monkeypatch):
     assert f'demo = ["{GRADIO}"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
+def test_the_help_and_the_docs_take_exports_of_the_hub():
+    said = " ".join(re.sub(r"[│|*]", " ", run("demo", "--help").output).split())
+    assert "Folder or Hub id of a model or of what `export` wrote" in said
+    docs = " ".join((ROOT / "docs" / "inference.md").read_text(encoding="utf-8").split())
+    assert "a folder or a repository of the Hub, with a model or with what [`sam3-lite export`]" in docs
+
+
 def test_the_page_is_local_unless_asked(monkeypatch):
     """The command with a stand-in for the module that needs gradio."""
     served = []
@@ -349,6 +388,43 @@ def test_the_page_is_local_unless_asked(monkeypatch):
         finders, examples, threshold, max_pixels = served.pop()
         assert [finder.name for finder in finders] == ["one", "other"] and len(examples) >= 3
         assert (threshold, max_pixels) == (0.4, pictures.MAX_PIXELS)
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        ([], ["me/model", "me/model"]),
+        (["--revision", "v1"], ["me/model@v1", "me/model@v1"]),
+        (["--revision-b", "v2"], ["me/model", "me/model@v2"]),
+        (["--revision", "v1", "--revision-b", "main"], ["me/model@v1", "me/model"]),
+    ],
+)
+def test_two_revisions_of_a_model_have_names_of_their_own(options, names, monkeypatch):
+    served = []
+
+    def build_page(finders, *_):
+        served.extend(finders)
+        return SimpleNamespace(block_thread=lambda: None)
+
+    def from_pretrained(model, revision, **_):
+        loaded.append(revision)
+        pipe = lambda *_, **__: None  # noqa: E731
+        pipe.model = SimpleNamespace(config=SimpleNamespace(vocabulary=None))
+        return pipe
+
+    loaded = []
+    layout = SimpleNamespace(build_page=build_page, serve=lambda *_, **__: ("http://127.0.0.1:7860", None))
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "sam3_hf.page.layout", layout)
+    monkeypatch.setattr(Sam3LitePipeline, "from_pretrained", from_pretrained)
+    result = run("demo", "me/model", "--compare", "me/model", *options)
+    assert result.exit_code == 0, result.output
+    assert [finder.name for finder in served] == names
+    assert loaded == [name.partition("@")[2] or "main" for name in names]
+
+
+def test_a_folder_has_no_revision(finder):
+    assert Finder(STANDARD.as_posix(), finder.pipe, "v2").name == "assets/tiny-standard"
 
 
 def test_scores_in_json_are_numbers(answer):

@@ -87,8 +87,8 @@ def test_upload_type_and_see_masks(page, finder, downloads):
     (asked, other) = finder.asked
     assert [prompt.text for prompt in asked] == ["blue circle", "striped square"] and other == asked
     legend = page.evaluate("document.querySelector('#results .sam3-legend').innerText")
-    assert "blue circle" in legend and "striped square" in legend and "found, best" in legend
-    assert "cpu, float32" in page.evaluate("document.querySelector('#results figcaption').innerText")
+    assert "blue circle" in legend and "striped square" in legend and "found, best score" in legend
+    assert "cpu, fp32" in page.evaluate("document.querySelector('#results figcaption').innerText")
     drawn = pixels(page.evaluate("document.querySelector('#results figure img').src"))
     for colour in instance_colors(2):
         assert (drawn == colour).all(2).sum() > 100

@@ -22,9 +22,10 @@ import warm
 from accelerate.commands.launch import launch_command_parser
 from conftest import HUNG
 from hub_stand_in import TOKEN, HubStandIn
+from torchvision.transforms.functional import to_pil_image
 from typer.main import get_command
 from typer.testing import CliRunner
-from video_cases import lite_config, stock_video_model
+from video_cases import film, lite_config, stock_video_model
 
 from sam3_hf import Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.cli import app
@@ -47,6 +48,7 @@ SUBSTITUTIONS = {
     'preset="lite-plus"': 'preset="tiny-plus"',
     "path/to/images": "outputs/demo/data/valid",
     "path/to/dataset": "outputs/demo/data",
+    "path/to/frames": "frames",
     "phrases.txt": str(ROOT / "training" / "configs" / "other_words.txt"),
 }
 # One step instead of a training run, of the smallest model.
@@ -281,6 +283,9 @@ def workspace(tmp_path_factory):
         assert (folder / "outputs" / "demo" / "final" / "model.safetensors").is_file()
         stock_video_model().save_pretrained(folder / "sam3-video")
         Sam3LiteProcessor.from_config(lite_config()).to_video().save_pretrained(folder / "sam3-video")
+        (folder / "frames").mkdir()
+        for number, frame in enumerate(film(3)):
+            to_pil_image(frame).save(folder / "frames" / f"{number}.png")
         yield workspace
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import micro_config
 from conftest import run as command
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train_cases import launcher, state_of, train, train_in_two
 
 from sam3_hf import Sam3LiteModel
@@ -19,7 +19,8 @@ from sam3_hf.training.adapters import add_adapters
 from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.compatibility import check_compatible
 from sam3_hf.training.model import build_model
-from sam3_hf.training.parts import build_objective
+from sam3_hf.training.objectives import Labels
+from sam3_hf.training.parts import build_objective, set_mask_supervision
 
 KILLED = """
 from sam3_hf.training.loop import TrainingLoop
@@ -113,10 +114,18 @@ def test_an_adapter_alone_is_as_good_as_the_final_model(alone, merged, saved):
 
 
 def test_a_resumed_run_is_as_if_nothing_had_happened(alone, data, settings, tmp_path):
+    """Also in a folder with the weights of another run."""
     checkpoint = str(alone / "checkpoints" / "epoch_1")
+    base = alone / "checkpoints" / "frozen_base.safetensors"
+    stale = tmp_path / "run" / "checkpoints" / base.name
+    stale.parent.mkdir(parents=True)
+    save_file({name: torch.zeros_like(value) for name, value in load_file(base).items()}, stale)
     finished = train(tmp_path, data, "--resume", checkpoint, **settings, merge_adapter=False)
     assert finished.returncode == 0 and "step 3" in finished.stderr, finished.stderr
     assert_same_steps(tmp_path / "run", alone, first=4)
+    found, expected = load_file(stale.parent / "last" / base.name), load_file(base)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def assert_same_steps(found: Path, expected: Path, first: int) -> None:
@@ -175,17 +184,33 @@ def test_an_adapter_alone_names_its_model(alone, saved):
     assert facts["bytes"] == 4 * facts["parameters"] and f"{facts['parameters']:,}" in last
 
 
+def test_an_adapter_is_measured_in_whatever_precision_it_is(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "me/model", "r": 2, "lora_alpha": 2}')
+    for dtype, size in ((torch.bfloat16, 2), (torch.float8_e4m3fn, 1), (torch.float32, 4)):
+        name = "base_model.model.detr_decoder.layers.0.fc1.lora_A.weight"
+        save_file({name: torch.zeros(2, 8, dtype=dtype)}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+        facts = json.loads(command("info", tmp_path, "--json").stdout)
+        assert (facts["parameters"], facts["bytes"]) == (16, 16 * size)
+    assert command("info", tmp_path).exit_code == 0
+
+
 def test_commands_say_what_to_do_with_an_adapter(alone, data, saved, tmp_path):
     final, last = alone / "final", alone / "checkpoints" / "last"
     picture = next((data / "valid").glob("*.png"))
     predict = ("predict", picture, "--prompt", "a", "--output", tmp_path / "out", "--model")
     evaluate = ("evaluate", "--data", data, "--workers", "0", "--model")
-    for result in (command(*predict, final), command(*evaluate, final)):
+    for result in (command(*predict, final), command(*evaluate, final), command(*predict, alone)):
         assert result.exit_code == 1
         (line,) = result.stderr.splitlines()
-        assert "holds an adapter, and no model" in line and "--merge_adapter true" in line and str(saved) in line
-    result = command("push", final, "me/adapter")
-    assert result.exit_code == 1 and "push it with `hf upload" in result.stderr
+        assert f"{final} holds an adapter, and no model" in line
+        assert "--merge_adapter true" in line and str(saved) in line
+    for folder in (final, alone):
+        result = command("push", folder, "me/adapter")
+        assert result.exit_code == 1 and f"push it with `hf upload OWNER/NAME {final}`" in result.stderr
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(alone / "checkpoints", unfinished / "checkpoints", symlinks=True)
+    result = command(*predict, unfinished)
+    assert result.exit_code == 1 and "has no model yet" in result.stderr and "--resume auto" in result.stderr
     result = command("convert", last, tmp_path / "converted")
     assert result.exit_code == 1 and "a run that trains an adapter" in result.stderr
     assert "is a checkpoint to resume from" in command(*evaluate, last).stderr
@@ -223,6 +248,24 @@ def test_a_teacher_of_features_needs_adapters_in_the_vision_encoder(model):
     add_adapters(model, arguments.adapter)
     with pytest.raises(ValueError, match="set feature_steps to 0.*or lora_targets to all"):
         build_objective(None, arguments, model, None, [], [], None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "had_masks", "labels_have_masks", "message"),
+    [
+        (["--merge_adapter", "false"], True, False, "makes mask_supervision false, unlike in the config.json of some"),
+        (["--merge_adapter", "false"], False, True, "makes mask_supervision true, unlike in the config.json of some"),
+        (["--lora_targets", "mask_decoder.*"], True, False, "nothing would train.*the training split has no masks"),
+    ],
+)
+def test_what_a_run_without_masks_cannot_train_or_say_is_refused(flags, had_masks, labels_have_masks, message):
+    arguments = parse_arguments(["--data", "x", "--init", "some", "--lora_rank", "2", *flags])
+    model = Sam3LiteModel(micro_config(mask_supervision=had_masks))
+    add_adapters(model, arguments.adapter)
+    with pytest.raises(ValueError, match=message):
+        set_mask_supervision(arguments, model, Labels(), labels_have_masks)
+    assert model.config.mask_supervision == had_masks
+    set_mask_supervision(arguments, model, Labels(), had_masks)
 
 
 @pytest.mark.slow

@@ -104,6 +104,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(folder, data):
 STILL = {"crop": 0, "smallest_side": 1, "color_jitter": 0}  # pictures come again, as they are or mirrored
 
 
+@pytest.mark.slow
 def test_with_a_cache_a_run_is_the_same_killed_and_resumed(folder, data):
     """In epochs of two steps, so that pictures come again; the cache is then there for another run."""
     settings = {**SETTINGS, **STILL, "batch_size": 8, "label_loss_weight": 0.5}

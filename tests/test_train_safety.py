@@ -18,13 +18,14 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from safetensors.torch import load_file
 from train_cases import TORCHRUN, error_of, launcher, state_of, train
 
-from sam3_hf import errors
+from sam3_hf import errors, files
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.data.workers import batches_of
 from sam3_hf.errors import one_line
 from sam3_hf.training import checkpoints, lock, recovery
 from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.main import main
+from sam3_hf.training.output_dir import delete_run, run_to_overwrite
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,7 @@ def run(finished_run, tmp_path) -> Path:
 @pytest.fixture
 def fails(tmp_path, monkeypatch, capsys):
     """Runs the trainer in this process, in `tmp_path`; the line that it fails with."""
-    root = logging.getLogger()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    handlers, level = root.handlers[:], root.level
     monkeypatch.setattr(logging, "raiseExceptions", logging.raiseExceptions)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.chdir(tmp_path)
@@ -64,8 +63,6 @@ def fails(tmp_path, monkeypatch, capsys):
         return lines[-1].removesuffix(" (traceback: run/logs/train.log)")
 
     yield run
-    root.handlers[:] = handlers
-    root.setLevel(level)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -313,6 +310,33 @@ def test_overwriting_deletes_nothing_before_data_and_model_were_looked_at(
     before = {path: path.read_bytes() for path in kept}
     fails("--data", str(data), "--overwrite_output_dir", *flags)
     assert before == {path: path.read_bytes() for path in kept}
+
+
+def test_overwriting_deletes_nothing_before_services_have_started(fails, run, data, monkeypatch):
+    def start(*_):
+        raise ConnectionError("no login")
+
+    monkeypatch.setattr("sam3_hf.training.trackers._start", start)
+    kept = [path for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "train.log")]
+    before = {path: path.read_bytes() for path in kept}
+    line = fails("--data", str(data), "--overwrite_output_dir", "--image_size", "56", "--batch_size", "2")
+    assert "report_to: tensorboard does not start: no login" in line
+    assert before == {path: path.read_bytes() for path in kept}
+
+
+def test_what_services_write_at_their_start_survives_the_run_before(tmp_path):
+    older = ("final/config.json", "tensorboard/1", "wandb/run-1/a", "trackers.json", "logs/train.log")
+    newer = ("tensorboard/2", "wandb/run-2/a", "trackers.json")
+    for name in older:
+        files.write_file(tmp_path / name, name)
+    (tmp_path / "wandb" / "latest-run").symlink_to("run-1")
+    found = run_to_overwrite(parse_arguments(["--data", "x", "--output_dir", str(tmp_path)]))
+    for name in newer:
+        files.write_file(tmp_path / name, name)
+    delete_run(found)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*newer, "logs/train.log"}
+    assert not run_to_overwrite(parse_arguments(["--data", "x", "--output_dir", str(tmp_path)]))
 
 
 def test_a_damaged_best_checkpoint_is_not_exported(run, data, tmp_path):

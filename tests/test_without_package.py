@@ -35,7 +35,7 @@ CODE = """
     native, video, *folders = map(Path, sys.argv[1:])
     found = {}
     model, expected = AutoModel.from_pretrained(video, trust_remote_code=True), load_file(video / "model.safetensors")
-    processor = AutoProcessor.from_pretrained(video)
+    processor = AutoProcessor.from_pretrained(video, trust_remote_code=True)
     session = processor.init_video_session(video=torch.zeros(1, 3, 48, 64, dtype=torch.uint8))
     processor.add_text_prompt(session, ["cat", "red car"])
     found["video"] = {

@@ -216,10 +216,18 @@ def _training_files(source: str, variant: str | None) -> list[str]:
 
 def _refuse_run_folder(source: str):
     """Raises a ValueError naming the models in the output folder of a training run."""
-    models = [name for name in _RUN_FOLDERS if os.path.isfile(os.path.join(source, name, "config.json"))]
+    found = [name for name in _RUN_FOLDERS if os.path.isfile(os.path.join(source, name, "config.json"))]
+    models = [name for name in found if not os.path.isfile(os.path.join(source, name, ADAPTER))]
     if models:
         paths = " or ".join(os.path.join(source, name) for name in models)
         raise ValueError(f"{source} is the folder of a training run, not of a model: take {paths}.")
+    if os.path.isdir(os.path.join(source, "final")):
+        _refuse_adapter(os.path.join(source, "final"), {})
+    if found:
+        raise ValueError(
+            f"{source} is the folder of a run that trains an adapter, and has no model yet: take its folder final/, "
+            "which the command of the run with --resume auto writes."
+        )
 
 
 def _refuse_adapter(source: str, hub_arguments: dict):

@@ -11,12 +11,11 @@ from typing import Annotated
 import typer
 
 from ..checkpoints import open_checkpoint
-from ..exporting.folder import read_export
 from ..exporting.model import ExportedModel
 from ..files import write_file
-from ..plain_text import plain
+from ..plain_text import aligned, plain, with_revision
 from .errors import one_line_errors
-from .options import Revision
+from .options import Revision, RevisionB
 from .scoring import (
     BatchSize,
     CategoryMap,
@@ -31,7 +30,7 @@ from .scoring import (
     dataset_for,
     load_split,
     open_scored,
-    precision_of,
+    scored_precision,
 )
 
 SCORES = ("AP", "AP50", "AP75", "AR100", "cgF1")
@@ -52,7 +51,7 @@ def compare(
     batch_size: BatchSize = 4,
     workers: Workers = 2,
     revision: Revision = "main",
-    revision_b: Annotated[str | None, typer.Option(help="That of B, where it is another one.")] = None,
+    revision_b: RevisionB = None,
 ):
     """
     Compares two models on a split: scores, size and time per image, measured in turns in one run, and the pictures in
@@ -97,7 +96,7 @@ def _compare(sources, revisions, rows, batch_size, workers, most_pictures) -> tu
         {
             "model": source,
             "revision": revision,
-            "precision": precision_of(one.model, accelerator),
+            "precision": scored_precision(one.model, accelerator),
             **_size(source, revision, one.model),
             "seconds_per_image": seconds,
             "scores": scores,
@@ -117,7 +116,7 @@ def _compare(sources, revisions, rows, batch_size, workers, most_pictures) -> tu
         for number, one in enumerate(result.differences)
     ]
     about = {"images": len(rows), "concepts": len(pair[0].dataset.concepts), "device": accelerator.device.type}
-    names = tuple(f"{letter}: {source}" for letter, source in zip("AB", sources, strict=True))
+    names = tuple(_names(models))
     drawings = [partial(draw_difference, pair[0].dataset, one, names) for one in result.differences]
     return {**about, "batch_size": batch_size, "models": models, "pictures": shown}, drawings
 
@@ -125,10 +124,7 @@ def _compare(sources, revisions, rows, batch_size, workers, most_pictures) -> tu
 def _size(source: str, revision: str, model) -> dict:
     """Parameters (None for graphs) and bytes on the disk."""
     if isinstance(model, ExportedModel):
-        return {
-            "parameters": None,
-            "bytes": sum(file["bytes"] for file in read_export(source).facts["files"].values()),
-        }
+        return {"parameters": None, "bytes": sum(file["bytes"] for file in model.export.facts["files"].values())}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"parameters": parameters, "bytes": open_checkpoint(source, revision=revision).size}
 
@@ -136,7 +132,7 @@ def _size(source: str, revision: str, model) -> dict:
 def table(found: dict) -> str:
     """The comparison as text: scores, size and time of both and how they differ, the scores by concept, pictures."""
     models = found["models"]
-    lines = [f"{letter}: {one['model']}, {one['precision']}" for letter, one in zip("AB", models, strict=True)]
+    lines = [f"{name}, {one['precision']}" for name, one in zip(_names(models), models, strict=True)]
     about = f"{found['images']} images, {found['concepts']} concepts"
     lines += [f"on {found['data']}, {found['split']}: {about}, {found['device']}", ""]
     rows = [("", "A", "B", "B - A")]
@@ -149,19 +145,26 @@ def table(found: dict) -> str:
         rows.append(_row("parameters, M", *(one["parameters"] / 1e6 for one in models), digits=1))
     rows.append(_row("size, MB", *(one["bytes"] / 1e6 for one in models), digits=1))
     rows.append(_row("time per image, ms", *(one["seconds_per_image"] * 1e3 for one in models), digits=1))
-    lines += _aligned(rows)
+    lines += aligned(rows)
     classes = [one["scores"][f"{kinds[0]}_per_class"] for one in models]
     if len(classes[0]) > 1:
         rows = [(f"{KINDS[kinds[0]]} AP", "A", "B", "B - A")]
         rows += [_row(plain(name), *(of_one[name]["AP"] for of_one in classes)) for name in classes[0]]
-        lines += ["", *_aligned(rows)]
+        lines += ["", *aligned(rows)]
     if found["pictures"]:
         rows = [("they differ most in", "both", "A alone", "B alone")]
         for one in found["pictures"]:
             counts = (one["found_by_both"], one["by_a_alone"], one["by_b_alone"])
             rows.append((plain(one["file_name"]), *map(str, counts)))
-        lines += ["", *_aligned(rows)]
+        lines += ["", *aligned(rows)]
     return "\n".join(lines)
+
+
+def _names(models: list[dict]) -> list[str]:
+    return [
+        f"{letter}: {with_revision(one['model'], one['model'], one['revision'])}"
+        for letter, one in zip("AB", models, strict=True)
+    ]
 
 
 def _row(name: str, first: float | None, second: float | None, digits: int = 3) -> tuple[str, ...]:
@@ -169,11 +172,3 @@ def _row(name: str, first: float | None, second: float | None, digits: int = 3) 
     known = [value if value is not None and not (digits == 3 and value == -1) else None for value in (first, second)]
     cells = ["-" if value is None else f"{value:.{digits}f}" for value in known]
     return name, *cells, "-" if None in known else f"{known[1] - known[0]:+.{digits}f}"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]

@@ -9,14 +9,14 @@ import typer
 
 from ..page.pictures import MAX_PIXELS, find_examples
 from .errors import one_line_errors
-from .options import Device, Dtype, Revision
+from .options import Device, Dtype, Revision, RevisionB
 
 GRADIO = "gradio>=6.31,<7"  # the extra `demo`
 
 
 def demo(
     model: Annotated[
-        str, typer.Argument(help="Folder or Hub id of a model, folder that `export` wrote, or .pt of Meta's.")
+        str, typer.Argument(help="Folder or Hub id of a model or of what `export` wrote, or .pt of Meta's.")
     ],
     compare: Annotated[str | None, typer.Option(metavar="MODEL", help="A second model beside the first.")] = None,
     examples: Annotated[
@@ -33,6 +33,7 @@ def demo(
     device: Device = None,
     dtype: Dtype = None,
     revision: Revision = "main",
+    revision_b: RevisionB = None,
 ):
     """
     Opens a page to try a model on: upload a picture, type phrases or draw boxes, and see what is found. Only this
@@ -48,7 +49,7 @@ def demo(
 
         finders = [Finder.open(model, device, dtype, revision)]
         if compare is not None:
-            finders.append(Finder.open(compare, device, dtype))
+            finders.append(Finder.open(compare, device, dtype, revision if revision_b is None else revision_b))
         pictures = find_examples(examples, finders[0].vocabulary, max_pixels)
         page = build_page(finders, pictures, threshold, max_pixels)
         local, public = serve(page, port=port, share=share)

@@ -25,7 +25,7 @@ from .scoring import (
     dataset_for,
     load_split,
     open_scored,
-    precision_of,
+    scored_precision,
 )
 
 COLUMNS = ("AP", "AP50", "AP75", "AR100", "cgF1", "positive_micro_F1", "IL_MCC", "objects")
@@ -82,7 +82,7 @@ def _scores(source, rows, batch_size, workers, revision) -> dict:
         num_workers=workers,
         more=(PrecisionRecall, Confusion),
     )
-    return {"images": len(dataset), "precision": precision_of(model, accelerator), **figures}
+    return {"images": len(dataset), "precision": scored_precision(model, accelerator), **figures}
 
 
 def table(scores: dict) -> str:

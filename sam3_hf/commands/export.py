@@ -36,7 +36,7 @@ def export(
 ):
     """
     Writes a model as graphs that run without PyTorch, with its tokenizer and a JSON of all that a program needs. The
-    folder is a model for `predict`, `evaluate`, `label`, `demo` and `info`.
+    folder is a model for `predict`, `evaluate`, `compare`, `label`, `demo` and `info`.
     """
     if calibration_prompt and calibration_images is None:
         raise typer.BadParameter("--calibration-prompt needs --calibration-images DIR")

@@ -11,7 +11,7 @@ import typer
 from ..errors import model_errors
 from ..exporting.folder import is_export
 from ..exporting.info import export_info
-from ..plain_text import plain
+from ..plain_text import aligned, plain
 from ..precision_sam3_lite import precision_name
 from ..sharing.adapter import adapter_info
 from ..sharing.info import model_info
@@ -49,7 +49,14 @@ def as_text(facts: dict) -> str:
         rows.append((name, f"{part['parameters']:,}", f"{part['bytes'] / 1e6:.2f}", *flops))
     rows.append(("all", f"{facts['parameters']:,}", f"{facts['bytes'] / 1e6:.2f}", "", ""))
     return "\n".join(
-        [*_head(facts, precision_name(facts["dtype"])), *_mapped(facts), "", *_table(rows), "", *_costs(facts)]
+        [
+            *_head(facts, precision_name(facts["dtype"])),
+            *_mapped(facts),
+            "",
+            *aligned(rows, left=(0, 4)),
+            "",
+            *_costs(facts),
+        ]
     )
 
 
@@ -57,7 +64,7 @@ def exported_as_text(facts: dict) -> str:
     """The facts of [`export_info`] as lines, with a table of the graphs."""
     rows = [("graph", "MB"), *((name, f"{part['bytes'] / 1e6:.2f}") for name, part in facts["parts"].items())]
     rows.append(("all", f"{facts['bytes'] / 1e6:.2f}"))
-    return "\n".join([*_head(facts, f"{facts['format']} in {facts['precision']}"), "", *_table(rows)])
+    return "\n".join([*_head(facts, f"{facts['format']} in {facts['precision']}"), "", *aligned(rows)])
 
 
 def adapter_as_text(facts: dict) -> str:
@@ -67,18 +74,7 @@ def adapter_as_text(facts: dict) -> str:
         layers = f"{part['layers']:,}" if "layers" in part else ""
         rows.append((name, layers, f"{part['parameters']:,}", f"{part['bytes'] / 1e6:.2f}"))
     head = f"{facts['source']}: adapter of rank {facts['rank']}, alpha {facts['alpha']}, without its model"
-    return "\n".join([head, f"model: {facts['base']}", "", *_table(rows)])
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if column in (0, 4) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return "\n".join([head, f"model: {facts['base']}", "", *aligned(rows)])
 
 
 def _head(facts: dict, stored: str) -> list[str]:

@@ -22,3 +22,4 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes that decode picture
 Device = Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="fp16, bf16 or fp32. Default: by the device.")]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
+RevisionB = Annotated[str | None, typer.Option(help="That of the second model, where it is another one.")]

@@ -12,7 +12,7 @@ import typer
 from ..checkpoints import refuse_training_checkpoint
 from ..errors import model_errors
 from ..exporting.folder import is_export
-from ..exporting.model import ExportedModel
+from ..exporting.model import ExportedModel, precision_of
 from ..exporting.opening import open_export
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..processing_sam3_lite import Sam3LiteProcessor
@@ -110,10 +110,9 @@ def accelerator_for(*models: Sam3LiteModel | ExportedModel) -> Accelerator:
     return Accelerator(mixed_precision="fp16" if half else "no", cpu=exported)
 
 
-def precision_of(model: Sam3LiteModel | ExportedModel, accelerator: Accelerator) -> str:
+def scored_precision(model: Sam3LiteModel | ExportedModel, accelerator: Accelerator) -> str:
     """What it computes in."""
-    exported = isinstance(model, ExportedModel)
-    return model.export.precision if exported else accelerator.mixed_precision.replace("no", "fp32")
+    return precision_of(model, accelerator.mixed_precision.replace("no", "fp32"))
 
 
 def check_writable(folder: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from .. import rle
-from ..plain_text import plain
+from ..plain_text import aligned, plain
 from ..visualization import contact_sheet, draw_instances, instance_colors
 from .checks import DatasetError, Problems
 from .concepts import check_common_concepts
@@ -85,7 +85,7 @@ def as_text(found: Survey) -> str:
     """The survey as lines: splits, a table of classes, sizes, notes and faults."""
     lines = [f"{found.source}: {found.format}, {len(found.classes)} classes"]
     if found.splits:
-        lines += ["", *_aligned(_split_rows(found.splits)), "", *_aligned(_class_rows(found))]
+        lines += ["", *aligned(_split_rows(found.splits)), "", *aligned(_class_rows(found))]
     lines += ["", *found.notes] if found.notes else []
     verdict = f"training would refuse it: {found.fault}" if found.fault else "no faults: training would take it"
     return "\n".join([*lines, "", verdict])
@@ -130,18 +130,6 @@ def _class_rows(found: Survey) -> list[list[str]]:
         pictures = Counter(name for count in shown for name in count)
         counts.append({name: f"{objects[name]} ({pictures[name]})" for name in found.classes})
     return rows + [[plain(name), *(count[name] for count in counts)] for name in found.classes]
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """A table whose first column is at the left and whose others are at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _is_ignored(item: dict) -> bool:

@@ -46,6 +46,9 @@ class ExportedModel(nn.Module):
         device: "cpu", or what the runtime calls another one.
         dtype: float32, or with OpenVINO bfloat16: what it computes in.
 
+    Attributes:
+        runs_on: the device of the runtime, while `device` is that of the tensors.
+
     Raises:
         ValueError: a precision that the runtime does not take, or a file that it cannot read.
     """
@@ -58,6 +61,8 @@ class ExportedModel(nn.Module):
                 f"{precision_name(dtype)} is not for it: leave it out, or export with another --precision."
             )
         self.export, self.config = export, export.config
+        self.runs_on = device
+        self._computed_in = dtype
         runtime = OnnxRuntimeGraph
         if export.format == "openvino":
             runtime = partial(OpenVinoGraph, bfloat16=dtype == torch.bfloat16)
@@ -66,6 +71,11 @@ class ExportedModel(nn.Module):
         self.vocabulary = None if self.config.vocabulary is None else _read_vocabulary(export)
 
     device, dtype = torch.device("cpu"), torch.float32
+
+    @property
+    def precision(self) -> str:
+        """That of the export, or bf16."""
+        return self.export.precision if self._computed_in == torch.float32 else precision_name(self._computed_in)
 
     @property
     def fingerprint(self) -> str:
@@ -229,6 +239,18 @@ class ExportedModel(nn.Module):
     @staticmethod
     def _prompts_at_once(fine: Tensor) -> int:
         return max(1, PIXELS_AT_ONCE // (fine[0].numel() * 4))
+
+
+def precision_of(model: nn.Module, autocast: str | None = None) -> str:
+    """
+    What a model computes in: fp32, fp16 or bf16; of an `ExportedModel` its own, as int8.
+
+    Args:
+        autocast: the precision of products where it is not that of the weights.
+    """
+    if isinstance(model, ExportedModel):
+        return model.precision
+    return precision_name(autocast or model.dtype)
 
 
 def _predictions(found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,15 +13,17 @@ import numpy as np
 
 from ..checkpoints import refuse_training_checkpoint
 from ..errors import EXPECTED, model_errors, one_line
+from ..exporting.model import ExportedModel, precision_of
+from ..plain_text import with_revision
 from ..prediction.detections import Detections
 from ..prediction.pipeline import Prompt, Sam3LitePipeline
+from .phrases import MAX_PHRASES, split_phrases
 from .pictures import Picture
 
 logger = logging.getLogger(__name__)
 
 LOWEST_SCORE = 0.05  # where the slider starts: all above it are computed
 MAX_DETECTIONS = 100
-MAX_PHRASES = 16
 MAX_BOXES = 32
 DRAWN_BOXES = "drawn boxes"  # the label of what is shown by boxes and has no phrase
 
@@ -34,7 +36,7 @@ class Answer:
         picture: that was looked at.
         found: all above `LOWEST_SCORE`; None after an error.
         seconds: that the model took.
-        computed: by what, as "cpu, float32".
+        computed: by what, as "cpu, fp32".
         error: one line.
     """
 
@@ -52,13 +54,6 @@ class Answer:
         """
         return self.found.select(np.flatnonzero(self.found.scores.numpy() > threshold).tolist())
 
-    def best(self, label: str) -> float | None:
-        """The highest score of a label above `LOWEST_SCORE`."""
-        scores = [
-            score for own, score in zip(self.found.labels, self.found.scores.tolist(), strict=True) if own == label
-        ]
-        return max(scores, default=None)
-
 
 class Finder:
     """
@@ -67,10 +62,12 @@ class Finder:
     Args:
         model: as it was asked for; its last two parts are its name in the page.
         pipe: of it.
+        revision: of a model of the Hub; if it is not `main`, the name has it as well.
     """
 
-    def __init__(self, model: str, pipe: Sam3LitePipeline):
-        self.name = "/".join(re.split(r"[/\\]+", model.rstrip("/\\"))[-2:])
+    def __init__(self, model: str, pipe: Sam3LitePipeline, revision: str = "main"):
+        name = "/".join(re.split(r"[/\\]+", model.rstrip("/\\"))[-2:])
+        self.name = with_revision(name, model, revision)
         self.pipe = pipe
         self.vocabulary: list[str] | None = pipe.model.config.vocabulary
 
@@ -80,7 +77,7 @@ class Finder:
         Loads a model, and runs it once: what the first run prepares does not count as time of a picture.
 
         Args:
-            model: as [`Sam3LitePipeline.from_pretrained`] takes it; exported folders as well.
+            model: as [`Sam3LitePipeline.from_pretrained`] takes it; exports as well.
 
         Raises:
             ValueError, OSError, ImportError: it cannot be loaded.
@@ -88,14 +85,16 @@ class Finder:
         with model_errors(model):
             refuse_training_checkpoint(model)
             pipe = Sam3LitePipeline.from_pretrained(model, device=device, dtype=dtype, revision=revision)
-            finder = cls(model, pipe)
+            finder = cls(model, pipe, revision)
             grey = np.full((64, 64, 3), 128, dtype=np.uint8)
             pipe(grey, (finder.vocabulary or ["object"])[0], threshold=LOWEST_SCORE)
         return finder
 
     @property
     def computed(self) -> str:
-        return f"{self.pipe.model.device.type}, {str(self.pipe.model.dtype).removeprefix('torch.')}"
+        model = self.pipe.model
+        device = model.runs_on if isinstance(model, ExportedModel) else model.device.type
+        return f"{device}, {precision_of(model)}"
 
     def ask(self, picture: Picture, pixels, prompts: Sequence[Prompt]) -> Answer:
         """
@@ -131,12 +130,6 @@ def ask(
     prompts = read_prompts(phrases, drawn, of, picture.size)
     pixels = picture.read()
     return [finder.ask(picture, pixels, prompts) for finder in finders]
-
-
-def split_phrases(text: str | None) -> list[str]:
-    """The distinct phrases of a text, between commas, semicolons and ends of lines."""
-    phrases = (" ".join(part.split()) for part in re.split(r"[,;\n]", text or ""))
-    return list(dict.fromkeys(filter(None, phrases)))
 
 
 def read_prompts(phrases: str, drawn: list | None, of: str | None, size: tuple[int, int]) -> list[Prompt]:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import gradio as gr
 
-from .asking import LOWEST_SCORE, Finder, as_line, ask, split_phrases
+from .asking import LOWEST_SCORE, Finder, as_line, ask
+from .phrases import example_text, split_phrases
 from .pictures import ASSETS, MAX_BYTES, Example, as_url, open_picture
 from .results import LAYERS, as_error, show
 
@@ -80,7 +81,7 @@ def _asking_side(examples: Sequence[Example], vocabulary: list[str] | None) -> A
     )
     phrases = gr.Textbox(
         label="Phrases, separated by commas",
-        placeholder=", ".join(vocabulary) if vocabulary else "red car, person with a hat",
+        placeholder=example_text(vocabulary) if vocabulary else "red car, person with a hat",
         max_length=1000,
         elem_id="phrases",
     )

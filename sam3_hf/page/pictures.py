@@ -16,6 +16,7 @@ from torch import Tensor
 from ..picture_files import find_pictures
 from ..reading import read_image
 from ..visualization import LONGEST_SIDE
+from .phrases import example_text
 
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000
@@ -76,7 +77,7 @@ def find_examples(
     Args:
         folder: default: the packaged pictures of coloured and patterned shapes, which `sam3_hf.data.generated` drew
             and models of the demo know.
-        vocabulary: all phrases that the model knows, if there is an end to them.
+        vocabulary: all phrases that the model knows, if there is an end to them; see [`example_text`].
 
     Raises:
         ValueError: there are none.
@@ -84,7 +85,7 @@ def find_examples(
     """
     found = find_pictures([str(folder or ASSETS)], exclude=ASSETS / "none")[:MAX_EXAMPLES]
     phrases = vocabulary or (PACKAGED_PHRASES if folder is None else ())
-    return [Example(open_picture(path, max_pixels), ", ".join(phrases)) for path, _ in found]
+    return [Example(open_picture(path, max_pixels), example_text(phrases)) for path, _ in found]
 
 
 def as_url(image: Tensor | Image.Image, longest_side: int | None = None) -> str:

@@ -6,18 +6,17 @@ import base64
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import PurePath
 
-import numpy as np
-import torch
 from PIL import Image
 
 from ..plain_text import plain
 from ..prediction.detections import Detections
-from ..rle import decode_mask, mask_areas
-from ..visualization import Colour, draw_instances, instance_colors
-from .asking import LOWEST_SCORE, Answer
+from ..rle import mask_areas
+from ..visualization import Colour, draw_instances, instance_colors, score_text
+from .asking import Answer
 from .pictures import as_url
 
 MASKS, BOXES = "masks", "boxes"
@@ -45,11 +44,10 @@ def draw(answer: Answer, threshold: float, layers: Sequence[str] = LAYERS) -> Im
     """The picture, up to 1280 pixels wide and high, with what was found in the colours of [`colours_of`]."""
     found, shown = answer.above(threshold), answer.picture.shown
     height, width = shown.shape[1:]
-    boxes = found.boxes * (torch.tensor([width, height] * 2) / torch.tensor([*found.size[::-1]] * 2))
     colours = colours_of(found)
     kwargs = {"colors": [colours[label] for label in found.labels]}
     tags = {"labels": found.labels, "scores": found.scores.tolist(), "tag_labels": len(found.prompts) > 1}
-    masks = _small_masks(found, width, height) if MASKS in layers and found.rle is not None else None
+    boxes, masks = (found if MASKS in layers else replace(found, rle=None)).scaled(width, height)
     canvas = Image.fromarray(shown.permute(1, 2, 0).numpy())
     if masks is None:
         return draw_instances(canvas, boxes, **kwargs, **tags) if BOXES in layers else draw_instances(canvas)
@@ -93,7 +91,7 @@ def _figure(answer: Answer, threshold: float, layers: Sequence[str]) -> str:
     parts = [
         f"<figcaption><b>{name}</b><span>{said}</span></figcaption>",
         f'<img src="{as_url(draw(answer, threshold, layers))}" alt="{len(found)} found by {name}">',
-        _legend(answer, found, threshold),
+        _legend(found),
         _table(found),
         "<nav>",
         # The picture is in the page already, and is not sent a second time.
@@ -104,16 +102,12 @@ def _figure(answer: Answer, threshold: float, layers: Sequence[str]) -> str:
     return f"<figure>{''.join(parts)}</figure>"
 
 
-def _legend(answer: Answer, found: Detections, threshold: float) -> str:
+def _legend(found: Detections) -> str:
     rows = []
     for label, colour in colours_of(found).items():
-        count, best = found.labels.count(label), answer.best(label)
-        if count:
-            said = f"{count} found, best {best:.2f}"
-        elif best is not None:
-            said = f"none above {threshold:.2f}, best {best:.2f}"
-        else:
-            said = f"none, no score above {LOWEST_SCORE:.2f}"
+        count, best = found.labels.count(label), found.best.get(label)
+        said = f"{count} found" if count else "none"
+        said += "" if best is None else f", best score {score_text(best)}"
         rows.append(f"<li>{_swatch(colour)}<span>{_text(label)}</span><small>{said}</small></li>")
     return f'<ul class="sam3-legend">{"".join(rows)}</ul>'
 
@@ -131,14 +125,6 @@ def _table(found: Detections) -> str:
     heads = ["phrase", "score", "left top right bottom", *(["pixels of the mask"] if found.rle is not None else [])]
     head = "".join(f"<th>{name}</th>" for name in heads)
     return f"<details><summary>Scores and boxes</summary><table><tr>{head}</tr>{''.join(rows)}</table></details>"
-
-
-def _small_masks(found: Detections, width: int, height: int) -> np.ndarray:
-    """`(n, height, width)` bool, one decoded at a time."""
-    masks = np.zeros((len(found), height, width), dtype=bool)
-    for mask, rle in zip(masks, found.rle, strict=True):
-        mask[:] = Image.fromarray(decode_mask(rle)).convert("L").resize((width, height), Image.Resampling.BOX)
-    return masks
 
 
 def _swatch(colour: Colour) -> str:

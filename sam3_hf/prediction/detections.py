@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..plain_text import plain
@@ -97,6 +98,19 @@ class Detections:
         for mask, rle in zip(masks, self.rle, strict=True):
             mask.copy_(torch.from_numpy(decode_mask(rle)))
         return masks
+
+    def scaled(self, width: int, height: int) -> tuple[Tensor, np.ndarray | None]:
+        """
+        Boxes `(n, 4)` float32 xyxy and masks `(n, height, width)` bool in a picture of another size; masks are decoded
+        one at a time, and None where there are none.
+        """
+        boxes = self.boxes * (torch.tensor([width, height] * 2) / torch.tensor([*self.size[::-1]] * 2))
+        if self.rle is None:
+            return boxes, None
+        masks = np.zeros((len(self), height, width), dtype=bool)
+        for mask, rle in zip(masks, self.rle, strict=True):
+            mask[:] = Image.fromarray(decode_mask(rle)).convert("L").resize((width, height), Image.Resampling.BOX)
+        return boxes, masks
 
     def select(self, index: Sequence[int]) -> Detections:
         """The detections with these indices, in this order."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -274,14 +273,11 @@ def draw_detections(picture: torch.Tensor, found: Detections) -> Image.Image:
         picture: `(3, h, w)` uint8.
     """
     height, width = picture.shape[1:]
-    masks = None if found.rle is None else np.zeros((len(found), height, width), dtype=bool)
-    for mask, rle in zip(masks, found.rle, strict=True) if found.rle else ():
-        mask[:] = Image.fromarray(decode_mask(rle)).convert("L").resize((width, height), Image.Resampling.BOX)
-    scale = torch.tensor([width, height, width, height]) / torch.tensor([*found.size[::-1], *found.size[::-1]])
+    boxes, masks = found.scaled(width, height)
     colors = drawing_colors(found.labels)
     drawing = draw_instances(
         picture.permute(1, 2, 0).numpy(),
-        found.boxes * scale,
+        boxes,
         masks,
         found.labels,
         found.scores.tolist(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from math import prod
 
@@ -40,17 +41,16 @@ def adapter_info(source: str | os.PathLike, **hub_arguments) -> dict | None:
     if path is None:
         return None
     config, parts = read_json(path), {}
-    with safe_open(cached_file(source, ADAPTER_WEIGHTS, **hub_arguments), "pt") as file:
-        for name in file.keys():
-            module, tensor = name.removeprefix(_PREFIX).split(".")[0], file.get_slice(name)
-            part = next((part for part, modules in PARTS.items() if module in modules), None)
-            if part is None:
-                raise ValueError(f"{source} holds an adapter of another kind of model: it has a tensor `{name}`.")
-            own = parts.setdefault(part, {"layers": 0, "parameters": 0, "bytes": 0})
-            count = prod(tensor.get_shape())
-            own["layers"] += ".lora_A." in name
-            own["parameters"] += count
-            own["bytes"] += count * int(tensor.get_dtype()[1:]) // 8
+    for name, tensor in _header(cached_file(source, ADAPTER_WEIGHTS, **hub_arguments)).items():
+        module = name.removeprefix(_PREFIX).split(".")[0]
+        part = next((part for part, modules in PARTS.items() if module in modules), None)
+        if part is None:
+            raise ValueError(f"{source} holds an adapter of another kind of model: it has a tensor `{name}`.")
+        start, end = tensor["data_offsets"]
+        own = parts.setdefault(part, {"layers": 0, "parameters": 0, "bytes": 0})
+        own["layers"] += ".lora_A." in name
+        own["parameters"] += prod(tensor["shape"])
+        own["bytes"] += end - start
     return {
         "source": source,
         "base": config.get("base_model_name_or_path"),
@@ -59,3 +59,13 @@ def adapter_info(source: str | os.PathLike, **hub_arguments) -> dict | None:
         "parts": {part: parts[part] for part in PARTS if part in parts},
         **{total: sum(part[total] for part in parts.values()) for total in ("parameters", "bytes")},
     }
+
+
+def _header(path: str) -> dict[str, dict]:
+    """What a safetensors file says of its tensors: {name: {"dtype", "shape", "data_offsets" in bytes}}."""
+    with safe_open(path, "pt"):
+        pass  # raises where the file is damaged
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return header

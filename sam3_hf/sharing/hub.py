@@ -166,13 +166,19 @@ def files_to_push(folder: Path) -> list[Path]:
     if not (folder / "config.json").is_file():
         if (folder / "final" / "config.json").is_file():
             raise ValueError(f"{folder} is the folder of a run: push {folder / 'final'}.")
-        if (folder / ADAPTER_CONFIG).is_file():
-            raise ValueError(
-                f"{folder} holds an adapter, and no model: push it with `hf upload OWNER/NAME {folder}`, or run the "
-                "command that trained it again with --resume auto and --merge_adapter true for a whole one."
-            )
+        for adapter in (folder, folder / "final"):
+            if (adapter / ADAPTER_CONFIG).is_file():
+                raise ValueError(
+                    f"{adapter} holds an adapter, and no model: push it with `hf upload OWNER/NAME {adapter}`, or run "
+                    "the command that trained it again with --resume auto and --merge_adapter true for a whole one."
+                )
         raise ValueError(f"{folder} is no model: it has no config.json.")
     model_type = read_json(folder / "config.json").get("model_type")
+    if model_type == "sam3_lite_video":
+        raise ValueError(
+            f"{folder} holds a video model, which push does not know: `hf upload OWNER/NAME {folder}` sends it; put "
+            "the licence of its weights and a card beside it."
+        )
     if model_type != "sam3_lite":
         raise ValueError(f"{folder} holds a model of type {model_type!r}: `sam3-lite convert` makes a lite one of it.")
     weights = weight_files(folder)

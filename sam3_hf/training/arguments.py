@@ -358,7 +358,9 @@ class OutputArguments:
         "validation score that picks checkpoints/best, and with it the exported model; 'auto' is segm_AP if the "
         "dataset has masks, otherwise bbox_AP",
     )
-    log_every_steps: int = option(10, "write a line to metrics.jsonl and TensorBoard every so many steps")
+    log_every_steps: int = option(
+        10, "write a line to metrics.jsonl, and tell the services of report_to, every so many steps"
+    )
     freeze_vocabulary: bool = option(
         False,
         "export final/ with the text features of the dataset's categories in the place of the text encoder: much "

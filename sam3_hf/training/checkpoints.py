@@ -231,6 +231,13 @@ def write_base(checkpoints: Path, weights: dict[str, torch.Tensor]) -> None:
     write_file(checkpoints / BASE, lambda partial: save_file({n: w.cpu() for n, w in weights.items()}, partial))
 
 
+def shares_base(checkpoints: Path, checkpoint: Path | None) -> bool:
+    """Whether a checkpoint's weights beside the adapters are those that new checkpoints in the folder link to."""
+    if checkpoint is None or not (checkpoint / BASE).is_file() or not (checkpoints / BASE).is_file():
+        return False
+    return (checkpoint / BASE).samefile(checkpoints / BASE)
+
+
 def _state_text(state: dict, sums: dict[str, str] | None) -> str:
     whole = state if sums is None else {**state, FILES: sums}
     return json.dumps({**whole, CHECKSUM: text_checksum(json.dumps(whole))}, indent=1) + "\n"

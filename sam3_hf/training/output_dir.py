@@ -12,7 +12,7 @@ from ..sources_sam3_lite import ADAPTER_CONFIG
 from .accelerator import decide
 from .adapters import adapted_layers
 from .arguments import Arguments
-from .checkpoints import BASE, FROZEN
+from .checkpoints import FROZEN, shares_base
 from .parts import Parts
 from .recovery import checkpoint_to_resume, checkpoints_in
 from .trackers import TRACKERS_FILE
@@ -23,6 +23,7 @@ WRITTEN = (
     *("checkpoints", "final", "metrics.jsonl", "predictions", "tensorboard", "curves.png", REPORT_FILE),
     *(TRACKERS_FILE, "wandb"),
 )
+SERVICE_FOLDERS = ("tensorboard", "wandb")  # of them, those in which each run has files of its own
 
 
 def open_output_dir(accelerator: Accelerator, arguments: Arguments) -> Path | None:
@@ -71,25 +72,34 @@ def _holds_final(output_dir: Path) -> bool:
     return any((output_dir / "final" / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
 
 
-def clear_output_dir(arguments: Arguments) -> None:
-    """Deletes the run that the folder holds, if it was said to."""
+def run_to_overwrite(arguments: Arguments) -> dict[Path, tuple]:
+    """What the folder holds of a run that shall be deleted, for `delete_run`; empty if there is none."""
     output_dir = Path(arguments.output.output_dir)
-    if arguments.output.resume == "none" and holds_run(output_dir):
-        for name in WRITTEN:
-            _delete(output_dir / name)
+    if arguments.output.resume != "none" or not holds_run(output_dir):
+        return {}
+    paths = [output_dir / name for name in WRITTEN if name not in SERVICE_FOLDERS]
+    paths += [path for name in SERVICE_FOLDERS for path in (output_dir / name).glob("*")]
+    return {path: _identity(path) for path in paths if os.path.lexists(path)}
+
+
+def delete_run(files: dict[Path, tuple]) -> None:
+    """Deletes what `run_to_overwrite` found, but not what a service has put in its place since."""
+    for path, identity in files.items():
+        if os.path.lexists(path) and _identity(path) == identity:
+            _delete(path)
 
 
 def check_space(parts: Parts, checkpoint: Path | None) -> None:
     """
     Raises:
-        OSError: the disk has no space for a checkpoint, after what `clear_output_dir` will delete.
+        OSError: the disk has no space for a checkpoint, after what `delete_run` will delete.
     """
     output_dir = Path(parts.arguments.output.output_dir)
     needed = checkpoint_bytes(parts)
     if parts.frozen is not None and not (output_dir / "checkpoints" / FROZEN).is_file():
         needed += sum(tensor.nbytes for tensor in parts.frozen.values())
     model = parts.accelerator.unwrap_model(parts.model)
-    if adapted_layers(model) and not (output_dir / "checkpoints" / BASE).is_file():
+    if adapted_layers(model) and not shares_base(output_dir / "checkpoints", checkpoint):
         needed += sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
     free = shutil.disk_usage(output_dir).free
     if checkpoint is None and parts.arguments.output.resume == "none" and holds_run(output_dir):
@@ -119,8 +129,13 @@ def _bytes_of(path: Path) -> int:
     return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in map(os.stat, files)}.values())
 
 
+def _identity(path: Path) -> tuple:
+    about = path.lstat()
+    return about.st_dev, about.st_ino, about.st_mtime_ns
+
+
 def _delete(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    elif path.exists():
+    else:
         path.unlink()

@@ -17,7 +17,7 @@ from .accelerator import decide, prepare
 from .adapters import plain_weights, trains_vision
 from .agreement import agreement_data
 from .arguments import Arguments
-from .checkpoints import BASE, write_base, write_frozen
+from .checkpoints import shares_base, write_base, write_frozen
 from .data import load_data, load_unlabelled, read_words, warn_of_crowds
 from .distillation import Distillation
 from .model import (
@@ -93,8 +93,7 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
         rows = valid_data.rows.select(range(min(len(valid_data), RETENTION_PICTURES)))
         retention_data = teacher_says(rows, retained, "retention")
     warn_of_crowds(train_data, valid_data, model.config.detr_decoder_config.num_queries)
-    has_masks = has_some_masks(train_data.rows)
-    model.config.mask_supervision = objective.keeps_masks(model.config.mask_supervision, has_masks)
+    set_mask_supervision(arguments, model, objective, has_some_masks(train_data.rows))
     valid_data.has_masks &= model.config.mask_supervision  # masks that nothing taught are not scored
     text, frozen = build_text(accelerator, arguments, model, processor, phrases)
     model, optimizer = prepare(accelerator, model, arguments.optimization)
@@ -111,6 +110,34 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
         retention_data=retention_data,
         frozen=frozen,
     )
+
+
+def set_mask_supervision(
+    arguments: Arguments, model: Sam3LiteModel, objective: Objective, labels_have_masks: bool
+) -> None:
+    """
+    Says in the model's configuration whether its masks will mean something.
+
+    Args:
+        labels_have_masks: whether any object of the training split has one.
+
+    Raises:
+        ValueError: an adapter without its model could not say so, or all that trains is of the mask decoder, which
+            nothing would teach.
+    """
+    keeps_masks = objective.keeps_masks(model.config.mask_supervision, labels_have_masks)
+    if keeps_masks != model.config.mask_supervision and not arguments.adapter.merge_adapter:
+        raise ValueError(
+            f"merge_adapter false: training on this data makes mask_supervision {str(keeps_masks).lower()}, unlike in "
+            f"the config.json of {arguments.model.init}, and no adapter alone could say so: leave merge_adapter out"
+        )
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not keeps_masks and all(name.startswith("mask_decoder.") for name in trained):
+        raise ValueError(
+            f"lora_targets {arguments.adapter.lora_targets!r}: nothing would train, as only layers of the mask "
+            "decoder get an adapter and the training split has no masks: choose others, such as detector"
+        )
+    model.config.mask_supervision = keeps_masks
 
 
 def phrases_to_retain(arguments: Arguments, train_data: TrainDataset) -> list[str]:
@@ -175,7 +202,7 @@ def write_parts(parts: Parts, checkpoint: Path | None) -> None:
     """Writes into the output folder what its checkpoints and final model will refer to; called by every process."""
     checkpoints = Path(parts.arguments.output.output_dir) / "checkpoints"
     model, base = parts.accelerator.unwrap_model(parts.model), None
-    if parts.arguments.adapter.lora_rank and (checkpoint is None or not (checkpoints / BASE).is_file()):
+    if parts.arguments.adapter.lora_rank and not shares_base(checkpoints, checkpoint):
         base = parts.accelerator.get_state_dict(parts.model)
     if not parts.accelerator.is_main_process:
         return

@@ -81,8 +81,8 @@ class Metrics:
             RuntimeError: a service cannot be started.
         """
         self.path = output_dir / "metrics.jsonl"
-        truncate_metrics(self.path, step, evaluated)
         self.trackers = Trackers(report_to, output_dir, step, settings or {})
+        truncate_metrics(self.path, step, evaluated)
 
     def write(self, kind: str, step: int, values: dict) -> None:
         """Appends one line: {"kind", "step", ...values}. Numbers go to the services as `kind/name`."""

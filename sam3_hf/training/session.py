@@ -11,7 +11,7 @@ from ..launcher import end_with_launcher
 from .accelerator import process_state, start_accelerator
 from .arguments import Arguments
 from .lock import sole_run
-from .output_dir import check_space, clear_output_dir, open_output_dir
+from .output_dir import check_space, delete_run, open_output_dir, run_to_overwrite
 from .parts import build_parts, write_parts
 from .reporting import Metrics, Speed, log_step, memory_gb, progress_bar
 from .run import Run
@@ -37,12 +37,8 @@ def run_session(arguments: Arguments) -> int:
     end_with_launcher()
     folder = Path(arguments.output.output_dir)
     with sole_run(folder) if process_state().is_main_process else nullcontext():
-        run = _start(arguments)
+        run, metrics = _start(arguments)
         accelerator = run.accelerator
-        metrics = None
-        if accelerator.is_main_process:
-            services, settings = arguments.progress.services, arguments.flat()
-            metrics = Metrics(run.folder, run.step, run.evaluated, services, settings)
         train(run, metrics, stop)
         if metrics:
             metrics.close()
@@ -62,20 +58,24 @@ def run_session(arguments: Arguments) -> int:
     return 0 if finished else 128 + (stop.received or 0)
 
 
-def _start(arguments: Arguments) -> Run:
-    """The run before its next step. An older one in its folder is deleted when all that can fail before has not."""
+def _start(arguments: Arguments) -> tuple[Run, Metrics | None]:
+    """
+    The run before its next step, and in the main process what it reports to. An older one in its folder is deleted
+    when all that can fail before has not, services among it.
+    """
     accelerator = start_accelerator(arguments)
     checkpoint = open_output_dir(accelerator, arguments)
     parts = build_parts(arguments, accelerator, checkpoint)
-    run = Run(parts, checkpoint)
+    run, metrics = Run(parts, checkpoint), None
     if accelerator.is_main_process:
         check_space(parts, checkpoint)
-        if checkpoint is None:
-            clear_output_dir(arguments)
+        older = run_to_overwrite(arguments)
+        metrics = Metrics(run.folder, run.step, run.evaluated, arguments.progress.services, arguments.flat())
+        delete_run(older)
     accelerator.wait_for_everyone()
     write_parts(parts, checkpoint)
     accelerator.wait_for_everyone()
-    return run
+    return run, metrics
 
 
 def train(run: Run, metrics: Metrics | None, stop: StopSignal) -> None:
