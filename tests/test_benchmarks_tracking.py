@@ -1,15 +1,20 @@
-"""The scores of benchmarks/tracking.py, without a model."""
+"""The scores of benchmarks/tracking.py, without a model, and what tracking_memory.py measures."""
 
+import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tracking
+import tracking_memory
 
 from sam3_hf.data.films import draw_film
+from sam3_hf.tracking.films import Film
 from sam3_hf.tracking.tracker import TrackedObject
 
-pytestmark = pytest.mark.skipif(find_spec("trackers") is None, reason="needs trackers, of the extra `video`")
+LIBRARIES = ("av", "trackers")
+pytestmark = pytest.mark.skipif(None in map(find_spec, LIBRARIES), reason="needs the extra `video`")
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +69,23 @@ def test_they_are_those_of_motmetrics(film):
     expected = motmetrics.metrics.create().compute(accumulator, metrics=["mota", "idf1"]).iloc[0]
     scores = tracking.score([(film, tracked)])
     assert scores["MOTA"] == pytest.approx(expected["mota"]) and scores["IDF1"] == pytest.approx(expected["idf1"])
+
+
+def test_the_film_of_which_the_memory_is_measured_is_as_long_as_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking_memory, "DRAWN", 3)
+    tracking_memory.write_film(tmp_path / "film.mp4", 7)
+    frames = [frame.pixels for frame in Film(tmp_path / "film.mp4").frames(lambda number: True, None)]
+    assert [frame.shape for frame in frames] == [(480, 640, 3)] * 7
+    moved, same = (np.abs(frames[other].astype(int) - frames[0]).mean() for other in (1, 3))
+    assert same < moved / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_of_the_command_is_measured(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking_memory, "DRAWN", 2)
+    tracking_memory.write_film(tmp_path / "film.mp4", 2)
+    sent = []
+    command = ["track", str(tmp_path / "film.mp4"), "--model", str(saved), "--output", str(tmp_path / "out")]
+    tracking_memory.follow([*command, "--prompt", "cat"], SimpleNamespace(send=sent.append))
+    assert (tmp_path / "out" / "tracks.json").exists()
+    assert sent[0]["peak MB"] >= sent[0]["of these before loading"] > 10
