@@ -1,9 +1,11 @@
 """`sam3-lite track`: frames in, ids, boxes, masks and a film out; the same after an interruption."""
 
-import gc
 import json
+import shutil
 import threading
+import weakref
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,15 +13,18 @@ import torch
 from conftest import run
 from PIL import Image
 
-from sam3_hf import Sam3LitePipeline
+from sam3_hf import Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.data.films import draw_film
 from sam3_hf.prediction.detections import Detections
+from sam3_hf.prediction.pipeline import PredictionSettings, Prompt
 from sam3_hf.rle import decode_mask, encode_masks
 from sam3_hf.tracking.ahead import ahead
-from sam3_hf.tracking.films import Film, open_source, upright
+from sam3_hf.tracking.drawing import draw_objects
+from sam3_hf.tracking.films import Film, Frame, open_source, upright
 from sam3_hf.tracking.log import DetectionLog, FoundFrame
-from sam3_hf.tracking.run import Span
-from sam3_hf.tracking.tracker import Tracker, TrackingSettings
+from sam3_hf.tracking.output import TrackFolder
+from sam3_hf.tracking.run import Span, track
+from sam3_hf.tracking.tracker import TrackedObject, Tracker, TrackingSettings
 
 FRAMES = 10
 
@@ -195,6 +200,22 @@ def test_thresholds_out_of_order_are_named():
         TrackingSettings(threshold=0.2, low_threshold=0.3)
 
 
+# ---------------------------------------------------------------------------------------------- drawing
+
+
+def test_an_object_keeps_its_colour_whoever_else_is_there():
+    picture = np.zeros((600, 600, 3), dtype=np.uint8)
+
+    def upper_half(*objects):
+        objects = [TrackedObject(number, "cat", 0.9, [50, top, 250, top + 150], None) for number, top in objects]
+        return np.asarray(draw_objects(picture, objects, picture.shape[:2]))[:300]
+
+    alone = upper_half((3, 100))
+    assert np.array_equal(alone, upper_half((1, 400), (3, 100), (20, 420)))
+    assert not np.array_equal(alone, upper_half((4, 100)))
+    assert not np.array_equal(upper_half((30, 100)), upper_half((31, 100)))  # beyond the palette
+
+
 # ---------------------------------------------------------------------------------------------- films
 
 
@@ -316,12 +337,16 @@ def test_a_camera_is_what_a_number_means(film, monkeypatch):
 def command(saved, film, tmp_path):
     """Runs the command with a model of random weights, which finds something everywhere."""
 
-    def track(*arguments, source=film, output=tmp_path / "out"):
+    def follow(*arguments, source=film, model=saved, output=tmp_path / "out"):
         options = ["--threshold", 0.01, "--low-threshold", 0, "--nms-iou", 1, "--max-objects", 3, "--batch-size", 2]
         prompts = ["--prompt", "cat", "--prompt", "red car"]
-        return run("track", source, "--model", saved, "--output", output, *options, *prompts, *arguments)
+        return run("track", source, "--model", model, "--output", output, *options, *prompts, *arguments)
 
-    return track
+    return follow
+
+
+def frames_of(folder) -> list[dict]:
+    return json.loads((folder / "tracks.json").read_text())["frames"]
 
 
 def contents(folder) -> dict:
@@ -335,6 +360,7 @@ def test_writes_tracks_boxes_masks_and_a_film(command, tmp_path):
 
     result = command("--masks", "--start", 1, "--every", 2)
     assert result.exit_code == 0, result.output
+    assert "5/5" in result.stderr and "frame" in result.stderr  # the progress bar
     out = tmp_path / "out"
     names = {"settings.json", "detections.jsonl", "tracks.json", "tracks.txt", "overlay.mp4"}
     numbers = [1, 3, 5, 7, 9]
@@ -362,28 +388,102 @@ def test_writes_tracks_boxes_masks_and_a_film(command, tmp_path):
 
 @needs_av
 @needs_trackers
-def test_goes_on_where_it_stopped_with_the_result_of_one_run(command, tmp_path, monkeypatch):
-    assert command("--masks", output=tmp_path / "once").exit_code == 0
+@pytest.mark.parametrize(
+    ("options", "batches"), [([], 5), (["--start", 1, "--end", 9, "--every", 2, "--max-objects", 2], 2)]
+)
+def test_goes_on_where_it_stopped_with_the_result_of_one_run(command, tmp_path, monkeypatch, options, batches):
+    assert command("--masks", *options, output=tmp_path / "once").exit_code == 0
     detect, calls = Sam3LitePipeline.detect, []
 
     def counted(self, *arguments):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == batches:
             raise KeyboardInterrupt
         return detect(self, *arguments)
 
     monkeypatch.setattr(Sam3LitePipeline, "detect", counted)
-    assert command("--masks").exit_code != 0
+    assert command("--masks", *options).exit_code != 0
     assert set(contents(tmp_path / "out")) == {"settings.json", "detections.jsonl"}
     with (tmp_path / "out" / "detections.jsonl").open("a") as file:
         file.write('{"frame": 6, "ti')
-    result = command("--masks")
-    assert result.exit_code == 0, result.output
-    assert len(calls) == 4 + 2  # of the five batches of 2 frames, three were there
-    assert contents(tmp_path / "out") == contents(tmp_path / "once")
+    for _ in range(2):  # the second time nothing is left to do
+        result = command("--masks", *options)
+        assert result.exit_code == 0, result.output
+        assert len(calls) == batches + 1  # the others were there
+        assert contents(tmp_path / "out") == contents(tmp_path / "once")
 
-    other = command("--masks", "--every", 2)
-    assert other.exit_code == 1 and "every was 1 and is 2" in other.output
+    other = command("--masks", *options, "--every", 3)
+    assert other.exit_code == 1 and "every was " in other.output and " and is 3" in other.output
+
+
+@needs_av
+@needs_trackers
+def test_frames_and_objects_are_as_many_as_asked(command, tmp_path):
+    assert command("--start", 2, "--end", 7, output=tmp_path / "three").exit_code == 0
+    assert command("--start", 2, "--end", 7, "--max-objects", 1, output=tmp_path / "one").exit_code == 0
+    three, one = (
+        [json.loads(line) for line in (tmp_path / name / "detections.jsonl").read_text().splitlines()]
+        for name in ("three", "one")
+    )
+    assert [found["frame"] for found in one] == [frame["frame"] for frame in frames_of(tmp_path / "one")]
+    assert [found["frame"] for found in three] == [found["frame"] for found in one] == [2, 3, 4, 5, 6]
+    assert [len(found["scores"]) for found in three] == [3] * 5
+    assert [found["scores"] for found in one] == [[max(found["scores"])] for found in three]
+    assert all(len(frame["objects"]) <= 1 for frame in frames_of(tmp_path / "one"))
+
+
+@needs_av
+@needs_trackers
+def test_a_fixed_vocabulary_is_followed_as_the_words_are(command, model, tmp_path):
+    processor = Sam3LiteProcessor.from_config(model.config)
+    model.freeze_vocabulary(["red car", "cat"], processor).save_pretrained(tmp_path / "fixed")
+    processor.save_pretrained(tmp_path / "fixed")
+    unknown = command("--prompt", "dog", model=tmp_path / "fixed")
+    assert unknown.exit_code == 1 and "'dog': not in the fixed vocabulary" in unknown.output
+    assert not (tmp_path / "out").exists()
+    for name, chosen in (("words", {}), ("out", {"model": tmp_path / "fixed"})):
+        result = command(output=tmp_path / name, **chosen)
+        assert result.exit_code == 0, result.output
+    words, fixed = (frames_of(tmp_path / name) for name in ("words", "out"))
+    assert sum(len(frame["objects"]) for frame in fixed) > FRAMES
+    for one, two in zip(words, fixed, strict=True):
+        for name in ("id", "label"):
+            assert [each[name] for each in one["objects"]] == [each[name] for each in two["objects"]]
+        boxes, others = (np.array([each["box"] for each in frame["objects"]]) for frame in (one, two))
+        assert np.allclose(boxes, others, atol=0.01)
+
+
+@needs_av
+@needs_trackers
+def test_a_model_of_boxes_alone_is_followed_without_masks(command, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "boxes")
+    config = json.loads((saved / "config.json").read_text())
+    (tmp_path / "boxes" / "config.json").write_text(json.dumps({**config, "mask_supervision": False}))
+    refused = command("--masks", model=tmp_path / "boxes")
+    assert refused.exit_code == 1 and "leave --masks out" in refused.output and not (tmp_path / "out").exists()
+    assert command(output=tmp_path / "masks").exit_code == 0
+    result = command(model=tmp_path / "boxes")
+    assert result.exit_code == 0 and "it gives boxes, and no masks" in result.stderr
+    expected, found = frames_of(tmp_path / "masks"), frames_of(tmp_path / "out")
+    assert sum(len(frame["objects"]) for frame in found) > FRAMES
+    for frame in expected:
+        for each in frame["objects"]:
+            each["segmentation"] = None
+    assert found == expected
+    for name in ("tracks.txt", "overlay.mp4"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+@needs_av
+@needs_trackers
+def test_pictures_of_a_folder_are_followed_and_those_that_are_broken_named(command, frames, tmp_path):
+    (tmp_path / "frames").mkdir()
+    for number in range(4):
+        Image.fromarray(frames[number]).save(tmp_path / "frames" / f"{number}.png")
+    (tmp_path / "frames" / "2.png").write_bytes(b"none")
+    result = command(source=tmp_path / "frames")
+    assert result.exit_code == 1 and "2.png" in result.stderr
+    assert [frame["frame"] for frame in frames_of(tmp_path / "out")] == [0, 1, 3]
 
 
 @needs_av
@@ -392,8 +492,7 @@ def test_a_truncated_film_gives_what_was_readable_and_status_1(command, frames, 
     cut = cut_film(frames, tmp_path, "avi")[1]
     result = command(source=cut)
     assert result.exit_code == 1 and "its end is missing" in result.stderr
-    tracks = json.loads((tmp_path / "out" / "tracks.json").read_text())
-    assert FRAMES < len(tracks["frames"]) < 4 * FRAMES
+    assert FRAMES < len(frames_of(tmp_path / "out")) < 4 * FRAMES
 
 
 @needs_av
@@ -413,7 +512,7 @@ def test_a_camera_is_followed_until_it_is_stopped(command, film, tmp_path, monke
     monkeypatch.setattr(Sam3LitePipeline, "detect", stopped)
     result = command(source="0")
     assert result.exit_code == 0, result.output
-    assert len(json.loads((tmp_path / "out" / "tracks.json").read_text())["frames"]) == 4
+    assert len(frames_of(tmp_path / "out")) == 4
     again = command(source="0")
     assert again.exit_code == 1 and "choose another --output" in again.stderr
 
@@ -437,17 +536,52 @@ def test_errors_are_one_line(command, film, tmp_path, source, options, message):
     assert result.exit_code == 1 and len(errors) == 1 and message in errors[0], result.output
 
 
+# ---------------------------------------------------------------------------------------------- memory
+
+
+class Watched:
+    """A film of black frames, a model that finds one thing in each, and how many of both were alive at once."""
+
+    live, name, rate, record = False, "a film", 15.0, {}
+
+    def __init__(self, length: int):
+        self.length, self.faults, self.most = length, [], {}
+        self._made = {"frames": [], "detections": []}
+        self.processor = SimpleNamespace(image_processor=lambda pixels, return_tensors: {"pixel_values": pixels[None]})
+
+    def frames(self, wanted, end):
+        for number in range(self.length):
+            pixels = np.zeros((48, 64, 3), dtype=np.uint8)
+            self._made["frames"].append(weakref.ref(pixels))
+            yield Frame(number, number / self.rate, pixels)
+
+    def detect(self, prepared, *_):
+        for name, made in self._made.items():
+            self.most[name] = max(self.most.get(name, 0), sum(one() is not None for one in [*made]))
+        rle = encode_masks(np.ones((1, 48, 64), dtype=bool))
+        box, score = torch.tensor([[0.0, 0.0, 64.0, 48.0]]), torch.tensor([0.9])
+        found = [Detections(box, score, ["cat"], rle, (48, 64), ["cat"], {"cat": 0.9}) for _ in prepared]
+        self._made["detections"] += map(weakref.ref, found)
+        return found
+
+
 @needs_av
 @needs_trackers
-def test_memory_does_not_grow_with_the_film(command, monkeypatch):
-    """As many decoded frames are alive at the end as at the start."""
-    alive = []
-    detect = Sam3LitePipeline.detect
-
-    def counted(self, *arguments):
-        alive.append(sum(isinstance(each, Detections) for each in gc.get_objects()))
-        return detect(self, *arguments)
-
-    monkeypatch.setattr(Sam3LitePipeline, "detect", counted)
-    assert command().exit_code == 0
-    assert len(alive) == 5 and alive[-1] <= alive[1]
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_memory_holds_a_few_frames_whatever_the_length_of_the_film(tmp_path, batch_size):
+    film = Watched(20 * batch_size)
+    followed = track(
+        film,
+        film,
+        TrackFolder(tmp_path / "out", {"prompts": ["cat"]}, masks=False),
+        prompts=[Prompt("cat")],
+        text={},
+        settings=PredictionSettings(),
+        tracking=TrackingSettings(),
+        span=Span(),
+        batch_size=batch_size,
+    )
+    assert followed.frames == film.length and followed.objects == {"cat": {1}}
+    # those that wait, the batch, the one that is being made, and the last one that was written
+    assert 1 < film.most["frames"] <= 3 * batch_size + 2
+    assert film.most["detections"] <= batch_size + 1
