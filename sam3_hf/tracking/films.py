@@ -98,7 +98,7 @@ class Film:
             self.faults.append(f"{self.name}: {what}: {number}{whole} frames could be read.")
 
     def _open(self):
-        return _opened(self.name, None, self.name)
+        return _opened(str(self.path), None, self.name)
 
 
 class Camera:
