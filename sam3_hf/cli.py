@@ -15,6 +15,7 @@ from .commands.info import info
 from .commands.label import label
 from .commands.predict import predict
 from .commands.push import push
+from .commands.track import track
 from .commands.train import train
 from .version import __version__
 
@@ -47,6 +48,7 @@ app.command()(info)
 app.command()(label)
 app.command()(predict)
 app.command()(push)
+app.command()(track)
 # Its flags are those of the trainer, which reads them itself.
 app.command(
     add_help_option=False,

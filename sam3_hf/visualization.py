@@ -29,15 +29,17 @@ Colour = tuple[int, int, int]
 
 def instance_colors(count: int) -> list[Colour]:
     """Different colors, RGB in 0 to 255, for instances by their index; the first ones are the same for any count."""
-    colors = []
-    for index in range(count):
-        if index < len(PALETTE):
-            red, green, blue = (int(PALETTE[index][start : start + 2], 16) for start in (1, 3, 5))
-        else:  # steps of the golden ratio keep hues apart however many follow
-            shade = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.85 - 0.25 * (index % 2), 0.9)
-            red, green, blue = (round(255 * channel) for channel in shade)
-        colors.append((red, green, blue))
-    return colors
+    return [instance_color(index) for index in range(count)]
+
+
+def instance_color(index: int) -> Colour:
+    """The color of one of them."""
+    if index < len(PALETTE):
+        red, green, blue = (int(PALETTE[index][start : start + 2], 16) for start in (1, 3, 5))
+    else:  # steps of the golden ratio keep hues apart however many follow
+        shade = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.85 - 0.25 * (index % 2), 0.9)
+        red, green, blue = (round(255 * channel) for channel in shade)
+    return red, green, blue
 
 
 def drawing_colors(labels: Sequence[str]) -> list[Colour]:

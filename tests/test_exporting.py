@@ -244,6 +244,22 @@ def test_commands_take_it(small, exported, picture, tmp_path):
     assert result.exit_code == 0, result.output
 
 
+def test_films_are_followed_with_it(small, exported, tmp_path):
+    pytest.importorskip("trackers", reason="needs trackers, of the extra `video`")
+    (tmp_path / "frames").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "frames" / f"{number}.png")
+    words = ["--prompt", "cat", "--prompt", "dog", "--threshold", 0.05, "--low-threshold", 0.05, "--max-objects", 3]
+    followed = []
+    for folder in (exported, small):
+        result = run("track", tmp_path / "frames", "--model", folder, "--output", tmp_path / folder.name, *words)
+        assert result.exit_code == 0, result.output
+        tracks = json.loads((tmp_path / folder.name / "tracks.json").read_text())
+        followed.append([(each["id"], each["label"]) for frame in tracks["frames"] for each in frame["objects"]])
+    assert followed[0] == followed[1] and len(followed[0]) > 2
+
+
 def test_scores_are_those_of_pytorch(small, exported, tmp_path):
     data = write_dataset(tmp_path / "data", num_train=1, num_valid=3, image_size=64, num_concepts=2, seed=3)
     scores = []

@@ -14,6 +14,7 @@ pytest.importorskip("gradio", reason="the page in a browser needs gradio: pip in
 if browser.PROGRAM is None:
     pytest.skip("the page in a browser needs chromium: apt-get install chromium", allow_module_level=True)
 
+from sam3_hf.data.films import draw_film
 from sam3_hf.page.asking import Finder
 from sam3_hf.page.layout import build_page, serve
 from sam3_hf.page.pictures import ASSETS, MAX_BYTES, find_examples
@@ -174,3 +175,24 @@ def test_nothing_is_asked_of_others(page, address):
     assert address.startswith("http://127.0.0.1:")
     assert len(page.requested) > 10
     assert [url for url in page.requested if not url.startswith((address, "data:", "blob:", "about:"))] == []
+
+
+def test_a_clip_is_followed_in_its_tab(page, tmp_path):
+    pytest.importorskip("av", reason="needs PyAV, of the extra `video`")
+    pytest.importorskip("trackers", reason="needs trackers, of the extra `video`")
+    from sam3_hf.tracking.drawing import FilmWriter
+
+    writer = FilmWriter(tmp_path / "clip.mp4", 15)
+    for picture, _ in draw_film(0, num_frames=4):
+        writer.add(Image.fromarray(picture))
+    writer.close()
+    page.evaluate(
+        "[...document.querySelectorAll('[role=tab]')].find((tab) => tab.textContent.includes('Clips')).click()"
+    )
+    page.wait("!!document.querySelector('#clip input[type=file]')")
+    page.choose_file("#clip input[type=file]", tmp_path / "clip.mp4")
+    page.wait("document.querySelector('#clip').textContent.includes('clip.mp4')")
+    page.type("#clip-phrases textarea", "red circle")
+    page.click("#follow")
+    page.wait("document.querySelector('#clip-status').textContent.includes('4 frames')")
+    page.wait("document.querySelector('#film video')?.readyState > 0")

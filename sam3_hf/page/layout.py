@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import gradio as gr
 
 from .asking import LOWEST_SCORE, Finder, as_line, ask
+from .clips import MAX_FRAMES, follow_clip
 from .phrases import example_text, split_phrases
 from .pictures import ASSETS, MAX_BYTES, Example, as_url, open_picture
 from .results import LAYERS, as_error, show
@@ -52,11 +54,13 @@ def build_page(finders: Sequence[Finder], examples: Sequence[Example], threshold
     with gr.Blocks(title="sam3-lite", analytics_enabled=False, delete_cache=(KEPT, KEPT), fill_width=True) as page:
         picture, answers = gr.State(time_to_live=KEPT), gr.State(time_to_live=KEPT)
         gr.HTML(_head(finders), apply_default_css=False, elem_id="head")
-        with gr.Row():
+        with gr.Tab("Pictures"), gr.Row():
             with gr.Column(scale=2, min_width=340):
                 asking = _asking_side(examples, finders[0].vocabulary)
             with gr.Column(scale=3, min_width=340):
                 answering = _answering_side(threshold)
+        with gr.Tab("Clips"):
+            _follow_things(finders[0], threshold)
         state = [picture, asking.canvas, answers, answering.status, answering.results]
         _choose_pictures(asking, state, examples, max_pixels)
         _find_things(asking, answering, picture, answers, finders)
@@ -79,15 +83,19 @@ def _asking_side(examples: Sequence[Example], vocabulary: list[str] | None) -> A
         picture="",
         positive=True,
     )
-    phrases = gr.Textbox(
-        label="Phrases, separated by commas",
-        placeholder=example_text(vocabulary) if vocabulary else "red car, person with a hat",
-        max_length=1000,
-        elem_id="phrases",
-    )
+    phrases = _phrases(vocabulary, "phrases")
     of = gr.Dropdown([OWN_PROMPT], value=OWN_PROMPT, label="The boxes are examples of", elem_id="of")
     button = gr.Button("Find", variant="primary", elem_id="find")
     return AskingSide(upload, gallery, canvas, phrases, of, button)
+
+
+def _phrases(vocabulary: list[str] | None, name: str) -> gr.Textbox:
+    return gr.Textbox(
+        label="Phrases, separated by commas",
+        placeholder=example_text(vocabulary) if vocabulary else "red car, person with a hat",
+        max_length=1000,
+        elem_id=name,
+    )
 
 
 def _answering_side(threshold: float) -> AnsweringSide:
@@ -159,6 +167,31 @@ def _find_things(
         trigger_mode="always_last",
         **QUIET,
     )
+
+
+def _follow_things(finder: Finder, threshold: float) -> None:
+    with gr.Row():
+        with gr.Column(scale=2, min_width=340):
+            name = f"Clip; the first {MAX_FRAMES} frames count"
+            clip = gr.File(label=name, file_types=["video"], height=150, elem_id="clip")
+            phrases = _phrases(finder.vocabulary, "clip-phrases")
+            lowest = gr.Slider(
+                LOWEST_SCORE, 0.95, threshold, step=0.01, label="Lowest score to begin with", elem_id="clip-threshold"
+            )
+            button = gr.Button("Follow", variant="primary", elem_id="follow")
+        with gr.Column(scale=3, min_width=340):
+            status = gr.HTML(apply_default_css=False, elem_id="clip-status")
+            film = gr.Video(label="What was followed", interactive=False, elem_id="film")
+
+    def followed(clip: str | None, phrases: str, threshold: float) -> Iterator[tuple[str | None, str]]:
+        with tempfile.TemporaryDirectory() as folder:  # gradio copies the film from it when it is yielded
+            try:
+                path, said = follow_clip(finder, Path(clip) if clip else None, phrases, threshold, Path(folder))
+                yield str(path), said
+            except Exception as error:
+                yield None, as_error(as_line(error))
+
+    gr.on([button.click, phrases.submit], followed, [clip, phrases, lowest], [film, status], api_visibility="private")
 
 
 def serve(page: gr.Blocks, *, port: int | None = None, share: bool = False) -> tuple[str, str | None]:

@@ -87,7 +87,7 @@ class PredictionFolder:
         self.folder, self.prompts, self.overlays, self.masks = folder, settings["prompts"], overlays, masks
         path = folder / "settings.json"
         if path.exists():
-            _check_settings(path, settings)
+            check_settings(path, settings)
         elif folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and has no predictions: choose another --output.")
         else:
@@ -286,7 +286,11 @@ def draw_detections(picture: torch.Tensor, found: Detections) -> Image.Image:
     return with_legend(drawing, found.legend(colors))
 
 
-def _check_settings(path: Path, settings: dict) -> None:
+def check_settings(path: Path, settings: dict) -> None:
+    """
+    Raises:
+        ValueError: the settings of an earlier run, in the file, are others.
+    """
     earlier = read_json(path)
     if "dtype" in earlier:  # under other names in folders of an earlier version
         earlier["dtype"] = precision_name(earlier["dtype"])
