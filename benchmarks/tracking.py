@@ -4,15 +4,15 @@ How well models follow things through drawn films, by detection: MOTA, IDF1 and 
     python benchmarks/tracking.py --films 8
     python benchmarks/tracking.py --films 8 --models runs/final
 
-Without --models they are the packaged tiny-standard, and a tiny that is mapped from it and fitted to generated
-pictures (`calibrate_mapping`: no labels, no training). The first row has the truth for detections, and so what the
-tracker alone loses. Boxes of two concepts never match.
+Each film is asked for its own four phrases, a fill and a shape that training combined. Without --models the models are
+the packaged tiny-standard, and a tiny that is mapped from it and fitted to composed pictures (`calibrate_mapping`: no
+labels, no training). The first row has the truth for detections, and so what the tracker alone loses. Boxes of two
+phrases never match.
 """
 
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,18 +20,17 @@ from common import parser, reporting
 from distillation import PACKAGED
 
 from sam3_hf import Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
-from sam3_hf.data.films import RATE, FilmObject, draw_film
-from sam3_hf.data.generated import CONCEPTS, write_dataset
+from sam3_hf.data.composed import write_composed
+from sam3_hf.data.films import RATE, FilmObject, draw_film, film_phrases
 from sam3_hf.mapping.calibration import calibrate_mapping
 from sam3_hf.prediction.detections import Detections
 from sam3_hf.tracking.tracker import TrackedObject, Tracker, TrackingSettings
 
 SEED = 50_000  # of the films, plus their number
-ASKED = CONCEPTS[:4]
 LOWEST = TrackingSettings.low_threshold
 
 Frame = tuple[np.ndarray, list[FilmObject]]
-Detect = Callable[[Frame], Detections]
+Detect = Callable[[Frame, list[str]], Detections]  # what is found of these phrases
 
 
 def main():
@@ -40,25 +39,24 @@ def main():
     options.add_argument("--films", type=int, default=8)
     options.add_argument("--frames", type=int, default=60, help="of each film")
     options.add_argument("--objects", type=int, default=5, help="of each film")
-    options.add_argument("--image-size", type=int, default=128)
+    options.add_argument("--image-size", type=int, default=144)
     thresholds = [TrackingSettings.threshold]
     options.add_argument("--thresholds", type=float, nargs="+", default=thresholds, help="scores that begin a track")
     options.add_argument("--calibration-images", type=int, default=128, help="that tiny is fitted to")
     arguments = options.parse_args()
     with reporting(arguments) as (rows, more):
         more["metrics"] = "trackers.eval"
-        films = [
-            list(draw_film(SEED + number, arguments.frames, arguments.image_size, arguments.objects))
-            for number in range(arguments.films)
-        ]
-        for name, detect in detectors(arguments):
-            found = [[detect(frame) for frame in film] for film in films]
+        seeds = range(SEED, SEED + arguments.films)
+        films = [list(draw_film(seed, arguments.frames, arguments.image_size, arguments.objects)) for seed in seeds]
+        asked = [film_phrases(seed) for seed in seeds]
+        for name, detect in detectors(arguments, asked):
+            found = [[detect(frame, phrases) for frame in film] for film, phrases in zip(films, asked, strict=True)]
             for threshold in arguments.thresholds:
                 tracked = [follow(own, threshold) for own in found]
                 rows.append({"model": name, "threshold": threshold, **score(list(zip(films, tracked, strict=True)))})
 
 
-def detectors(arguments: argparse.Namespace) -> Iterator[tuple[str, Detect]]:
+def detectors(arguments: argparse.Namespace, asked: Sequence[list[str]]) -> Iterator[tuple[str, Detect]]:
     yield "the truth as detections", true_detections
     if arguments.models:
         for name in arguments.models:
@@ -68,22 +66,21 @@ def detectors(arguments: argparse.Namespace) -> Iterator[tuple[str, Detect]]:
     processor = Sam3LiteProcessor.from_pretrained(PACKAGED)
     yield "tiny-standard", detector(Sam3LitePipeline(standard, processor))
     with tempfile.TemporaryDirectory() as folder:
-        pictures = write_dataset(
-            folder, arguments.calibration_images, 0, image_size=arguments.image_size, num_concepts=4, seed=SEED
-        )
-        tiny = calibrate_mapping(standard, Path(pictures) / "train", preset="tiny", prompts=ASKED, search_depth=False)
+        pictures = write_composed(folder, {"train": arguments.calibration_images}, arguments.image_size, SEED)
+        prompts = sorted({phrase for phrases in asked for phrase in phrases})
+        tiny = calibrate_mapping(standard, pictures / "train", preset="tiny", prompts=prompts, search_depth=False)
     yield "tiny, mapped and calibrated", detector(Sam3LitePipeline(tiny, processor))
 
 
 def detector(pipe: Sam3LitePipeline) -> Detect:
-    return lambda frame: pipe(frame[0], list(ASKED), threshold=LOWEST)
+    return lambda frame, asked: pipe(frame[0], asked, threshold=LOWEST)
 
 
-def true_detections(frame: Frame) -> Detections:
+def true_detections(frame: Frame, asked: list[str]) -> Detections:
     picture, objects = frame
     boxes = torch.tensor([each.box for each in objects], dtype=torch.float32).reshape(-1, 4)
     labels = [each.label for each in objects]
-    return Detections(boxes, torch.ones(len(objects)), labels, None, picture.shape[:2], list(ASKED))
+    return Detections(boxes, torch.ones(len(objects)), labels, None, picture.shape[:2], asked)
 
 
 def follow(found: Sequence[Detections], threshold: float) -> list[list[TrackedObject]]:
@@ -116,7 +113,7 @@ def inputs(film: Sequence[Frame], tracked: list[list[TrackedObject]]) -> tuple[l
 
 
 def similarity(objects: Sequence[FilmObject], tracked: Sequence[TrackedObject]) -> np.ndarray:
-    """(objects, tracked) IoU of boxes, 0 where concepts differ."""
+    """(objects, tracked) IoU of boxes, 0 where labels differ."""
     from trackers.eval import box_iou
 
     boxes = [np.array([each.box for each in own], dtype=float).reshape(-1, 4) for own in (objects, tracked)]

@@ -3,7 +3,8 @@ Peak memory of `sam3-lite track` on films of several lengths, each followed by a
 
     nice -n 19 python benchmarks/tracking_memory.py --frames 200 2000
 
-The films are a drawn one of 60 frames over and over, enlarged to 640 x 480. Linux only.
+The films are a drawn one of 60 frames over and over, enlarged to 640 x 480, and asked for two of its phrases. Linux
+only.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from distillation import PACKAGED
 from PIL import Image
 
 from sam3_hf.cli import app
-from sam3_hf.data.films import RATE, draw_film
+from sam3_hf.data.films import RATE, draw_film, film_phrases
 from sam3_hf.tracking.drawing import FilmWriter
 
 SEED = 50_000
@@ -29,7 +30,7 @@ def main():
     options = parser(__doc__)
     options.add_argument("--frames", type=int, nargs="+", default=[200, 2000], help="of each film")
     options.add_argument("--model", default=str(PACKAGED), help="folder or Hub id")
-    options.add_argument("--prompts", nargs="+", default=["red circle", "striped square"])
+    options.add_argument("--prompts", nargs="+", default=film_phrases(SEED)[:2])
     arguments = options.parse_args()
     with reporting(arguments) as (rows, more), tempfile.TemporaryDirectory() as folder:
         more["size"] = SIZE

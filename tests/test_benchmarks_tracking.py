@@ -1,15 +1,18 @@
 """The scores of benchmarks/tracking.py, without a model, and what tracking_memory.py measures."""
 
+import json
+import signal
 import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import common
 import numpy as np
 import pytest
 import tracking
 import tracking_memory
 
-from sam3_hf.data.films import draw_film
+from sam3_hf.data.films import draw_film, film_phrases
 from sam3_hf.tracking.films import Film
 from sam3_hf.tracking.tracker import TrackedObject
 
@@ -44,8 +47,27 @@ def test_what_loses_ids_halfway_has_half_of_them_right(film):
 
 
 def test_another_concept_is_no_match(film):
-    wrong = [[each._replace(label="yellow star") for each in own] for own in as_tracked(film)]
+    wrong = [[each._replace(label="red bolt") for each in own] for own in as_tracked(film)]
     assert tracking.score([(film, wrong)])["recall"] == 0
+
+
+def test_each_film_is_asked_for_what_is_in_it(tmp_path, monkeypatch):
+    asked = []
+
+    def detect(frame, phrases):
+        asked.append(phrases)
+        return tracking.true_detections((frame[0], [each for each in frame[1] if each.label in phrases]), phrases)
+
+    monkeypatch.setattr(tracking, "detectors", lambda *_: [("the truth of what is asked", detect)])
+    # `reporting` takes SIGTERM, which is pytest's here.
+    monkeypatch.setattr(common, "signal", SimpleNamespace(signal=lambda *_: None, SIGTERM=signal.SIGTERM))
+    options = ["--films", "2", "--frames", "40", "--image-size", "96", "--output", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["tracking.py", *options])
+    tracking.main()
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["precision"] == 1 and row["recall"] > 0.9
+    assert asked == [film_phrases(tracking.SEED)] * 40 + [film_phrases(tracking.SEED + 1)] * 40
+    assert asked[0] != asked[-1]
 
 
 def test_they_are_those_of_motmetrics(film):
@@ -54,7 +76,7 @@ def test_they_are_those_of_motmetrics(film):
     rng = np.random.default_rng(0)
     tracked = [
         [each._replace(id=each.id + int(rng.integers(2))) for each in own if rng.random() < 0.8]
-        + [TrackedObject(9, "red circle", 1.0, [0, 0, 9, 9], None)]
+        + [TrackedObject(9, film_phrases(1)[0], 1.0, [0, 0, 9, 9], None)]
         for own in as_tracked(film)
     ]
     tracked = [list({each.id: each for each in own}.values()) for own in tracked]

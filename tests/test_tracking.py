@@ -14,7 +14,8 @@ from conftest import run
 from PIL import Image
 
 from sam3_hf import Sam3LitePipeline, Sam3LiteProcessor
-from sam3_hf.data.films import draw_film
+from sam3_hf.data.films import draw_film, film_phrases
+from sam3_hf.data.words import FILLS, SHAPES, TRAINED
 from sam3_hf.prediction.detections import Detections
 from sam3_hf.prediction.pipeline import PredictionSettings, Prompt
 from sam3_hf.rle import decode_mask, encode_masks
@@ -65,6 +66,25 @@ def test_a_drawn_film_follows_from_its_seed_and_shows_what_its_truth_says():
             assert each.mask[top:bottom, left:right].sum() == each.mask.sum() > 0
     colours = [picture[each.mask].mean(axis=0) for picture, objects in first for each in objects if each.id == 4]
     assert np.ptp(colours, axis=0).max() < 40  # an object keeps its paint
+
+
+def test_the_ground_stays_and_noise_does_not():
+    before, after = (picture.astype(float) for picture, _ in draw_film(2, num_frames=2, num_objects=0))
+    assert np.abs(before - after).mean() > 1
+    coarse = [picture.reshape(12, 8, 16, 8, 3).mean(axis=(1, 3)) for picture in (before, after)]  # free of noise
+    assert np.abs(coarse[0] - coarse[1]).mean() < coarse[0].std() / 5
+
+
+def test_objects_of_drawn_films_are_pairs_of_the_composed_world():
+    for seed in range(12):
+        pairs = [tuple(phrase.split()) for phrase in film_phrases(seed)]
+        assert len(set(pairs)) == 4 and set(pairs) <= set(TRAINED)
+        for pair in pairs:  # each word of it comes twice
+            assert sum(fill == pair[0] for fill, _ in pairs) == sum(shape == pair[1] for _, shape in pairs) == 2
+        for _, objects in draw_film(seed, num_frames=3):
+            assert all(each.label == film_phrases(seed)[(each.id - 1) % 4] for each in objects)
+    words = {word for seed in range(100) for phrase in film_phrases(seed) for word in phrase.split()}
+    assert words == {*FILLS, *SHAPES}
 
 
 def test_objects_of_drawn_films_come_go_and_come_back():
@@ -134,11 +154,11 @@ def test_closing_early_ends_the_thread_and_closes_what_makes_the_items():
 
 
 def log_of(tmp_path, group=2):
-    return DetectionLog(tmp_path / "log", ["red circle", "blue circle", "red square", "striped square"], group)
+    return DetectionLog(tmp_path / "log", film_phrases(1), group)
 
 
 def test_detections_are_read_back_to_the_last_bit(tmp_path):
-    log, prompts = log_of(tmp_path), ["red circle", "blue circle", "red square", "striped square"]
+    log, prompts = log_of(tmp_path), film_phrases(1)
     frames = [
         FoundFrame(number, number / 3, found_in(objects, prompts, score=0.1 + number / 7))
         for number, (_, objects) in enumerate(draw_film(1, num_frames=4))
@@ -157,7 +177,7 @@ def test_detections_are_read_back_to_the_last_bit(tmp_path):
 @pytest.mark.parametrize("cut", [1, 30])
 def test_what_a_kill_left_half_written_goes_with_its_group(tmp_path, cut):
     log = log_of(tmp_path)
-    frames = [FoundFrame(number, 0.0, found_in([], ["red circle"])) for number in range(6)]
+    frames = [FoundFrame(number, 0.0, found_in([], film_phrases(1))) for number in range(6)]
     log.add(frames)
     path = tmp_path / "log"
     whole = path.read_bytes()
@@ -171,7 +191,7 @@ def test_what_a_kill_left_half_written_goes_with_its_group(tmp_path, cut):
 
 @needs_trackers
 def test_an_object_keeps_its_id_where_it_meets_others():
-    prompts, ids = ["red circle", "blue circle", "red square", "striped square"], {}
+    prompts, ids = film_phrases(0), {}
     tracker = Tracker(TrackingSettings(lost_seconds=0.5), rate=15)
     for number, (_, objects) in enumerate(draw_film(0, num_frames=30, num_objects=4)):
         tracked = tracker.update(found_in(objects, prompts))

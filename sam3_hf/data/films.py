@@ -1,16 +1,18 @@
-"""Drawn films with their truth: the generator's shapes on the move, for tests and to score tracking.
+"""Drawn films with their truth: objects of the composed world on the move, for tests and to score tracking.
 
 The objects of a film in turn cross it from side to side, from top to bottom, leave it in the middle of the film and
-come back, or go to and fro inside of it. They meet, and later ones pass in front.
+come back, or go to and fro inside of it. They meet, and later ones pass in front. No object is small or large.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import combinations, product
 from typing import NamedTuple
 
 import numpy as np
 
-from .generated import CONCEPTS, MIN_PIXELS, draw_ground, paint_shape, shape_at
-from .raster import box_around
+from .painting import MIN_PIXELS, Kind, choose_camera, draw_ground, photograph, place, put_in_front
+from .raster import box_around, polygon_area
+from .words import FILLS, MEDIUM, SHAPES, TRAINED
 
 RATE = 15  # frames per second that these films are meant for
 MIN_SHARE = 0.25  # of an object that must be seen for it to count as there
@@ -21,7 +23,7 @@ class FilmObject(NamedTuple):
 
     Attributes:
         id: from 1, the same in all frames, also where the object was gone in between.
-        label: its concept.
+        label: its fill and shape, such as "red star".
         box: xyxy in pixels, around what is visible.
         mask: (height, width) bool, visible pixels.
     """
@@ -32,12 +34,16 @@ class FilmObject(NamedTuple):
     mask: np.ndarray
 
 
+def film_phrases(seed: int) -> list[str]:
+    """The four labels that objects of a film have in turn: two fills with two shapes, pairs that training combined.
+
+    Neither word alone tells an object from all others.
+    """
+    return [f"{kind.fill} {kind.shape}" for kind in _kinds(seed)]
+
+
 def draw_film(
-    seed: int,
-    num_frames: int = 60,
-    image_size: int = 128,
-    num_objects: int = 5,
-    concepts: tuple[str, ...] = CONCEPTS[:4],
+    seed: int, num_frames: int = 60, image_size: int = 128, num_objects: int = 5
 ) -> Iterator[tuple[np.ndarray, list[FilmObject]]]:
     """The same arguments give the same film.
 
@@ -46,7 +52,6 @@ def draw_film(
         num_frames: the objects do the same in fewer frames, faster.
         image_size: longer side in pixels, at least 48; the other one is three quarters of it.
         num_objects: later ones in front.
-        concepts: each object has one of them, in turn.
 
     Yields:
         Frames, (height, width, 3) uint8, and what is there in each: objects of which a quarter or more is visible.
@@ -61,30 +66,36 @@ def draw_film(
         )
     height, width = image_size * 3 // 4, image_size
     rng = np.random.default_rng([seed, 0])
-    ground = draw_ground(rng, height, width)
+    ground, light, camera = draw_ground(rng, height, width), rng.uniform(0, 2 * np.pi), choose_camera(rng, image_size)
+    kinds, labels = _kinds(seed), film_phrases(seed)
     paths = [_path(rng, index, image_size, height, width) for index in range(num_objects)]
     for frame in range(num_frames):
-        picture, shapes = ground, []
+        picture, shown = ground.copy(), []
         for index, path in enumerate(paths):
-            concept = concepts[(index + seed) % len(concepts)]
-            shape = shape_at(concept, *path(frame / (num_frames - 1)), height, width)
-            for other in shapes:
-                other["mask"] &= ~shape["full"]
-            shapes.append(shape)
-            if shape["full"].any():
-                picture = paint_shape(np.random.default_rng([seed, 1, index]), picture, shape)
-        picture = picture + np.random.default_rng([seed, 2, frame]).normal(0, 3, size=picture.shape)
+            painted = place(kinds[index % len(kinds)], None, *path(frame / (num_frames - 1)), (height, width))
+            put_in_front(np.random.default_rng([seed, 1, index]), picture, shown, painted, light)
         objects = [
-            FilmObject(index, shape["concept"], _corners(shape["mask"]), shape["mask"])
-            for index, shape in enumerate(shapes, 1)
-            if shape["mask"].sum() >= max(MIN_PIXELS, MIN_SHARE * shape["area"])
+            FilmObject(index + 1, labels[index % len(labels)], _corners(painted.mask), painted.mask)
+            for index, painted in enumerate(shown)
+            if painted.mask.sum() >= max(MIN_PIXELS, MIN_SHARE * polygon_area(painted.polygon))
         ]
-        yield np.clip(picture, 0, 255).astype(np.uint8), objects
+        yield photograph(np.random.default_rng([seed, 2, frame]), picture, light, camera), objects
+
+
+def _kinds(seed: int) -> list[Kind]:
+    squares = [
+        pairs
+        for fills, shapes in product(combinations(FILLS, 2), combinations(SHAPES, 2))
+        if set(pairs := list(product(fills, shapes))) <= set(TRAINED)
+    ]
+    rng = np.random.default_rng([seed, 3])
+    pairs = squares[rng.integers(len(squares))]
+    return [Kind(shape, fill) for fill, shape in (pairs[index] for index in rng.permutation(len(pairs)))]
 
 
 def _path(rng, index: int, image_size: int, height: int, width: int) -> Callable[[float], tuple]:
     """Where an object is at a time from 0 to 1: center (2,), radius and angle."""
-    radius = image_size * rng.uniform(0.085, 0.15)
+    radius = image_size * rng.uniform(*MEDIUM)
     low, high = np.array([radius, radius]), np.array([width - radius, height - radius])
     start, phase, turning = rng.uniform(low, high), rng.uniform(0, 2 * np.pi, size=2), rng.uniform(0, 2 * np.pi)
     backwards = rng.random() < 0.5
@@ -108,7 +119,5 @@ def _path(rng, index: int, image_size: int, height: int, width: int) -> Callable
 
 
 def _corners(mask: np.ndarray) -> list[int]:
-    if not mask.any():
-        return [0, 0, 0, 0]
     left, top, width, height = box_around(mask)
     return [left, top, left + width, top + height]

@@ -144,7 +144,7 @@ def draw_picture(rng: np.random.Generator, image_size: int, concepts: list[str])
     """
     sides = [image_size, int(rng.integers(int(0.8 * image_size), image_size + 1))]
     width, height = rng.permutation(sides).tolist()
-    picture = draw_ground(rng, height, width)  # (height, width, 3) float in [0, 255]
+    picture = _ground(rng, height, width)  # (height, width, 3) float in [0, 255]
     shapes = []
     for concept in concepts:
         shape = _fit_shape(rng, concept, shapes, image_size, height, width)
@@ -153,7 +153,7 @@ def draw_picture(rng: np.random.Generator, image_size: int, concepts: list[str])
         for other in shapes:
             other["mask"] &= ~shape["full"]
         shapes.append(shape)
-        picture = paint_shape(rng, picture, shape)
+        picture = _paint(rng, picture, shape)
     picture += rng.normal(0, 3, size=picture.shape)
     return np.clip(picture, 0, 255).astype(np.uint8), shapes
 
@@ -164,43 +164,30 @@ def _fit_shape(rng, concept: str, shapes: list[dict], image_size: int, height: i
         radius = image_size * rng.uniform(0.085, 0.2)
         center = rng.uniform([0.6 * radius] * 2, [width - 0.6 * radius, height - 0.6 * radius])
         angle = rng.uniform(-0.45, 0.45)
-        shape = shape_at(concept, center, radius, angle, height, width)
-        full = shape["full"]
-        if full.sum() < max(MIN_PIXELS, 0.7 * shape["area"]):  # at most 30% outside the picture
+        unit = _outline(concept.split()[1])
+        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        polygon = unit @ turn * radius + center
+        coverage = rasterize(polygon, height, width)
+        full = coverage >= 0.5
+        area = polygon_area(polygon)
+        if full.sum() < max(MIN_PIXELS, 0.7 * area):  # at most 30% outside the picture
             continue
         left = [(other["mask"] & ~full).sum() for other in shapes]
         if all(
             count >= max(MIN_PIXELS, MIN_VISIBLE * other["area"]) for count, other in zip(left, shapes, strict=True)
         ):
-            return shape
+            return {
+                "concept": concept,
+                "mask": full.copy(),
+                "full": full,
+                "polygon": polygon,
+                "coverage": coverage,
+                "area": area,
+                "center": center,
+                "radius": radius,
+                "angle": angle,
+            }
     return None
-
-
-def shape_at(concept: str, center: np.ndarray, radius: float, angle: float, height: int, width: int) -> dict:
-    """A shape as `draw_picture` gives them, with nothing in front of it. It may lie outside of the picture.
-
-    Args:
-        center: (2,) float xy in pixels.
-        radius: about that of a circle around it, in pixels.
-        angle: in radians, to the left.
-        height, width: of the picture.
-    """
-    unit = _outline(concept.split()[1])
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    polygon = unit @ turn * radius + center
-    coverage = rasterize(polygon, height, width)
-    full = coverage >= 0.5
-    return {
-        "concept": concept,
-        "mask": full.copy(),
-        "full": full,
-        "polygon": polygon,
-        "coverage": coverage,
-        "area": polygon_area(polygon),
-        "center": center,
-        "radius": radius,
-        "angle": angle,
-    }
 
 
 def _outline(noun: str) -> np.ndarray:
@@ -216,8 +203,7 @@ def _outline(noun: str) -> np.ndarray:
     return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], axis=1)
 
 
-def draw_ground(rng, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) float in about [0, 255]."""
+def _ground(rng, height: int, width: int) -> np.ndarray:
     first, second = rng.choice(GROUND_COLOURS, size=2, replace=False).astype(np.float64)
     hills = 0.6 * smooth_noise(rng, height, width, 4) + 0.4 * smooth_noise(rng, height, width, 11)
     ground = first + (second - first) * hills[..., None]
@@ -229,8 +215,7 @@ def draw_ground(rng, height: int, width: int) -> np.ndarray:
     return ground + texture[..., None]
 
 
-def paint_shape(rng, picture: np.ndarray, shape: dict) -> np.ndarray:
-    """The picture, (height, width, 3) float, with a shape of `shape_at` in front."""
+def _paint(rng, picture: np.ndarray, shape: dict) -> np.ndarray:
     height, width = picture.shape[:2]
     radius = shape["radius"]
     shadow = rasterize(shape["polygon"] + 0.1 * radius, height, width)

@@ -1,6 +1,7 @@
 """Pictures of the composed world (see `words`): shapes of all sizes on textured grounds, one before the other."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -53,6 +54,20 @@ class Painted:
     angle: float
 
 
+class Camera(NamedTuple):
+    """How a painted picture is taken.
+
+    Attributes:
+        falloff: of the light across the picture, as a share.
+        blur: pixels.
+        noise: standard deviation, of values to 255.
+    """
+
+    falloff: float
+    blur: float
+    noise: float
+
+
 def draw_scene(rng: np.random.Generator, image_size: int, kinds: list[Kind]) -> tuple[np.ndarray, list[Painted]]:
     """Draws one object per entry of `kinds`, later ones in front; smaller ones where there are many.
 
@@ -66,17 +81,14 @@ def draw_scene(rng: np.random.Generator, image_size: int, kinds: list[Kind]) -> 
     """
     sides = [image_size, int(rng.integers(int(0.8 * image_size), image_size + 1))]
     width, height = rng.permutation(sides).tolist()
-    picture = _ground(rng, height, width)
+    picture = draw_ground(rng, height, width)
     light = rng.uniform(0, 2 * np.pi)
     objects: list[Painted] = []
     for kind in kinds:
         painted = _find_room(rng, kind, objects, image_size, (height, width), crowded=len(kinds) > 10)
         if painted is not None:
-            for other in objects:
-                other.mask &= ~painted.full
-            objects.append(painted)
-            _paint(rng, picture, painted, light)
-    return _photograph(rng, picture, light, image_size), objects
+            put_in_front(rng, picture, objects, painted, light)
+    return photograph(rng, picture, light, choose_camera(rng, image_size)), objects
 
 
 def _find_room(rng, kind: Kind, objects, image_size: int, frame: tuple[int, int], crowded: bool) -> Painted | None:
@@ -86,22 +98,36 @@ def _find_room(rng, kind: Kind, objects, image_size: int, frame: tuple[int, int]
     low, high = SIZES.get(size, MEDIUM)
     if kind.fill in PATTERNS:
         low = max(low, SMALLEST_PATTERN)
-    unit = _outline(kind.shape)
     for _ in range(TRIES):
         radius = image_size * rng.uniform(low, high)
         center = rng.uniform([0.6 * radius] * 2, [width - 0.6 * radius, height - 0.6 * radius])
         angle = rng.uniform(-0.45, 0.45)
-        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-        polygon = unit @ turn * radius + center
-        full = np.zeros(frame, dtype=bool)
-        window = _window(polygon, frame, 0)
-        full[window] = _coverage(polygon, window) >= 0.5
-        if full.sum() < max(MIN_PIXELS, 0.7 * polygon_area(polygon)):  # at most 30% outside the picture
+        painted = place(kind, size if size in SIZES else None, center, radius, angle, frame)
+        full = painted.full
+        if full.sum() < max(MIN_PIXELS, 0.7 * polygon_area(painted.polygon)):  # at most 30% outside the picture
             continue
         if all((other.mask & ~full).sum() >= max(MIN_PIXELS, MIN_VISIBLE * other.full.sum()) for other in objects):
-            named = size if size in SIZES else None
-            return Painted(kind, named, radius, full.copy(), full, polygon, center, angle)
+            return painted
     return None
+
+
+def place(
+    kind: Kind, size: str | None, center: np.ndarray, radius: float, angle: float, frame: tuple[int, int]
+) -> Painted:
+    """An object with nothing in front of it, not painted yet. It may lie outside of the picture.
+
+    Args:
+        center: (2,) float xy in pixels.
+        radius: about that of a circle around it, in pixels.
+        angle: in radians, to the left.
+        frame: height and width of the picture.
+    """
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    polygon = _outline(kind.shape) @ turn * radius + center
+    full = np.zeros(frame, dtype=bool)
+    window = _window(polygon, frame, 0)
+    full[window] = _coverage(polygon, window) >= 0.5
+    return Painted(kind, size, radius, full.copy(), full, polygon, center, angle)
 
 
 def _outline(shape: str) -> np.ndarray:
@@ -159,7 +185,7 @@ def _coverage(polygon: np.ndarray, window: tuple[slice, slice]) -> np.ndarray:
     return rasterize(polygon - [columns.start, rows.start], rows.stop - rows.start, columns.stop - columns.start)
 
 
-def _ground(rng, height: int, width: int) -> np.ndarray:
+def draw_ground(rng, height: int, width: int) -> np.ndarray:
     """(height, width, 3) float in about [0, 255]: hills of two colours with grain, and weave, boards or tiles."""
     first, second = rng.choice(GROUND_COLORS, size=2, replace=False).astype(np.float64)
     hills = 0.6 * smooth_noise(rng, height, width, 4) + 0.4 * smooth_noise(rng, height, width, 11)
@@ -176,6 +202,20 @@ def _ground(rng, height: int, width: int) -> np.ndarray:
     else:
         texture += rng.uniform(0, 9) * (((across // coarse) + (along // coarse)) % 2)
     return ground + texture[..., None]
+
+
+def put_in_front(rng, picture: np.ndarray, objects: list[Painted], painted: Painted, light: float) -> None:
+    """Paints an object into a picture, takes what it hides from the masks of the others, and adds it to them.
+
+    Args:
+        picture: (height, width, 3) float in about [0, 255], as `draw_ground` gives it.
+        objects: what is in it.
+        light: where it comes from, in radians.
+    """
+    for other in objects:
+        other.mask &= ~painted.full
+    objects.append(painted)
+    _paint(rng, picture, painted, light)
 
 
 def _paint(rng, picture: np.ndarray, painted: Painted, light: float) -> None:
@@ -225,17 +265,21 @@ def _fill(rng, painted: Painted, window: tuple[slice, slice]) -> np.ndarray:
     return ground + (figure - ground) * share[..., None]
 
 
-def _photograph(rng, picture: np.ndarray, light: float, image_size: int) -> np.ndarray:
-    """(height, width, 3) uint8 of a painted picture: uneven light, blur, noise."""
+def choose_camera(rng: np.random.Generator, image_size: int) -> Camera:
+    """For pictures of this many pixels along the longer side."""
+    return Camera(rng.uniform(0, 0.25), rng.uniform(0, 0.8) * image_size / 128, rng.uniform(1, 7))
+
+
+def photograph(rng, picture: np.ndarray, light: float, camera: Camera) -> np.ndarray:
+    """(height, width, 3) uint8 of a painted picture: uneven light, blur, and noise that `rng` draws."""
     height, width = picture.shape[:2]
     y, x = np.mgrid[:height, :width]
-    toward = ((x - width / 2) * np.cos(light) + (y - height / 2) * np.sin(light)) / image_size
-    lit = picture * (1 + rng.uniform(0, 0.25) * toward)[..., None]
-    blur = rng.uniform(0, 0.8) * image_size / 128
-    if blur > 0.25:
+    toward = ((x - width / 2) * np.cos(light) + (y - height / 2) * np.sin(light)) / max(height, width)
+    lit = picture * (1 + camera.falloff * toward)[..., None]
+    if camera.blur > 0.25:
         sharp = Image.fromarray(np.clip(lit, 0, 255).astype(np.uint8))
-        lit = np.asarray(sharp.filter(ImageFilter.GaussianBlur(blur)), dtype=np.float64)
-    noisy = lit + rng.normal(0, rng.uniform(1, 7), size=lit.shape)
+        lit = np.asarray(sharp.filter(ImageFilter.GaussianBlur(camera.blur)), dtype=np.float64)
+    noisy = lit + rng.normal(0, camera.noise, size=lit.shape)
     return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
