@@ -33,7 +33,7 @@ from sam3_hf.rle import encode_masks
 
 ROOT = Path(__file__).parents[1]
 STANDARD = ROOT / "sam3_hf" / "assets" / "tiny-standard"
-KNOWN = "star, green star, dotted ring, small dotted ring"
+KNOWN = "star, checkered heart, orange ring, large orange star"
 
 
 @pytest.fixture(scope="module")
@@ -185,18 +185,18 @@ def test_an_export_says_where_and_in_what_it_computes(format, device, dtype, sai
 
 def test_two_models_answer_beside_each_other_and_one_may_fail(finder, example):
     def refuse(*_, **__):
-        raise ValueError("'green star' is not in the vocabulary;\nknown are: <b>cat</b>")
+        raise ValueError("'checkered heart' is not in the vocabulary;\nknown are: <b>cat</b>")
 
     model = SimpleNamespace(config=SimpleNamespace(vocabulary=["cat"]))
     refuse.model = model
     other = Finder("/home/me/outputs/other/final/", refuse)
     assert other.name == "other/final"
-    first, second = ask([finder, other], example, "green star", [], None)
-    assert len(first.above(0.5)) and second.error == "'green star' is not in the vocabulary; known are: <b>cat</b>"
+    first, second = ask([finder, other], example, "checkered heart", [], None)
+    assert len(first.above(0.5)) and second.error == "'checkered heart' is not in the vocabulary; known are: <b>cat</b>"
     html = Elements(show([first, second], 0.5))
     assert [tag for tag, _ in html.tags].count("figure") == 2 and len(html.attributes("img")) == 1
     assert second.error in html.text and "assets/tiny-standard" in html.text
-    first, second = ask([finder, finder], example, "green star", [], None)
+    first, second = ask([finder, finder], example, "checkered heart", [], None)
     assert len(re.findall(r"\d found in .* m?s \(cpu, fp32\)", Elements(show([first, second], 0.5)).text)) == 2
 
 

@@ -82,13 +82,13 @@ def pixels(url: str) -> np.ndarray:
 def test_upload_type_and_see_masks(page, finder, downloads):
     upload(page, sorted(ASSETS.glob("*.jpg"))[0])
     wait_for_picture(page)
-    page.type("#phrases textarea, #phrases input", "green star, dotted ring")
+    page.type("#phrases textarea, #phrases input", "checkered heart, orange ring")
     page.click("#find")
     page.wait(f"{FOUND} == 2")
     (asked, other) = finder.asked
-    assert [prompt.text for prompt in asked] == ["green star", "dotted ring"] and other == asked
+    assert [prompt.text for prompt in asked] == ["checkered heart", "orange ring"] and other == asked
     legend = page.evaluate("document.querySelector('#results .sam3-legend').innerText")
-    assert "green star" in legend and "dotted ring" in legend and "found, best score" in legend
+    assert "checkered heart" in legend and "orange ring" in legend and "found, best score" in legend
     assert "cpu, fp32" in page.evaluate("document.querySelector('#results figcaption').innerText")
     drawn = pixels(page.evaluate("document.querySelector('#results figure img').src"))
     for colour in instance_colors(2):
@@ -106,7 +106,7 @@ def test_upload_type_and_see_masks(page, finder, downloads):
         page.evaluate("new Promise((done) => setTimeout(done, 50))")
     assert Image.open(files[0]).size == tuple(drawn.shape[1::-1])
     coco = page.evaluate("document.querySelector('#results nav a:last-child').href")
-    assert json.loads(base64.b64decode(coco.partition(",")[2]))["categories"][1]["name"] == "dotted ring"
+    assert json.loads(base64.b64decode(coco.partition(",")[2]))["categories"][1]["name"] == "orange ring"
 
 
 def test_draw_boxes_on_an_example(page, finder):

@@ -23,9 +23,9 @@ MAX_PIXELS = 50_000_000
 MAX_EXAMPLES = 12
 ASSETS = Path(__file__).parents[1] / "assets" / "page"
 PACKAGED_PHRASES = {  # for `tiny-standard`, whose training never had the second of the first three
-    "shapes-1.jpg": "star, green star, dotted ring, small dotted ring",
+    "shapes-1.jpg": "star, checkered heart, orange ring, large orange star",
     "shapes-2.jpg": "ring, dotted crescent, checkered ring, large checkered ring",
-    "shapes-3.jpg": "star, checkered heart, orange ring, large orange star",
+    "shapes-3.jpg": "star, green star, dotted ring, small dotted ring",
     "shapes-4.jpg": "ring, red triangle, striped cross, small red circle",
 }
 
