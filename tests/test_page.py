@@ -192,7 +192,9 @@ def test_two_models_answer_beside_each_other_and_one_may_fail(finder, example):
     other = Finder("/home/me/outputs/other/final/", refuse)
     assert other.name == "other/final"
     first, second = ask([finder, other], example, "checkered heart", [], None)
-    assert len(first.above(0.5)) and second.error == "'checkered heart' is not in the vocabulary; known are: <b>cat</b>"
+    assert (
+        len(first.above(0.5)) and second.error == "'checkered heart' is not in the vocabulary; known are: <b>cat</b>"
+    )
     html = Elements(show([first, second], 0.5))
     assert [tag for tag, _ in html.tags].count("figure") == 2 and len(html.attributes("img")) == 1
     assert second.error in html.text and "assets/tiny-standard" in html.text
