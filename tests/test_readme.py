@@ -87,7 +87,7 @@ NOT_RUN = {
     'sam3-lite track clip.mp4 --model runs/final --prompt "red car" --output out': "needs a film: test_tracking.py",
     "sam3-lite export outputs/demo/final deployed": "traces for minutes: test_exporting.py",
     "sam3-lite export outputs/demo/final deployed-int8 --precision int8 --calibration-images path/to/images"
-    ' --calibration-prompt "striped square"': "traces for minutes: test_exporting.py",
+    ' --calibration-prompt "red square"': "traces for minutes: test_exporting.py",
     "sam3-lite export outputs/demo/final deployed-fp16 --precision fp16": "traces for minutes: test_exporting.py",
     "sam3-lite export deployed deployed-openvino --format openvino": "needs what was not run: test_exporting.py",
     "trtexec --onnx=deployed-fp16/vision.onnx --fp16 --shapes=pixel_values:1x3x1008x1008 --saveEngine=vision.plan": (
@@ -385,7 +385,7 @@ def test_from_nothing_to_a_prediction_in_under_ten_lines(workspace, capsys):
     first = blocks_in(README, "Find things", "python")[0]
     assert len([make.commands()[0], *first.text.strip().splitlines()]) < 10
     exec(first.text, {})
-    assert re.search(r"^(striped square|blue circle) 0\.\d\d \[.*\] \d+ pixels$", capsys.readouterr().out, re.M)
+    assert re.search(r"^(red square|ring) 0\.\d\d \[.*\] \d+ pixels$", capsys.readouterr().out, re.M)
 
 
 def test_push_made_one_commit(workspace):
