@@ -36,12 +36,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=300, help="pictures of each split, a third of it for the absent")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--preset", default="same", help="sizes to map the model to first")
+    parser.add_argument("--image-size", type=int, help="pixels to draw and to ask at; default: those of the model")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 
-    model = Sam3LiteModel.from_pretrained(arguments.model, preset=arguments.preset, dtype=torch.float32)
+    size = {} if arguments.image_size is None else {"image_size": arguments.image_size}
+    model = Sam3LiteModel.from_pretrained(arguments.model, preset=arguments.preset, dtype=torch.float32, **size)
     processor = Sam3LiteProcessor.of_source(arguments.model, model.config)
     scores = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
             scores[split] = split_scores(model, processor, data, arguments.batch_size)
             logger.info("%s", line(split, scores[split]))
     if arguments.output is not None:
-        about = {"model": arguments.model, "preset": arguments.preset, "images": arguments.images, "seed": SEED}
+        about = {"model": arguments.model, "preset": arguments.preset, "image_size": model.config.image_size}
+        about |= {"images": arguments.images, "seed": SEED}
         write_file(arguments.output, json.dumps(about | scores, indent=1) + "\n")
 
 

@@ -29,6 +29,9 @@ def test_scores_of_every_split(tmp_path):
     assert set(FIGURES) - {"IL_negative_accuracy"} <= scores["seen"].keys()
     assert set(scores["dense"]["by_words"]) == {"1 words", "2 words", "3 words"}
     assert 0 <= scores["absent"]["IL_negative_accuracy"] <= 1 and "segm_AP" not in scores["absent"]
+    larger = ["--images", "1", "--splits", "seen", "--image-size", "144", "--output", str(tmp_path / "larger.json")]
+    composed_scores.main([str(tmp_path / "model"), *larger])
+    assert json.loads((tmp_path / "larger.json").read_text())["image_size"] == 144
 
 
 def test_the_table_of_distillation(tmp_path, caplog):
