@@ -14,7 +14,6 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from common import parser, reporting
-from distillation import PACKAGED
 from PIL import Image
 
 from sam3_hf.cli import app
@@ -29,7 +28,7 @@ SIZE = (640, 480)
 def main():
     options = parser(__doc__)
     options.add_argument("--frames", type=int, nargs="+", default=[200, 2000], help="of each film")
-    options.add_argument("--model", default=str(PACKAGED), help="folder or Hub id")
+    options.add_argument("--model", default="sam3_hf/assets/tiny-standard", help="folder or Hub id")
     options.add_argument("--prompts", nargs="+", default=film_phrases(SEED)[:2])
     arguments = options.parse_args()
     with reporting(arguments) as (rows, more), tempfile.TemporaryDirectory() as folder:

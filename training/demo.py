@@ -33,12 +33,13 @@ def main(argv: list[str] | None = None) -> None:
 
     pipe = Sam3LitePipeline.from_pretrained(folder / "final")
     image, asked = picture_and_phrases()
+    found = pipe(image, list(asked), threshold=CONFIDENT)
     answers, titles = [], []
     for phrase, true in asked.items():
-        found = pipe(image, [phrase], threshold=CONFIDENT)
-        titles.append(f'"{phrase}": {len(found)} found, {true} there')
+        own = found.select([index for index, label in enumerate(found.labels) if label == phrase])
+        titles.append(f'"{phrase}": {len(own)} found, {true} there')
         logger.info("%s", titles[-1])
-        answers.append(draw_instances(image, found.boxes, found.masks, found.labels, found.scores, tag_labels=False))
+        answers.append(draw_instances(image, own.boxes, own.masks, own.labels, own.scores, tag_labels=False))
     picture = folder / "segmented.png"
     contact_sheet(answers, titles, {}, columns=len(answers)).save(picture)
     logger.info("drawn in %s", picture)
