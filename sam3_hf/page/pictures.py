@@ -80,8 +80,8 @@ def find_examples(
     The first `MAX_EXAMPLES` pictures of a folder.
 
     Args:
-        folder: default: the packaged pictures of the composed world (`sam3_hf.data.composed`), with phrases that models
-            of the demo know.
+        folder: default: the packaged pictures of the composed world (`sam3_hf.data.composed`), with phrases that
+            models of the demo know.
         vocabulary: all phrases that the model knows, if there is an end to them; see [`example_text`].
 
     Raises:
