@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -263,6 +264,16 @@ def untrained_queries(name: str, like: Tensor) -> Tensor:
     return values + values.new_tensor(ANCHOR_LOGIT_SHIFT) if name == "reference_points" else values
 
 
+class DecoderMemory(NamedTuple):
+    """What the layers of a DETR decoder look at."""
+
+    vision: Tensor  # (prompts, height * width, hidden)
+    keys: Tensor  # the same with position encodings
+    prompt: Tensor  # (prompts, tokens, hidden)
+    prompt_bias: Tensor | None  # additive, (prompts, 1, 1, tokens)
+    grid_size: tuple[int, int]  # height and width
+
+
 class Sam3LiteDetrDecoder(Sam3DetrDecoder):
     """
     The stock decoder returning the boxes of every layer, without host synchronisation. Boxes are refined in float32
@@ -318,40 +329,68 @@ class Sam3LiteDetrDecoder(Sam3DetrDecoder):
             Normalised hidden states `(layers, prompts, queries, hidden)`, boxes `(layers, prompts, queries, 4)`
             float32 cxcywh in [0, 1], presence logits `(layers, prompts)`. With `one_to_many`, twice the queries.
         """
-        num_prompts = vision.shape[0]
-        copies = 2 if one_to_many else 1
-        queries = self.query_embed.weight.repeat(copies, 1).expand(num_prompts, -1, -1)
-        presence = self.presence_token.weight.expand(num_prompts, 1, -1)
-        hidden = torch.cat([presence, queries], dim=1)  # (prompts, 1 + queries, hidden)
-        # Where queries start is the same for every prompt, and so is what is made from it.
-        boxes = reference = self.reference_points.weight.float().sigmoid().repeat(copies, 1)[None]
-
-        vision = matmul_precision(vision)
-        keys = vision + matmul_precision(vision_position)
+        memory = self.memory(vision, prompt, vision_position, prompt_bias, grid_size)
+        hidden, boxes = self.start(len(vision), 2 if one_to_many else 1)
+        reference = boxes
         all_hidden, all_boxes, all_presence = [], [], []
         for layer in self.layers:
-            query_pos = self.ref_point_head(self.position_encoding.encode_boxes(reference).to(self.dtype))
-            hidden = layer(
-                hidden,
-                F.pad(query_pos, (0, 0, 1, 0)),
-                prompt,
-                vision,
-                keys,
-                prompt_bias,
-                reference,
-                partial(self._box_position_bias, grid_size),
-                1 + self.config.num_queries,
-            )
+            hidden = self.run_layer(layer, hidden, reference, memory)
             normed = self.output_layer_norm(hidden[:, 1:])
             # Not detached: the loss on a layer's boxes also trains the layer before it.
-            boxes = (self.box_head(normed).float() + inverse_sigmoid(boxes)).sigmoid()
+            boxes = self.refine(normed, boxes)
             reference = boxes.detach()
-            logits = self.presence_head(self.presence_layer_norm(hidden[:, 0])).squeeze(-1)
             limit = self.clamp_presence_logit_max_val
             all_hidden.append(normed)
             all_boxes.append(boxes)
-            all_presence.append(logits.clamp(min=-limit, max=limit))
+            all_presence.append(self.presence_logits(hidden).clamp(min=-limit, max=limit))
         return torch.stack(all_hidden), torch.stack(all_boxes), torch.stack(all_presence)
+
+    def memory(
+        self,
+        vision: Tensor,
+        prompt: Tensor,
+        vision_position: Tensor,
+        prompt_bias: Tensor | None,
+        grid_size: tuple[int, int],
+    ) -> DecoderMemory:
+        """What all layers look at; arguments as those of `forward`."""
+        vision = matmul_precision(vision)
+        return DecoderMemory(vision, vision + matmul_precision(vision_position), prompt, prompt_bias, grid_size)
+
+    def start(self, num_prompts: int, copies: int = 1) -> tuple[Tensor, Tensor]:
+        """
+        Returns:
+            The stream in front of the first layer, `(prompts, 1 + copies * queries, hidden)`, the presence token
+            first, and the boxes there, `(1, copies * queries, 4)` float32 cxcywh.
+        """
+        queries = self.query_embed.weight.repeat(copies, 1).expand(num_prompts, -1, -1)
+        presence = self.presence_token.weight.expand(num_prompts, 1, -1)
+        # Where queries start is the same for every prompt, and so is what is made from it.
+        boxes = self.reference_points.weight.float().sigmoid().repeat(copies, 1)[None]
+        return torch.cat([presence, queries], dim=1), boxes
+
+    def run_layer(self, layer: nn.Module, hidden: Tensor, reference: Tensor, memory: DecoderMemory) -> Tensor:
+        """The stream behind a layer; `reference` are the boxes in front of it."""
+        query_pos = self.ref_point_head(self.position_encoding.encode_boxes(reference).to(self.dtype))
+        return layer(
+            hidden,
+            F.pad(query_pos, (0, 0, 1, 0)),
+            memory.prompt,
+            memory.vision,
+            memory.keys,
+            memory.prompt_bias,
+            reference,
+            partial(self._box_position_bias, memory.grid_size),
+            1 + self.config.num_queries,
+        )
+
+    def refine(self, normed: Tensor, boxes: Tensor) -> Tensor:
+        """Boxes behind a layer, from its normalised queries and the boxes in front of it."""
+        return (self.box_head(normed).float() + inverse_sigmoid(boxes)).sigmoid()
+
+    def presence_logits(self, hidden: Tensor) -> Tensor:
+        """`(prompts,)`, not limited yet, from the stream behind a layer."""
+        return self.presence_head(self.presence_layer_norm(hidden[:, 0])).squeeze(-1)
 
     def _box_position_bias(self, grid_size: tuple[int, int], boxes: Tensor) -> Tensor:
         """

@@ -368,7 +368,10 @@ def test_calibrated_on_the_training_images(source):
     class Data:
         rows, concepts = Rows(), PHRASES
 
-    model = calibrated_model(arguments_for(source, "--calibrate", "true"), Data(), CPU)
+    arguments = arguments_for(source, "--calibrate", "true")
+    model = calibrated_model(arguments, Data(), CPU)
+    assert model.mapping_report.layers["detr_decoder.layers"] == [0, 2]
+    assert decoder_layers(model, arguments) == [1, 2]  # the first does what the dropped one did
     assert model.mapping_report.strategy == "calibrated"
     assert model.mapping_report.calibration["images"] == "given"
     assert model.dtype == torch.float32 and len(model.detr_decoder.layers) == 2

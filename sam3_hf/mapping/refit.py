@@ -19,6 +19,12 @@ class Site(NamedTuple):
 
 VIT_SITES = (Site("attention.o_proj", "layer_norm2"), Site("mlp.fc2", None))
 CLIP_SITES = (Site("self_attn.out_proj", "layer_norm2"), Site("mlp.fc2", None))
+DETR_DECODER_SITES = (
+    Site("self_attn.o_proj", "self_attn_layer_norm"),
+    Site("text_cross_attn.o_proj", "text_cross_attn_layer_norm"),
+    Site("vision_cross_attn.o_proj", "vision_cross_attn_layer_norm"),
+    Site("mlp.fc2", "mlp_layer_norm"),
+)
 DETR_ENCODER_SITES = (
     Site("self_attn.o_proj", "layer_norm2"),
     Site("cross_attn.o_proj", "layer_norm3"),
@@ -51,13 +57,25 @@ def observe(layer: nn.Module, modules: list[str], call: Callable[[], Tensor]) ->
     return inputs_of([layer.get_submodule(name) for name in modules], call)
 
 
-def fit_site(layer: nn.Module, site: Site, calls: list[Callable[[], Tensor]], targets: list[Tensor], ridge: float):
-    """Refits the linear layer of a site such that the stream behind it comes near to the targets, one per call."""
+def fit_site(
+    layer: nn.Module,
+    site: Site,
+    calls: list[Callable[[], Tensor]],
+    targets: list[Tensor],
+    ridge: float,
+    weights: list[Tensor] | None = None,
+):
+    """
+    Refits the linear layer of a site such that the stream behind it comes near to the targets, one per call.
+
+    Args:
+        weights: per call, of each vector of the stream in the sum of squares; all the same by default.
+    """
     linear = layer.get_submodule(site.linear)
     fit = LeastSquares(linear.in_features, linear.out_features, linear.weight.device)
-    for call, target in zip(calls, targets, strict=True):
+    for call, target, weight in zip(calls, targets, weights or [None] * len(calls), strict=True):
         (inputs, *total), stream = observe(layer, [site.linear] if site.norm is None else [*site], call)
-        fit.add(inputs, target - ((total[0] if total else stream) - linear(inputs)))
+        fit.add(inputs, target - ((total[0] if total else stream) - linear(inputs)), weight)
     fit.refit(linear, ridge)
 
 

@@ -214,13 +214,16 @@ def report_of_source(arguments: Arguments) -> str | None:
 
 
 def decoder_layers(model: Sam3LiteModel, arguments: Arguments) -> list[int] | None:
-    """The decoder layers that those of a fresh run's model were mapped from, if that is known."""
+    """The decoder layers of its source that those of a fresh run's model do the work of, if that is known."""
     if model.mapping_report is not None:
-        layers = model.mapping_report.layers
+        report = {"strategy": model.mapping_report.strategy, "layers": model.mapping_report.layers}
     else:
-        report = report_of_source(arguments)
-        layers = {} if report is None else read_json(report).get("layers", {})
-    return layers.get("detr_decoder.layers")
+        file = report_of_source(arguments)
+        report = {} if file is None else read_json(file)
+    kept = report.get("layers", {}).get("detr_decoder.layers")
+    if kept is None or report.get("strategy") != "calibrated":
+        return kept
+    return [*(following - 1 for following in kept[1:]), kept[-1]]  # each was fitted to do that of dropped ones too
 
 
 def _some(kind: str, names: list[str]) -> str:

@@ -51,8 +51,10 @@ def calibrate_mapping(
 
     The ViT's residual stream is rotated into the strongest directions that the images show. Then, layer by layer on
     the smaller model's own activations, the layers that write to the stream are fitted by ridge regression to the
-    larger model's stream: this absorbs the removed width and the removed layers. Feature pyramid, DETR encoder and
-    mask embedding follow in the same way. Other tensors are mapped as by `mapping="isometry"`.
+    larger model's stream: this absorbs the removed width and the removed layers. Feature pyramid and DETR
+    encoder follow in the same way, and, where the DETR decoder gets fewer layers, decoder, mask embedding and the last
+    layers of box and presence head, on the queries that find something. Other tensors are mapped as by
+    `mapping="isometry"`.
 
     Args:
         source: the larger model, or what [`~Sam3LiteModel.from_pretrained`] takes. A model is not changed.
@@ -61,7 +63,8 @@ def calibrate_mapping(
         preset: sizes of the result, `lite` by default.
         config: sizes of the result, instead of `preset`.
         prompts: phrases that the detector is asked on these images, best the user's own classes. Default: the fixed
-            vocabulary of the source, or common nouns if it has none.
+            vocabulary of the source, or common nouns if it has none. Each image is asked six of them; of many, mostly
+            those that the source finds in it.
         text_phrases: what a text encoder that becomes smaller is fitted to; see [`map_with_phrases`].
         num_images: how many images to use at most. Default: enough for 50 image tokens per feature of the widest
             fitted layer.

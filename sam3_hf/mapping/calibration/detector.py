@@ -1,9 +1,11 @@
 """The detector of a smaller model, fitted to the larger one on images and prompts."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ...detr_sam3_lite import DecoderMemory
 from ...modeling_sam3_lite import Sam3LiteModel, additive_mask
 from ..least_squares import LeastSquares
 from ..refit import DETR_ENCODER_SITES, Stack, inputs_of, refit_stack
@@ -38,6 +40,19 @@ class Side(NamedTuple):
         ]
         return Stack(self.model.detr_encoder.layers, run, streams)
 
+    def decoding(self, encoded: Tensor, index: int) -> "Decoding":
+        """The DETR decoder in front of its first layer; `encoded` is what the DETR encoder gives for batch `index`."""
+        batch, coarse = self.asked[index], self.coarse[index]
+        decoder = self.model.detr_decoder
+        memory = decoder.memory(
+            encoded,
+            batch.text,
+            self.model._position_encoding(coarse),
+            additive_mask(batch.text_mask, encoded.dtype),
+            tuple(coarse.shape[-2:]),
+        )
+        return Decoding(decoder, memory, *decoder.start(len(encoded)))
+
     def decode(self, encoded: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """
         Args:
@@ -46,13 +61,49 @@ class Side(NamedTuple):
         Returns:
             Last hidden states `(prompts, queries, hidden)` and scores `(prompts, queries)` in [0, 1].
         """
-        model, batch, coarse = self.model, self.asked[index], self.coarse[index]
-        position = model._position_encoding(coarse)
-        bias = additive_mask(batch.text_mask, encoded.dtype)
-        size = tuple(coarse.shape[-2:])
-        hidden, _, presence = model.detr_decoder(encoded, batch.text, position, bias, size, False)
-        logits = model.dot_product_scoring(hidden[-1:], batch.text, batch.text_mask).squeeze(-1)[0]
-        return hidden[-1], logits.sigmoid() * presence[-1].sigmoid()[:, None]
+        decoding, batch = self.decoding(encoded, index), self.asked[index]
+        for layer in self.model.detr_decoder.layers:
+            decoding.advance(decoding.run(layer))
+        scoring = self.model.dot_product_scoring
+        logits = scoring(decoding.normed[None], batch.text, batch.text_mask).squeeze(-1)[0]
+        limit = self.model.detr_decoder.clamp_presence_logit_max_val
+        presence = decoding.presence.clamp(min=-limit, max=limit)
+        return decoding.normed, logits.sigmoid() * presence.sigmoid()[:, None]
+
+
+@dataclass
+class Decoding:
+    """
+    How far the queries of a batch have come in a DETR decoder.
+
+    Args:
+        hidden: the stream, `(prompts, 1 + queries, hidden)`, the presence token first.
+        boxes: `(prompts or 1, queries, 4)` cxcywh.
+    """
+
+    decoder: nn.Module
+    memory: DecoderMemory
+    hidden: Tensor
+    boxes: Tensor
+
+    def run(self, layer: nn.Module) -> Tensor:
+        """The stream behind a layer."""
+        return self.decoder.run_layer(layer, self.hidden, self.boxes, self.memory)
+
+    def advance(self, hidden: Tensor, boxes: Tensor | None = None):
+        """Goes on behind a layer, with the boxes that follow from its stream if no others are given."""
+        self.hidden = hidden
+        self.boxes = self.decoder.refine(self.normed, self.boxes) if boxes is None else boxes
+
+    @property
+    def normed(self) -> Tensor:
+        """What the heads read, `(prompts, queries, hidden)`."""
+        return self.decoder.output_layer_norm(self.hidden[:, 1:])
+
+    @property
+    def presence(self) -> Tensor:
+        """Logits `(prompts,)`."""
+        return self.decoder.presence_logits(self.hidden)
 
 
 def refit_detr_encoder(

@@ -7,8 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -17,15 +15,16 @@ from ...configuration_sam3_lite import Sam3LiteConfig, parameter_sizes
 from ...modeling_sam3_lite import Sam3LiteModel
 from ...processing_sam3_lite import Sam3LiteProcessor
 from ...vision_sam3_lite import Sam3LiteVisionModel
-from ...vocabulary_sam3_lite import phrase_features
 from ..basis import Basis, rotation
 from ..depth import layer_maps, search_layers
 from ..mapper import map_checkpoint
-from ..refit import DETR_ENCODER_SITES, VIT_SITES
+from ..refit import DETR_DECODER_SITES, DETR_ENCODER_SITES, VIT_SITES
 from ..report import MappingReport
 from ..signals import TowerSignals
 from ..text import fits_text, map_with_phrases
-from .detector import PromptBatch, Side, refit_detr_encoder, refit_mask_embedder
+from .asking import Encoded, choose_prompts
+from .decoder import refit_detr_decoder
+from .detector import refit_detr_encoder, refit_mask_embedder
 from .images import batches, draw_images, load_pixels
 from .vision import measure_vision, pyramid_cosines, refit_vision, with_layers
 
@@ -34,7 +33,6 @@ logger = logging.get_logger(__name__)
 TOKENS_PER_FEATURE = 50  # image tokens for each feature of the widest layer that is fitted (design: at least 50)
 SEARCH_TOKENS_PER_FEATURE = 16  # a choice of layers needs less: every choice is fitted once
 HELD_OUT = 8  # one image in so many is not fitted, but measured
-PROMPTS_PER_IMAGE = 4
 VISION, VIT_LAYERS, DECODER_LAYERS = "vision_encoder.", f"{VIT}.layers", "detr_decoder.layers"
 
 
@@ -133,9 +131,10 @@ class Calibration:
 
     def _map(self, signals: TowerSignals | None, kept: list[int] | None) -> tuple[nn.Module, MappingReport]:
         """The smaller model before it is fitted; `kept` are its ViT layers, evenly spread ones if None."""
-        # Every decoder layer refines the boxes of the one before with the same heads: the first ones work alone, but
-        # for the masks, which are refit.
-        layers = {DECODER_LAYERS: list(range(self.config.detr_decoder_config.num_layers))}
+        # Every decoder layer refines the boxes of the one before with the same heads, so the first ones work best one
+        # after the other; masks and scores are read from the last, which learns what lies between.
+        count, source = (side.detr_decoder_config.num_layers for side in (self.config, self.teacher.config))
+        layers = {DECODER_LAYERS: [*range(count - 1), source - 1]}
         if kept is not None:
             layers[VIT_LAYERS] = kept
         shapes = self.parameter_shapes()
@@ -197,37 +196,18 @@ class Calibration:
                 last = f".scale_layers.{len(module.scale_layers) - 1}" if len(module.scale_layers) else None
                 names += [f"{where}.{level}{part}" for part in (last, ".proj1") if part]
 
-        sides = self._sides(detector, fitted, prompts)
+        teacher = Encoded.of(self.teacher, self.processor, fitted, prompts)
+        choices = choose_prompts(teacher, self.seed)
+        sides = Encoded.of(detector, self.processor, fitted, prompts).side(choices), teacher.side(choices)
         encoded = refit_detr_encoder(*sides, report.layers["detr_encoder.layers"], self.ridge)
         names += [f"detr_encoder.layers.0.{site.linear}" for site in DETR_ENCODER_SITES]
         if len(detector.detr_decoder.layers) < len(self.teacher.detr_decoder.layers):
+            refit_detr_decoder(*sides, *encoded, report.layers[DECODER_LAYERS], self.ridge)
             refit_mask_embedder(*sides, *encoded, self.ridge)
-            names.append("mask_decoder.mask_embedder.layers.0.weight")
+            names += [f"{DECODER_LAYERS}.0.{site.linear}" for site in DETR_DECODER_SITES]
+            names += [f"{DECODER_LAYERS}.0.mlp_layer_norm.weight", "mask_decoder.mask_embedder.layers.0.weight"]
+            names += [f"detr_decoder.{head}.layer3.weight" for head in ("box_head", "presence_head")]
         report.mark_refit(names)
-
-    def _sides(self, student: Sam3LiteModel, fitted: list[Tensor], prompts: Sequence[str]) -> list[Side]:
-        """Student and teacher with what their detectors get: for each image a few prompts, the same for both."""
-        generator = torch.Generator().manual_seed(self.seed)
-        count = min(PROMPTS_PER_IMAGE, len(prompts))
-        choices = []
-        for batch in fitted:
-            rows = torch.stack([torch.randperm(len(prompts), generator=generator)[:count] for _ in batch]).flatten()
-            owners = torch.arange(len(batch)).repeat_interleave(count)
-            choices.append((owners.to(student.device), rows))
-        sides = []
-        for model in (student, self.teacher):
-            features, mask = phrase_features(model, self.processor, list(prompts), padded=False)
-            coarse, asked = [], []
-            for batch, (owners, rows) in zip(fitted, choices, strict=True):
-                vision = model.get_vision_features(batch)
-                text, valid = features[rows], mask.bool()[rows]
-                if vision.summary is not None:
-                    text = torch.cat([text, vision.summary[owners]], dim=1)
-                    valid = F.pad(valid, (0, 1), value=True)
-                coarse.append(vision.fpn_hidden_states[-1])
-                asked.append(PromptBatch(owners, text, valid))
-            sides.append(Side(model, coarse, asked))
-        return sides
 
 
 __all__ = ["HELD_OUT", "TOKENS_PER_FEATURE", "Calibration"]

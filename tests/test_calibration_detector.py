@@ -1,0 +1,114 @@
+"""The detector of a smaller model, fitted to the larger one on images and prompts."""
+
+import copy
+
+import pytest
+import torch
+from conftest import micro_config, shake
+from torch import nn
+
+from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
+from sam3_hf.mapping.calibration import asking
+from sam3_hf.mapping.calibration.asking import Encoded, choose_prompts
+from sam3_hf.mapping.calibration.decoder import refit_detr_decoder
+from sam3_hf.mapping.calibration.images import draw_images
+
+PHRASES = ["cat", "red car", "a very small house", "tree"]
+RIDGE = 1e-3
+
+
+@pytest.fixture
+def teacher() -> Sam3LiteModel:
+    torch.manual_seed(0)
+    return shake(Sam3LiteModel(micro_config(detr_decoder_layers=4))).eval()
+
+
+def with_layers(teacher: Sam3LiteModel, kept: list[int]) -> Sam3LiteModel:
+    """The teacher with some of its decoder layers."""
+    model = copy.deepcopy(teacher)
+    model.detr_decoder.layers = nn.ModuleList([model.detr_decoder.layers[index] for index in kept])
+    return model
+
+
+def encoded(model: Sam3LiteModel, seed: int = 5, images: int = 24) -> Encoded:
+    processor = Sam3LiteProcessor.from_config(model.config)
+    pixels = processor(images=draw_images(images, 64, seed=seed))["pixel_values"]
+    return Encoded.of(model, processor, list(pixels.split(8)), PHRASES)
+
+
+@torch.no_grad()
+def fitted(teacher: Sam3LiteModel, kept: list[int]) -> Sam3LiteModel:
+    student = with_layers(teacher, kept)
+    choices = choose_prompts(encoded(teacher), seed=0)
+    sides = [encoded(model).side(choices) for model in (student, teacher)]
+    stacks = [side.encoder_stack() for side in sides]
+    for stack in stacks:
+        stack.pass_layers(0, len(stack.layers))
+    refit_detr_decoder(*sides, *(stack.streams for stack in stacks), kept, RIDGE)
+    return student
+
+
+@torch.no_grad()
+def answers(model: Sam3LiteModel, seed: int) -> dict[str, torch.Tensor]:
+    pictures = draw_images(8, 64, seed=seed)
+    outputs = model(**Sam3LiteProcessor.from_config(model.config)(images=pictures, text=[PHRASES] * len(pictures)))
+    return {name: outputs[name] for name in ("pred_boxes", "pred_logits", "presence_logits")}
+
+
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((result - expected).norm() / (expected - expected.mean()).norm()).item()
+
+
+def test_what_dropped_layers_did_is_done_by_those_that_stay(teacher):
+    kept, expected = [0, 1, 3], answers(teacher, seed=99)
+    before, after = (answers(model, seed=99) for model in (with_layers(teacher, kept), fitted(teacher, kept)))
+    for name in expected:
+        errors = error(before[name], expected[name]), error(after[name], expected[name])
+        assert errors[1] < 0.6 * errors[0], (name, errors)
+
+
+def test_a_fit_changes_nothing_but_what_it_names(teacher):
+    student, kept = fitted(teacher, [0, 1, 3]), with_layers(teacher, [0, 1, 3]).state_dict()
+    changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, kept[name])}
+    parts = ("self_attn.o_proj", "text_cross_attn.o_proj", "vision_cross_attn.o_proj", "mlp.fc2", "mlp_layer_norm")
+    heads = ("detr_decoder.box_head.layer3", "detr_decoder.presence_head.layer3")
+    assert changed and all(name.startswith(heads) or name.rpartition(".")[0].endswith(parts) for name in changed)
+    for part in (*parts, *heads):
+        assert any(part in name for name in changed), part
+
+
+# which phrases
+
+
+def test_phrases_that_the_larger_model_sees_are_asked_most(teacher, monkeypatch):
+    monkeypatch.setattr(asking, "SEEN", 1)
+    monkeypatch.setattr(asking, "OTHERS", 1)
+    sides = encoded(teacher)
+    seen = {0: 3, 1: 0, 2: 2}  # the phrase that is there, by batch
+    monkeypatch.setattr(Encoded, "best_scores", lambda self, index, rows: (rows == seen[index]).float())
+    choices = choose_prompts(sides, seed=0)
+    assert [rows.shape for rows in choices] == [(8, 2)] * 3
+    for index, rows in enumerate(choices):
+        assert (rows[:, 0] == seen[index]).all() and (rows[:, 1] != seen[index]).all()
+    others = torch.cat([rows[:, 1] for rows in choices])
+    assert len(others.unique()) == len(PHRASES)
+    again, other = choose_prompts(sides, seed=0), choose_prompts(sides, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(choices, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(choices, other, strict=True))
+
+
+def test_few_phrases_are_all_asked(teacher):
+    for rows in choose_prompts(encoded(teacher), seed=0):
+        assert rows.sort(dim=1).values.tolist() == [[0, 1, 2, 3]] * len(rows)
+
+
+def test_the_best_score_is_that_of_the_model(teacher):
+    """Of each image and phrase the highest of `sigmoid(pred_logits) * sigmoid(presence_logits)`."""
+    sides, pictures = encoded(teacher, images=3), draw_images(3, 64, seed=5)
+    rows = torch.tensor([[3, 1], [0, 2], [1, 0]])
+    with torch.no_grad():
+        scores = sides.best_scores(0, rows)
+        asked = [[PHRASES[row] for row in each] for each in rows.tolist()]
+        outputs = teacher(**Sam3LiteProcessor.from_config(teacher.config)(images=pictures, text=asked))
+    expected = (outputs.pred_logits.sigmoid() * outputs.presence_logits.sigmoid().view(-1, 1)).amax(1)
+    assert torch.allclose(scores.flatten(), expected, atol=1e-5)
