@@ -556,6 +556,30 @@ def test_errors_are_one_line(command, film, tmp_path, source, options, message):
     assert result.exit_code == 1 and len(errors) == 1 and message in errors[0], result.output
 
 
+@needs_av
+@needs_trackers
+@pytest.mark.parametrize("mistyped", [["--start", FRAMES], ["--start", 99, "--masks"]])
+def test_what_was_mistyped_leaves_nothing_that_stands_in_the_way(command, tmp_path, mistyped):
+    assert command(*mistyped).exit_code == 1
+    assert not (tmp_path / "out").exists()
+    result = command("--start", FRAMES - 1)
+    assert result.exit_code == 0, result.output
+    assert [frame["frame"] for frame in frames_of(tmp_path / "out")] == [FRAMES - 1]
+
+
+@needs_av
+@needs_trackers
+def test_what_stopped_before_its_first_result_leaves_nothing(command, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sam3LitePipeline, "detect", interrupted)
+        assert command().exit_code != 0
+    assert not (tmp_path / "out").exists()
+    assert command("--every", 5).exit_code == 0
+
+
 # ---------------------------------------------------------------------------------------------- memory
 
 

@@ -58,7 +58,8 @@ class TrackFolder:
         settings.json      what it was made with
         detections.jsonl   what was found in each frame: with it the same command goes on where an earlier one stopped
 
-    All but the last appear when they are complete.
+    All but the last appear when they are complete, and none before something is to be kept in [`~TrackFolder.start`]:
+    a command that was mistyped leaves nothing that a corrected one would be refused for.
 
     Args:
         folder: new, empty, or of an earlier run with the same settings.
@@ -77,8 +78,12 @@ class TrackFolder:
             check_settings(path, settings)
         elif folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and has no tracks to go on with: choose another --output.")
-        else:
-            write_file(path, json.dumps(settings, indent=2))
+
+    def start(self) -> None:
+        """Makes the folder and its settings, where they are not there."""
+        path = self.folder / "settings.json"
+        if not path.exists():
+            write_file(path, json.dumps(self._settings, indent=2))
 
     def log(self, group: int) -> DetectionLog:
         """What earlier runs detected; `group` as there."""
@@ -86,6 +91,8 @@ class TrackFolder:
 
     def writer(self, film: dict, rate: float) -> TrackWriter:
         """
+        After `start`.
+
         Args:
             film: what `tracks.json` says of it.
             rate: frames per second of the overlay.
