@@ -5,6 +5,7 @@ import shutil
 import threading
 import weakref
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +14,13 @@ import torch
 from conftest import run
 from PIL import Image
 
+import sam3_hf
 from sam3_hf import Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.data.films import draw_film, film_phrases
 from sam3_hf.data.words import FILLS, SHAPES, TRAINED
 from sam3_hf.prediction.detections import Detections
 from sam3_hf.prediction.pipeline import PredictionSettings, Prompt
+from sam3_hf.prediction.run import fingerprint
 from sam3_hf.rle import decode_mask, encode_masks
 from sam3_hf.tracking.ahead import ahead
 from sam3_hf.tracking.drawing import draw_objects
@@ -28,6 +31,7 @@ from sam3_hf.tracking.run import Span, track
 from sam3_hf.tracking.tracker import TrackedObject, Tracker, TrackingSettings
 
 FRAMES = 10
+PACKAGED = Path(sam3_hf.__file__).parent / "assets" / "tiny-standard"
 
 
 def needs(library: str) -> pytest.MarkDecorator:
@@ -554,6 +558,28 @@ def test_errors_are_one_line(command, film, tmp_path, source, options, message):
     result = command(*options, source=film if source is None else tmp_path / source)
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error")]
     assert result.exit_code == 1 and len(errors) == 1 and message in errors[0], result.output
+
+
+@needs_av
+@needs_trackers
+def test_a_standard_checkpoint_is_followed_at_the_sizes_of_a_preset(command, tmp_path):
+    result = command("--preset", "tiny-plus", "--end", 2, model=PACKAGED)
+    assert result.exit_code == 0, result.output
+    assert len(frames_of(tmp_path / "out")) == 2
+    weights = json.loads((tmp_path / "out" / "settings.json").read_text())["weights"]
+    assert weights == fingerprint(Sam3LitePipeline.from_pretrained(PACKAGED, preset="tiny-plus").model)
+    other = command("--end", 2, model=PACKAGED)
+    assert other.exit_code == 1 and "weights was" in other.stderr
+    unknown = command("--preset", "tiny-plus-plus", model=PACKAGED)
+    assert unknown.exit_code == 1 and "There is no preset 'tiny-plus-plus'" in unknown.stderr
+
+
+@needs_av
+def test_without_a_model_a_line_says_what_to_give(film, tmp_path):
+    result = run("track", film, "--prompt", "cat", "--output", tmp_path / "out")
+    assert result.exit_code == 1 and not (tmp_path / "out").exists()
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: --model is missing") and "--preset lite-plus" in line
 
 
 @needs_av
