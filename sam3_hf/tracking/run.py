@@ -68,7 +68,7 @@ def track(
         batch_size: frames at once; twice as many are decoded ahead.
 
     Raises:
-        ValueError: there are no frames.
+        ValueError: there are no frames, or others than in an earlier run.
     """
     log = folder.log(batch_size)
     rate = source.rate / span.every
@@ -114,7 +114,13 @@ def _detected(
     batch_size: int,
 ) -> Iterator[tuple[FoundFrame, np.ndarray]]:
     """The detections of each frame, from the log as far as it has them, and its picture."""
-    for frame, sample in zip(log, islice(samples, log.count), strict=True):
+    for frame in log:
+        sample = next(samples, None)
+        if sample is None or sample.number != frame.number:
+            raise ValueError(
+                f"{folder.folder} has what was found in frame {frame.number}, and now the film reads otherwise up to "
+                "there: choose another --output, or remove this one."
+            )
         yield frame, sample.small
     while batch := list(islice(samples, batch_size)):
         images = [sample.image for sample in batch]
