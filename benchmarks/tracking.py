@@ -5,9 +5,9 @@ How well models follow things through drawn films, by detection: MOTA, IDF1 and 
     python benchmarks/tracking.py --films 8 --models runs/final
 
 Each film is asked for its own four phrases, a fill and a shape that training combined. Without --models the models are
-the packaged tiny-standard, and a tiny that is mapped from it and fitted to composed pictures (`calibrate_mapping`: no
-labels, no training). The first row has the truth for detections, and so what the tracker alone loses. Boxes of two
-phrases never match.
+the packaged tiny-standard, and a tiny-plus and a tiny that are mapped from it and fitted to composed pictures
+(`calibrate_mapping`: no labels, no training). The first row has the truth for detections, and so what the tracker
+alone loses. Boxes of two phrases never match.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main():
     options.add_argument("--image-size", type=int, default=144)
     thresholds = [TrackingSettings.threshold]
     options.add_argument("--thresholds", type=float, nargs="+", default=thresholds, help="scores that begin a track")
-    options.add_argument("--calibration-images", type=int, default=128, help="that tiny is fitted to")
+    options.add_argument("--calibration-images", type=int, default=128, help="that tiny-plus and tiny are fitted to")
     arguments = options.parse_args()
     with reporting(arguments) as (rows, more):
         more["metrics"] = "trackers.eval"
@@ -68,8 +68,9 @@ def detectors(arguments: argparse.Namespace, asked: Sequence[list[str]]) -> Iter
     with tempfile.TemporaryDirectory() as folder:
         pictures = write_composed(folder, {"train": arguments.calibration_images}, arguments.image_size, SEED)
         prompts = sorted({phrase for phrases in asked for phrase in phrases})
-        tiny = calibrate_mapping(standard, pictures / "train", preset="tiny", prompts=prompts, search_depth=False)
-    yield "tiny, mapped and calibrated", detector(Sam3LitePipeline(tiny, processor))
+        for preset in ("tiny-plus", "tiny"):
+            lite = calibrate_mapping(standard, pictures / "train", preset=preset, prompts=prompts, search_depth=False)
+            yield f"{preset}, mapped and calibrated", detector(Sam3LitePipeline(lite, processor))
 
 
 def detector(pipe: Sam3LitePipeline) -> Detect:

@@ -200,6 +200,28 @@ class LiteLoading:
             self.mapping_report.save(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """
+        Pushes the model in one commit with its processor, mapping report and model card.
+
+        Args:
+            repo_id: `owner/name`; created if there is none.
+            kwargs: those of [`~sam3_hf.sharing.hub.push_model`]: `processor`, `private`, `gated`, `revision`,
+                `commit_message`, `token`, `max_shard_size`.
+
+        Returns:
+            The commit.
+
+        Raises:
+            PushError: the Hub refused, or could not be reached; the message says why.
+            ImportError: the model was loaded by `trust_remote_code` where sam3-hf is not installed.
+        """
+        try:
+            from sam3_hf.sharing.hub import push_model
+        except ImportError as error:
+            raise needs_package("The card that `push_to_hub` writes") from error
+        return push_model(self, repo_id, **kwargs)
+
 
 class Sam3LitePreTrainedModel(LiteLoading, Sam3PreTrainedModel):
     config: Sam3LiteConfig
@@ -227,28 +249,6 @@ class Sam3LitePreTrainedModel(LiteLoading, Sam3PreTrainedModel):
         except ImportError as error:
             raise needs_package(OTHER_MODEL) from error
         return plan_mapping(*arguments)
-
-    def push_to_hub(self, repo_id: str, **kwargs):
-        """
-        Pushes the model in one commit with its processor, mapping report and model card.
-
-        Args:
-            repo_id: `owner/name`; created if there is none.
-            kwargs: those of [`~sam3_hf.sharing.hub.push_model`]: `processor`, `private`, `gated`, `revision`,
-                `commit_message`, `token`, `max_shard_size`.
-
-        Returns:
-            The commit.
-
-        Raises:
-            PushError: the Hub refused, or could not be reached; the message says why.
-            ImportError: the model was loaded by `trust_remote_code` where sam3-hf is not installed.
-        """
-        try:
-            from sam3_hf.sharing.hub import push_model
-        except ImportError as error:
-            raise needs_package("The card that `push_to_hub` writes") from error
-        return push_model(self, repo_id, **kwargs)
 
 
 @contextmanager

@@ -70,6 +70,20 @@ def test_each_film_is_asked_for_what_is_in_it(tmp_path, monkeypatch):
     assert asked[0] != asked[-1]
 
 
+def test_the_recommended_small_model_is_among_those_compared(monkeypatch):
+    presets = []
+
+    def calibrate(standard, pictures, preset, **_):
+        presets.append(preset)
+        return standard
+
+    monkeypatch.setattr(tracking, "calibrate_mapping", calibrate)
+    arguments = SimpleNamespace(models=None, calibration_images=1, image_size=96)
+    names = [name for name, _ in tracking.detectors(arguments, [film_phrases(1)])]
+    assert names[1:] == ["tiny-standard", "tiny-plus, mapped and calibrated", "tiny, mapped and calibrated"]
+    assert presets == ["tiny-plus", "tiny"]
+
+
 def test_they_are_those_of_motmetrics(film):
     """A film with misses, false boxes and switches, scored by another library."""
     motmetrics = pytest.importorskip("motmetrics", reason="needs motmetrics, which is no dependency")

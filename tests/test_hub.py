@@ -404,9 +404,3 @@ def test_the_card_of_a_frozen_preset_names_it_and_asks_for_what_it_knows(tmp_pat
 def test_the_card_says_what_the_mapping_needed(strategy, data):
     text = _origin_text(Origin("me/large", None, on_hub=True), False, None, {"strategy": strategy})
     assert f"`{strategy}`, {data}" in text
-
-
-def test_a_video_model_is_not_taken_for_another_size(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "sam3_lite_video"}')
-    with pytest.raises(ValueError, match="holds a video model, which push does not know: `hf upload"):
-        push_folder(tmp_path, "me/video")

@@ -63,6 +63,13 @@ def test_what_is_wrong_with_a_clip_is_said_without_its_folder(finder, clip, tmp_
             follow_clip(finder, path, phrases, 0.3, tmp_path / "out")
 
 
+def test_frames_of_a_clip_are_as_large_as_the_page_allows(finder, clip, tmp_path):
+    """48 x 64 pixels; the frames of a small file can fill the memory of a server."""
+    with pytest.raises(OSError, match="clip.mp4 has frames of 3,072 pixels, more than 3,000"):
+        follow_clip(finder, clip, "cat", 0.3, tmp_path / "out", max_pixels=3000)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_clip_without_its_end_is_followed_and_named(finder, tmp_path):
     import av
 

@@ -5,6 +5,8 @@ import shutil
 import threading
 import weakref
 from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,21 +15,25 @@ import torch
 from conftest import run
 from PIL import Image
 
+import sam3_hf
 from sam3_hf import Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.data.films import draw_film, film_phrases
 from sam3_hf.data.words import FILLS, SHAPES, TRAINED
 from sam3_hf.prediction.detections import Detections
 from sam3_hf.prediction.pipeline import PredictionSettings, Prompt
+from sam3_hf.prediction.run import fingerprint
+from sam3_hf.reading import read_image
 from sam3_hf.rle import decode_mask, encode_masks
 from sam3_hf.tracking.ahead import ahead
 from sam3_hf.tracking.drawing import draw_objects
 from sam3_hf.tracking.films import Film, Frame, open_source, upright
 from sam3_hf.tracking.log import DetectionLog, FoundFrame
-from sam3_hf.tracking.output import TrackFolder
+from sam3_hf.tracking.output import TrackFolder, id_mask
 from sam3_hf.tracking.run import Span, track
 from sam3_hf.tracking.tracker import TrackedObject, Tracker, TrackingSettings
 
 FRAMES = 10
+PACKAGED = Path(sam3_hf.__file__).parent / "assets" / "tiny-standard"
 
 
 def needs(library: str) -> pytest.MarkDecorator:
@@ -350,6 +356,41 @@ def test_a_camera_is_what_a_number_means(film, monkeypatch):
         open_source("7", film.parent)
 
 
+class Unplugged:
+    """A container of a camera whose third frame arrives damaged, and that is gone after so many packets."""
+
+    def __init__(self, container, packets: int):
+        self._container, self._left, self.streams = container, packets, container.streams
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._container.close()
+
+    def demux(self, stream):
+        import av
+
+        def damaged():
+            raise av.error.InvalidDataError(1, "damaged")
+
+        for number, packet in enumerate(islice(self._container.demux(stream), self._left)):
+            yield SimpleNamespace(decode=damaged) if number == 2 else packet
+        raise av.error.OSError(19, "No such device")
+
+
+@needs_av
+def test_a_camera_that_fails_gave_what_it_gave_and_says_so(frames, tmp_path, monkeypatch):
+    import sam3_hf.tracking.films as films
+
+    whole, _ = cut_film(frames, tmp_path, "avi")
+    opened = films._opened
+    monkeypatch.setattr(films, "_opened", lambda address, kind, name: Unplugged(opened(str(whole), None, name), 8))
+    source = open_source("3", tmp_path / "out")
+    assert [frame.number for frame in source.frames(Span().has, None)] == [*range(7)]
+    assert source.faults == ["camera 3 gave 7 frames and then failed (No such device)."]
+
+
 # ---------------------------------------------------------------------------------------------- the command
 
 
@@ -434,6 +475,36 @@ def test_goes_on_where_it_stopped_with_the_result_of_one_run(command, tmp_path, 
 
     other = command("--masks", *options, "--every", 3)
     assert other.exit_code == 1 and "every was " in other.output and " and is 3" in other.output
+
+
+@needs_av
+@needs_trackers
+def test_a_picture_that_can_be_read_only_later_is_not_taken_for_another(command, frames, tmp_path, monkeypatch):
+    import sam3_hf.tracking.films as films
+
+    (tmp_path / "frames").mkdir()
+    for number in range(4):
+        Image.fromarray(frames[number]).save(tmp_path / "frames" / f"{number}.png")
+
+    def read(path):
+        if path.name == "1.png":
+            raise OSError(f"{path}: the network is down")
+        return read_image(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(films, "read_image", read)
+        assert command("--end", 4, source=tmp_path / "frames").exit_code == 1
+    assert [frame["frame"] for frame in frames_of(tmp_path / "out")] == [0, 2, 3]
+    again = command("--end", 4, source=tmp_path / "frames")
+    assert again.exit_code == 1 and "found in frame 2, and now the film reads otherwise" in again.stderr
+
+
+def test_an_id_that_a_picture_cannot_hold_is_named():
+    rle = encode_masks(np.ones((1, 2, 2), dtype=bool))[0]
+    objects = [TrackedObject(number, "cat", 0.9, [0, 0, 2, 2], rle) for number in (65535, 65536)]
+    assert (id_mask(objects[:1], 2, 2) == 65535).all()
+    with pytest.raises(ValueError, match="leave --masks out"):
+        id_mask(objects, 2, 2)
 
 
 @needs_av
@@ -554,6 +625,52 @@ def test_errors_are_one_line(command, film, tmp_path, source, options, message):
     result = command(*options, source=film if source is None else tmp_path / source)
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error")]
     assert result.exit_code == 1 and len(errors) == 1 and message in errors[0], result.output
+
+
+@needs_av
+@needs_trackers
+def test_a_standard_checkpoint_is_followed_at_the_sizes_of_a_preset(command, tmp_path):
+    result = command("--preset", "tiny-plus", "--end", 2, model=PACKAGED)
+    assert result.exit_code == 0, result.output
+    assert len(frames_of(tmp_path / "out")) == 2
+    weights = json.loads((tmp_path / "out" / "settings.json").read_text())["weights"]
+    assert weights == fingerprint(Sam3LitePipeline.from_pretrained(PACKAGED, preset="tiny-plus").model)
+    other = command("--end", 2, model=PACKAGED)
+    assert other.exit_code == 1 and "weights was" in other.stderr
+    unknown = command("--preset", "tiny-plus-plus", model=PACKAGED)
+    assert unknown.exit_code == 1 and "There is no preset 'tiny-plus-plus'" in unknown.stderr
+
+
+@needs_av
+def test_without_a_model_a_line_says_what_to_give(film, tmp_path):
+    result = run("track", film, "--prompt", "cat", "--output", tmp_path / "out")
+    assert result.exit_code == 1 and not (tmp_path / "out").exists()
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: --model is missing") and "--preset lite-plus" in line
+
+
+@needs_av
+@needs_trackers
+@pytest.mark.parametrize("mistyped", [["--start", FRAMES], ["--start", 99, "--masks"]])
+def test_what_was_mistyped_leaves_nothing_that_stands_in_the_way(command, tmp_path, mistyped):
+    assert command(*mistyped).exit_code == 1
+    assert not (tmp_path / "out").exists()
+    result = command("--start", FRAMES - 1)
+    assert result.exit_code == 0, result.output
+    assert [frame["frame"] for frame in frames_of(tmp_path / "out")] == [FRAMES - 1]
+
+
+@needs_av
+@needs_trackers
+def test_what_stopped_before_its_first_result_leaves_nothing(command, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sam3LitePipeline, "detect", interrupted)
+        assert command().exit_code != 0
+    assert not (tmp_path / "out").exists()
+    assert command("--every", 5).exit_code == 0
 
 
 # ---------------------------------------------------------------------------------------------- memory

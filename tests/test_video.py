@@ -1,9 +1,13 @@
 import copy
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors import safe_open
 from test_conversion import native_file
 from transformers import AutoModel, Sam3VideoModel
@@ -15,6 +19,7 @@ from sam3_hf.mapping import map_checkpoint
 from sam3_hf.mapping.calibration import calibrate_mapping, fit_tracker_neck
 from sam3_hf.mapping.calibration.images import draw_images
 from sam3_hf.mapping.video import of_parts
+from sam3_hf.sharing.hub import push_folder
 
 SMALLER = {"vision_hidden_size": 16, "vision_num_attention_heads": 1, "vision_intermediate_size": 74}
 
@@ -236,6 +241,65 @@ def test_save_and_load(same, tmp_path):
     detector = Sam3LiteModel.from_pretrained(tmp_path)
     assert not detector.config.summary_token
     assert holds(detector, same.detector_model.state_dict())
+
+
+# --- on the Hub ----------------------------------------------------------------------------------------------------
+
+
+def test_a_video_model_is_pushed_with_processor_card_and_licence(hub, smaller, tmp_path, monkeypatch, capsys):
+    smaller.push_to_hub("me/film", private=True)
+    repository = hub.repositories["me/film"]
+    files = repository.branches["main"][-1].files
+    assert repository.private and hub.count("POST .*/commit/") == 1
+    assert {name for name in files if not name.endswith(".py")} == {
+        "LICENSE",
+        "README.md",
+        "config.json",
+        "mapping_report.json",
+        "model.safetensors",
+        "processor_config.json",
+        "provenance.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    loaded = Sam3LiteVideoModel.from_pretrained("me/film")
+    assert holds(loaded, smaller.state_dict())
+    loaded.push_to_hub("me/again")
+    again = hub.repositories["me/again"].branches["main"][-1].files
+    assert again["LICENSE"] == files["LICENSE"] and again["tokenizer.json"] == files["tokenizer.json"]
+    (snippet,) = re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.S)
+    (tmp_path / "frames").mkdir()
+    for index, frame in enumerate(film(2)):
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / "frames" / f"{index}.png")
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    first, second = (line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert (first[0], second[0]) == ("0", "1") and "red blood cell" in first[1]
+
+
+def test_the_card_of_a_video_model_says_what_it_is_made_of(hub, smaller, folder, tmp_path):
+    smaller.save_pretrained(tmp_path)
+    push_folder(tmp_path, "me/film")
+    text = hub.repositories["me/film"].branches["main"][-1].files["README.md"].decode()
+    card = ModelCard(text)
+    assert card.data.license_name == "sam-license" and "sam3_lite_video" in card.data.tags
+    tracker = sum(value.numel() for name, value in smaller.state_dict().items() if name.startswith("tracker_"))
+    assert f"| parameters | {smaller.num_parameters() / 1e6:.1f}M" in text
+    assert f"| tracker | {tracker / 1e6:.1f}M of the parameters |" in text
+    words = smaller.detector_model.text_encoder.num_parameters()
+    assert f"{(smaller.num_parameters() - words) / 1e6:.1f}M of them beside the text encoder" in text
+    assert f"They started from `{folder.name}`" in text and "`isometry`, without data" in text
+    for action, total in json.loads(smaller.mapping_report.to_json())["totals"].items():
+        assert f"| {total['tensors']} ({total['parameters'] / 1e6:.2f}M parameters) | {action} |" in text
+    assert "Sam3LiteModel" not in text and str(folder.parent) not in text
+
+
+def test_the_base_of_a_video_model_from_the_hub_is_named(hub, smaller):
+    model = copy.deepcopy(smaller)
+    model.mapping_report = replace(model.mapping_report, source="facebook/sam3")
+    model.push_to_hub("me/film", processor=Sam3LiteProcessor.from_config(lite_config()).to_video())
+    card = ModelCard(hub.repositories["me/film"].branches["main"][-1].files["README.md"].decode())
+    assert card.data.base_model == "facebook/sam3"
 
 
 # --- another detector ----------------------------------------------------------------------------------------------

@@ -12,13 +12,22 @@ from ..prediction.processes import Processes
 
 
 def open_pipeline(
-    model: str, words: list[str], processes: Processes, *, masks: bool, device: str | None, dtype, revision: str
+    model: str,
+    words: list[str],
+    processes: Processes,
+    *,
+    masks: bool,
+    device: str | None,
+    dtype,
+    revision: str,
+    preset: str = "same",
 ) -> tuple[Sam3LitePipeline, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     """
     A pipeline, and the features of the words that it is asked for. Says where there will be no masks.
 
     Args:
         masks: they are asked for.
+        preset: sizes that the weights are mapped to, or "same" for those of the model.
 
     Raises:
         ValueError: the model cannot be loaded, has no masks where they are asked for, or does not know a word.
@@ -26,7 +35,7 @@ def open_pipeline(
     with model_errors(model):
         refuse_training_checkpoint(model)
         pipe = Sam3LitePipeline.from_pretrained(
-            model, device=device or processes.device, dtype=dtype, revision=revision
+            model, device=device or processes.device, dtype=dtype, revision=revision, preset=preset
         )
         if not pipe.model.config.mask_supervision:
             if masks:

@@ -21,14 +21,19 @@ from ..tracking.tracker import TrackingSettings, check_tracker
 from ..visualization import score_text
 from .errors import list_failures, one_line_errors
 from .opening import open_pipeline
-from .options import Device, Dtype, MaskThreshold, Model, NmsIou, Prompts, Revision
+from .options import Device, Dtype, MaskThreshold, NmsIou, Prompts, Revision
 
 
 def track(
     source: Annotated[str, typer.Argument(help="A film, a folder of frames, or the number of a camera.")],
-    model: Model,
     prompt: Prompts,
     output: Annotated[Path, typer.Option(help="Folder to write, or to complete.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a model with its processor, or a .pt of Meta's. Needed.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="Sizes that a standard checkpoint is mapped to, such as lite-plus.")
+    ] = "same",
     masks: Annotated[bool, typer.Option("--masks", help="Write a PNG of ids for each frame.")] = False,
     threshold: Annotated[float, typer.Option(help="Lowest score to begin a track with.")] = TrackingSettings.threshold,
     low_threshold: Annotated[
@@ -53,6 +58,11 @@ def track(
     camera is followed until Ctrl-C or --end. Computes in FP16 on a GPU, in float32 on a CPU.
     """
     with one_line_errors():
+        if model is None:
+            raise ValueError(
+                "--model is missing: give a fine-tuned model, as --model runs/final, or a standard checkpoint and the "
+                "sizes to map it to, as --model facebook/sam3 --preset lite-plus."
+            )
         check_tracker()
         tracking = TrackingSettings(threshold, low_threshold)
         settings = PredictionSettings(low_threshold, mask_threshold, max_objects, nms_iou)
@@ -63,7 +73,14 @@ def track(
         prompts = [Prompt(text) for text in words]
         film = open_source(source, exclude=output)
         pipe, text = open_pipeline(
-            model, words, Processes(), masks=masks, device=device, dtype=dtype, revision=revision
+            model,
+            words,
+            Processes(),
+            masks=masks,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            preset=preset,
         )
         record = {
             "model": model,

@@ -101,7 +101,7 @@ def _path(rng, index: int, image_size: int, height: int, width: int) -> Callable
     backwards = rng.random() < 0.5
     outside = 1.4 * radius
 
-    def place(time: float) -> tuple[np.ndarray, float, float]:
+    def at(time: float) -> tuple[np.ndarray, float, float]:
         angle = 0.4 * np.sin(2 * np.pi * time + turning)
         along = 1 - time if backwards else time
         if index % 4 == 0:
@@ -115,7 +115,7 @@ def _path(rng, index: int, image_size: int, height: int, width: int) -> Callable
             x, y = (low + high) / 2 + (high - low) / 2 * np.sin(2 * np.pi * time * np.array([1, 1.5]) + phase)
         return np.array([x, y]), radius, angle
 
-    return place
+    return at
 
 
 def _corners(mask: np.ndarray) -> list[int]:

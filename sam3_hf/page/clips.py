@@ -8,19 +8,22 @@ from pathlib import Path
 
 from ..plain_text import plain
 from ..prediction.pipeline import PredictionSettings
-from ..tracking.films import open_source
+from ..tracking.films import Film
 from ..tracking.output import Followed, TrackFolder
 from ..tracking.run import Span, track
 from ..tracking.tracker import TrackingSettings, check_tracker
 from ..visualization import score_text
 from .asking import MAX_DETECTIONS, Finder, read_prompts
 from .phrases import split_phrases
+from .pictures import MAX_PIXELS
 
 MAX_FRAMES = 300  # of a clip that are looked at: whoever asks waits for them
 BATCH = 4  # frames at once
 
 
-def follow_clip(finder: Finder, clip: Path | None, phrases: str, threshold: float, folder: Path) -> tuple[Path, str]:
+def follow_clip(
+    finder: Finder, clip: Path | None, phrases: str, threshold: float, folder: Path, max_pixels: int = MAX_PIXELS
+) -> tuple[Path, str]:
     """
     Follows what phrases name through the first `MAX_FRAMES` frames of a film.
 
@@ -28,13 +31,14 @@ def follow_clip(finder: Finder, clip: Path | None, phrases: str, threshold: floa
         phrases: as they were typed, see [`split_phrases`].
         threshold: lowest score that begins a track.
         folder: to write to.
+        max_pixels: most pixels of a frame.
 
     Returns:
         The film with what was followed drawn in, and what it was, as HTML.
 
     Raises:
         ValueError: there is no clip, no phrase, or one that the model does not know.
-        OSError: the clip cannot be read; the message has its name without its folder.
+        OSError: the clip cannot be read, or its frames are too large; the message has its name without its folder.
         ImportError: PyAV or `trackers` is not installed.
     """
     if clip is None:
@@ -45,9 +49,11 @@ def follow_clip(finder: Finder, clip: Path | None, phrases: str, threshold: floa
     prompts = read_prompts(phrases, None, None, (1, 1))
     check_tracker()
     try:
-        film = open_source(str(clip), exclude=folder)
+        film = Film(clip)
     except OSError as error:
         raise OSError(str(error).replace(str(clip), clip.name)) from error
+    if film.pixels > max_pixels:
+        raise OSError(f"{clip.name} has frames of {film.pixels:,} pixels, more than {max_pixels:,}: make it smaller.")
     film.name = clip.name
     tracking = TrackingSettings(threshold, min(threshold, TrackingSettings.low_threshold))
     followed = track(

@@ -60,7 +60,7 @@ def build_page(finders: Sequence[Finder], examples: Sequence[Example], threshold
             with gr.Column(scale=3, min_width=340):
                 answering = _answering_side(threshold)
         with gr.Tab("Clips"):
-            _follow_things(finders[0], threshold)
+            _follow_things(finders[0], threshold, max_pixels)
         state = [picture, asking.canvas, answers, answering.status, answering.results]
         _choose_pictures(asking, state, examples, max_pixels)
         _find_things(asking, answering, picture, answers, finders)
@@ -169,7 +169,7 @@ def _find_things(
     )
 
 
-def _follow_things(finder: Finder, threshold: float) -> None:
+def _follow_things(finder: Finder, threshold: float, max_pixels: int) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=340):
             name = f"Clip; the first {MAX_FRAMES} frames count"
@@ -186,8 +186,9 @@ def _follow_things(finder: Finder, threshold: float) -> None:
     def followed(clip: str | None, phrases: str, threshold: float) -> Iterator[tuple[str | None, str]]:
         with tempfile.TemporaryDirectory() as folder:  # gradio copies the film from it when it is yielded
             try:
-                path, said = follow_clip(finder, Path(clip) if clip else None, phrases, threshold, Path(folder))
-                yield str(path), said
+                path = Path(clip) if clip else None
+                shown, said = follow_clip(finder, path, phrases, threshold, Path(folder), max_pixels)
+                yield str(shown), said
             except Exception as error:
                 yield None, as_error(as_line(error))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..processing_sam3_lite import Sam3LiteProcessor
@@ -21,6 +21,7 @@ from .model_card import (
     PLACEHOLDER,
     SAM_LICENSE_TEXT,
     UNKNOWN,
+    VIDEO_MODEL_TYPE,
     Origin,
     folder_origin,
     model_card,
@@ -35,6 +36,7 @@ logger = logging.get_logger(__name__)
 # Beside the weights, files of these kinds are pushed: configuration, reports, code, card and pictures. All else stays,
 # as the state of an optimizer, checkpoints and weights in other formats do.
 PUSHED = ("*.json", "*.jsonl", "*.py", "*.md", "*.txt", "*.png", "*.jpg", "*.jpeg", "LICENSE", "NOTICE")
+MODEL_TYPES = ("sam3_lite", VIDEO_MODEL_TYPE)
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt")
 
 
@@ -174,12 +176,7 @@ def files_to_push(folder: Path) -> list[Path]:
                 )
         raise ValueError(f"{folder} is no model: it has no config.json.")
     model_type = read_json(folder / "config.json").get("model_type")
-    if model_type == "sam3_lite_video":
-        raise ValueError(
-            f"{folder} holds a video model, which push does not know: `hf upload OWNER/NAME {folder}` sends it; put "
-            "the licence of its weights and a card beside it."
-        )
-    if model_type != "sam3_lite":
+    if model_type not in MODEL_TYPES:
         raise ValueError(f"{folder} holds a model of type {model_type!r}: `sam3-lite convert` makes a lite one of it.")
     weights = weight_files(folder)
     rest = set(others_to_push(folder))
@@ -198,7 +195,7 @@ def push_model(
     model: PreTrainedModel,
     repo_id: str,
     *,
-    processor: Sam3LiteProcessor | None = None,
+    processor: ProcessorMixin | None = None,
     max_shard_size: int | str = "50GB",
     **kwargs,
 ) -> CommitInfo:
@@ -206,8 +203,9 @@ def push_model(
     Pushes a model from memory, with its processor, mapping report and card, in one commit.
 
     Args:
-        model: a [`Sam3LiteModel`].
-        processor: default: that of the model's configuration, with the tokenizer of what it was loaded from.
+        model: a [`Sam3LiteModel`] or [`Sam3LiteVideoModel`].
+        processor: for a video model a [`Sam3VideoProcessor`]. Default: that of the model's configuration, with the
+            tokenizer of what it was loaded from.
         max_shard_size: of the weight files, as in `save_pretrained`.
         kwargs: those of [`push_files`].
 
@@ -225,16 +223,20 @@ def push_model(
             raise PushError(f"{reason}\nThe model is unchanged in memory: call push_to_hub again.") from error
 
 
-def _processor_of(model: PreTrainedModel) -> Sam3LiteProcessor:
+def _processor_of(model: PreTrainedModel) -> ProcessorMixin:
+    video = model.config.model_type == VIDEO_MODEL_TYPE
+    config = model.config.detector_config if video else model.config
     if model.mapping_report is not None and model.mapping_report.text_source is not None:
-        return Sam3LiteProcessor.of_origin(model.mapping_report.text_source, model.config)
-    commit = getattr(model.config, "_commit_hash", None)  # of the Hub, if it was loaded from there
-    return Sam3LiteProcessor.of_origin(model.name_or_path, model.config, **({"revision": commit} if commit else {}))
+        processor = Sam3LiteProcessor.of_origin(model.mapping_report.text_source, config)
+    else:
+        commit = getattr(model.config, "_commit_hash", None)  # of the Hub, if it was loaded from there
+        processor = Sam3LiteProcessor.of_origin(model.name_or_path, config, **({"revision": commit} if commit else {}))
+    return processor.to_video() if video else processor
 
 
 def model_origin(model: PreTrainedModel) -> Origin:
     """
-    Where the weights of a [`Sam3LiteModel`] in memory come from, as far as it and the folder that it was loaded from
+    Where the weights of a model in memory come from, as far as it and the folder that it was loaded from
     tell.
     """
     report = model.mapping_report

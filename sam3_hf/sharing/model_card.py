@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
@@ -16,12 +17,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from ..checkpoints import source_config, weight_files
+from ..checkpoints import TRACKER, TRACKER_NECK, source_config, weight_files
 from ..configuration_sam3_lite import Sam3LiteConfig, context_length
+from ..configuration_video_sam3_lite import Sam3LiteVideoConfig
 from ..errors import missing_source
 from ..mapping import REPORT_FILE
+from ..mapping.video import of_parts
 from ..plain_text import LONGEST, markdown, markdown_code, plain, python_literal
-from ..sources_sam3_lite import read_json
+from ..sources_sam3_lite import config_fields, read_json
 from ..version import __version__
 from .sizes import preset_of, sizes_of, text_encoder_of
 
@@ -31,6 +34,7 @@ EXAMPLE_FILE = "example.png"
 LICENSE_FILE = "LICENSE"
 CARD_FILE = "README.md"
 SAM_LICENSE_TEXT = ASSETS / "SAM_LICENSE.txt"
+VIDEO_MODEL_TYPE = Sam3LiteVideoConfig.model_type
 # Stands for the folder in the card's snippet, and for the repository once it is pushed.
 PLACEHOLDER = "path/to/this/folder"
 SAM_LICENSE = "sam-license"
@@ -45,6 +49,8 @@ SCORES = {
     "bbox_cgF1": "object-detection",
     "IL_MCC": "image-classification",
 }
+TAGS = ("sam3", "sam3_lite", "image-segmentation", "instance-segmentation")
+VIDEO_TAGS = ("sam3", VIDEO_MODEL_TYPE, "video-segmentation", "object-tracking")
 # Settings of a run that the card shows.
 SETTINGS = (
     "teacher",
@@ -181,20 +187,23 @@ def model_card(folder: str | os.PathLike) -> ModelCard:
         OSError: the folder has no configuration or no weights.
     """
     folder = Path(folder)
-    config = source_config(folder)
-    if config is None:
+    fields = config_fields(folder)
+    if fields is None:
         raise missing_source(folder)
+    config = source_config(folder, fields)
     provenance, report = _read(folder / PROVENANCE_FILE), _read(folder / REPORT_FILE)
     provenance = provenance or {"origin": asdict(folder_origin(folder)), "versions": versions()}
     shapes, dtypes, size = _weights(folder)
+    video = fields["model_type"] == VIDEO_MODEL_TYPE
     return _render(
         config.vocabulary,
-        sizes=_sizes(config, shapes, f"{size / 1e6:.0f} MB of safetensors, {' and '.join(dtypes)}"),
+        sizes=_sizes(config, of_parts(shapes), f"{size / 1e6:.0f} MB of safetensors, {' and '.join(dtypes)}"),
         provenance=provenance,
         report=report,
         example=(folder / EXAMPLE_FILE).is_file(),
         text_replaced=config.vocabulary is not None and report is not None and _has_text_encoder(report),
         mask_supervision=config.mask_supervision,
+        video=video,
     )
 
 
@@ -229,18 +238,21 @@ def _render(
     preset: str | None = None,
     text_replaced: bool = False,
     mask_supervision: bool = True,
+    video: bool = False,
 ) -> ModelCard:
     origin, trained = _recorded(provenance, None), "arguments" in provenance
     best = provenance.get("best")
-    name = f"Lite SAM 3, preset {preset}" if preset else "Lite SAM 3, fine-tuned" if trained else "Lite SAM 3"
+    kind = f", preset {preset}" if preset else ", fine-tuned" if trained else " with its tracker" if video else ""
+    name = f"Lite SAM 3{kind}"
     scores = {key: best["scores"][key] for key in SCORES if key in best["scores"]} if best else {}
     concepts = provenance["dataset"]["concepts"] if trained else []
     phrases = vocabulary or concepts or ["red blood cell"]
     return ModelCard.from_template(
-        _metadata(name, origin, provenance.get("dataset"), scores),
+        _metadata(name, origin, provenance.get("dataset"), scores, VIDEO_TAGS if video else TAGS),
         template_path=str(ASSETS / "model_card.md"),
         title=name,
-        summary=_summary(trained),
+        summary=_summary(trained, video),
+        video=video,
         example=example,
         sizes=sizes,
         placeholder=PLACEHOLDER,
@@ -255,13 +267,15 @@ def _render(
         "were chosen by them. AP is COCO's, cgF1 and IL_MCC are SAM 3's; all in parts of 1."
         if best
         else "",
-        limits=_limits(sizes, vocabulary, origin, trained, _mapped(preset, report), mask_supervision),
+        limits=_limits(sizes, vocabulary, origin, trained, _mapped(preset, report), mask_supervision, video),
         license_text=_license_text(origin),
         versions=", ".join(f"{key} {value}" for key, value in provenance["versions"].items()),
     )
 
 
-def _metadata(name: str, origin: Origin, dataset: dict | None, scores: dict[str, float]) -> ModelCardData:
+def _metadata(
+    name: str, origin: Origin, dataset: dict | None, scores: dict[str, float], tags: Sequence[str]
+) -> ModelCardData:
     sam_license = {"license": "other", "license_name": SAM_LICENSE, "license_link": SAM_LICENSE_LINK}
     hub_id = dataset["hub_id"] if dataset else None
     results = [
@@ -279,7 +293,7 @@ def _metadata(name: str, origin: Origin, dataset: dict | None, scores: dict[str,
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="mask-generation",
-        tags=["sam3", "sam3_lite", "image-segmentation", "instance-segmentation"],
+        tags=[*tags],
         base_model=origin.base if origin.on_hub else None,
         datasets=[hub_id] if hub_id else None,
         model_name=name if results else None,
@@ -288,7 +302,12 @@ def _metadata(name: str, origin: Origin, dataset: dict | None, scores: dict[str,
     )
 
 
-def _summary(trained: bool) -> str:
+def _summary(trained: bool, video: bool) -> str:
+    if video:
+        return (
+            "Finds every instance of a concept that is named by a phrase in a film and follows each through it: SAM "
+            "3's tracker around a detector with the architecture of SAM 3 at the sizes below. Made with sam3-hf."
+        )
     return (
         "Finds and segments every instance of a concept that is named by a phrase or shown by a box, with the "
         "architecture of SAM 3 at the sizes below"
@@ -301,6 +320,7 @@ def _sizes(config: Sam3LiteConfig, shapes: dict[str, tuple[int, ...]], weights: 
     preset, sizes = preset_of(config), sizes_of(config)
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     text = sum(count for name, count in counts.items() if name.startswith("text_encoder."))
+    tracker = sum(count for name, count in counts.items() if name.startswith((f"{TRACKER}.", f"{TRACKER_NECK}.")))
     other = text_encoder_of(config) if text else None
     text_encoder = f" with text encoder `{other}`" if other not in (None, "standard") else ""
     return {
@@ -310,6 +330,7 @@ def _sizes(config: Sam3LiteConfig, shapes: dict[str, tuple[int, ...]], weights: 
         "pixels": sizes["image_size"],
         "parameters": f"{sum(counts.values()) / 1e6:.1f}M",
         "without_text": f"{(sum(counts.values()) - text) / 1e6:.1f}M",
+        "tracker": f"{tracker / 1e6:.1f}M" if tracker else None,
         "weights": weights,
         "queries": sizes["queries"],
         "tokens": context_length(config.text_config),
@@ -424,7 +445,13 @@ def _settings(provenance: dict) -> list[tuple[str, str]]:
 
 
 def _limits(
-    sizes: dict, vocabulary: list[str] | None, origin: Origin, trained: bool, mapped: bool, mask_supervision: bool
+    sizes: dict,
+    vocabulary: list[str] | None,
+    origin: Origin,
+    trained: bool,
+    mapped: bool,
+    mask_supervision: bool,
+    video: bool,
 ) -> list[str]:
     limits = []
     if not mask_supervision:
@@ -438,13 +465,18 @@ def _limits(
             limits.append("It started from random weights: it knows no word that was not in its training data.")
     elif origin == RANDOM_WEIGHTS:
         limits.append("Untrained, it finds nothing.")
+    elif mapped and video:
+        limits.append(
+            "Its weights were mapped to these sizes. Unless a detector that was trained since was put into it "
+            "(`replace_detector`), fine-tune the detector and do so before use."
+        )
     elif mapped:
         limits.append("It was not trained since its weights were mapped to these sizes: fine-tune it before use.")
-    pixels = sizes["pixels"]
+    pixels, seen = sizes["pixels"], "Frames" if video else "Pictures"
     return [
         *limits,
-        f"Pictures are resized to {pixels} × {pixels} px: what is only a few pixels wide there is not found.",
-        f"It returns at most {sizes['queries']} instances per prompt.",
+        f"{seen} are resized to {pixels} × {pixels} px: what is only a few pixels wide there is not found.",
+        f"It returns at most {sizes['queries']} instances per prompt{' and frame' if video else ''}.",
         "A score says how sure the model is of itself. How often it is right on your pictures, measure on your "
         "pictures. It was not evaluated for decisions about people's health, safety or rights.",
     ]

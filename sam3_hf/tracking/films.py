@@ -39,6 +39,7 @@ class Film:
         name: for messages.
         rate: frames per second.
         length: how many frames there are, as far as the file says it; None if it does not.
+        pixels: width times height of a frame.
         live: whether frames come only once.
         record: plain values that tell it from others.
 
@@ -55,6 +56,7 @@ class Film:
         self.record = {"film": os.path.realpath(path), **state_of(path)}
         with self._open() as container:
             stream = _pictures_of(container, self.name)
+            self.pixels = stream.width * stream.height
             self.rate = float(stream.average_rate or stream.guessed_rate or RATE)
             seconds = _seconds_of(stream)
             self.length = stream.frames or (None if seconds is None else round(seconds * self.rate))
@@ -103,7 +105,7 @@ class Film:
 
 class Camera:
     """
-    A camera by its number, from now until it is stopped. Attributes are those of [`Film`].
+    A camera by its number, from now until it is stopped. Attributes are those of [`Film`] but for `pixels`.
 
     Raises:
         OSError: there is none.
@@ -119,16 +121,29 @@ class Camera:
             self.rate = float(stream.average_rate or stream.guessed_rate or RATE)
 
     def frames(self, wanted: Callable[[int], bool], end: int | None) -> Iterator[Frame]:
-        """As those of [`Film`], from when it is called on."""
+        """
+        As those of [`Film`], from when it is called on. Where the camera fails, `faults` says it, and they end; one
+        that arrives damaged is left out, and has no number.
+        """
+        av = _av()
+        number, start = 0, None
         with self._open() as container:
-            start = None
-            for number, image in enumerate(container.decode(_pictures_of(container, self.name))):
-                if end is not None and number >= end:
-                    return
-                time = image.time if image.time is not None else number / self.rate
-                start = time if start is None else start
-                if wanted(number):
-                    yield Frame(number, time - start, image.to_ndarray(format="rgb24"))
+            try:
+                for packet in container.demux(_pictures_of(container, self.name)):
+                    try:
+                        decoded = packet.decode()
+                    except av.FFmpegError:
+                        continue  # it did not arrive whole
+                    for image in decoded:
+                        if end is not None and number >= end:
+                            return
+                        time = image.time if image.time is not None else number / self.rate
+                        start = time if start is None else start
+                        if wanted(number):
+                            yield Frame(number, time - start, image.to_ndarray(format="rgb24"))
+                        number += 1
+            except av.FFmpegError as error:
+                self.faults.append(f"{self.name} gave {number} frames and then failed ({error.strerror}).")
 
     def _open(self):
         address = camera_address(self.index)
@@ -140,7 +155,8 @@ class Camera:
 
 class Pictures:
     """
-    The pictures of a folder as frames, numbers in their names read as numbers. Attributes are those of [`Film`].
+    The pictures of a folder as frames, numbers in their names read as numbers. Attributes are those of [`Film`] but
+    for `pixels`.
 
     Args:
         folder: searched to any depth.

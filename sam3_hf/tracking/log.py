@@ -25,7 +25,7 @@ class DetectionLog:
     Lines of JSON that are read back to the last bit, so that the tracker, given them again, does what it did.
 
     Args:
-        path: of the file.
+        path: of the file; there is none before frames are added.
         prompts: that were asked for.
         group: frames that are computed together. Of an earlier run only whole groups stay, as rounding depends on what
             is computed together.
@@ -36,7 +36,8 @@ class DetectionLog:
 
     def __init__(self, path: Path, prompts: list[str], group: int):
         self._path, self._prompts, self.count = path, prompts, 0
-        path.touch()
+        if not path.exists():
+            return
         with path.open("rb+") as file:
             end = position = 0
             for number, line in enumerate(file, 1):
@@ -49,6 +50,8 @@ class DetectionLog:
 
     def __iter__(self) -> Iterator[FoundFrame]:
         """The frames that are there at the start, one in memory."""
+        if not self.count:
+            return
         with self._path.open("rb") as file:
             for _ in range(self.count):
                 yield self._read(file.readline())

@@ -19,6 +19,8 @@ from .drawing import FilmWriter, draw_objects
 from .log import DetectionLog, FoundFrame
 from .tracker import TrackedObject
 
+LARGEST_ID = np.iinfo(np.uint16).max  # of those in `masks/`
+
 
 @dataclass
 class Followed:
@@ -58,7 +60,8 @@ class TrackFolder:
         settings.json      what it was made with
         detections.jsonl   what was found in each frame: with it the same command goes on where an earlier one stopped
 
-    All but the last appear when they are complete.
+    All but the last appear when they are complete, and none before something is to be kept in [`~TrackFolder.start`]:
+    a command that was mistyped leaves nothing that a corrected one would be refused for.
 
     Args:
         folder: new, empty, or of an earlier run with the same settings.
@@ -77,8 +80,12 @@ class TrackFolder:
             check_settings(path, settings)
         elif folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and has no tracks to go on with: choose another --output.")
-        else:
-            write_file(path, json.dumps(settings, indent=2))
+
+    def start(self) -> None:
+        """Makes the folder and its settings, where they are not there."""
+        path = self.folder / "settings.json"
+        if not path.exists():
+            write_file(path, json.dumps(self._settings, indent=2))
 
     def log(self, group: int) -> DetectionLog:
         """What earlier runs detected; `group` as there."""
@@ -86,6 +93,8 @@ class TrackFolder:
 
     def writer(self, film: dict, rate: float) -> TrackWriter:
         """
+        After `start`.
+
         Args:
             film: what `tracks.json` says of it.
             rate: frames per second of the overlay.
@@ -126,10 +135,7 @@ class TrackWriter:
         self._mot.writelines(mot_line(frame.number, each) for each in objects)
         self._overlay.add(draw_objects(picture, objects, frame.found.size))
         if self._partial is not None:
-            ids = np.zeros((height, width), dtype=np.uint16)
-            for each in sorted(objects, key=lambda each: each.score):
-                if each.rle is not None:
-                    ids[decode_mask(each.rle)] = each.id
+            ids = id_mask(objects, height, width)
             Image.fromarray(ids).save(self._partial / f"{frame.number:06d}.png", compress_level=1)
         self._empty = False
         self.followed.add(frame, objects)
@@ -152,6 +158,22 @@ class TrackWriter:
             os.replace(partial_of(path), path)
         if self._partial is not None:
             put_in_place(self._partial, self._masks)
+
+
+def id_mask(objects: Sequence[TrackedObject], height: int, width: int) -> np.ndarray:
+    """
+    `(height, width)` uint16, the ids of objects, 0 where there is none, the better score in front.
+
+    Raises:
+        ValueError: an id is too large.
+    """
+    ids = np.zeros((height, width), dtype=np.uint16)
+    for each in sorted(objects, key=lambda each: each.score):
+        if each.id > LARGEST_ID:
+            raise ValueError(f"Pictures of ids hold ids up to {LARGEST_ID}, and there are more: leave --masks out.")
+        if each.rle is not None:
+            ids[decode_mask(each.rle)] = each.id
+    return ids
 
 
 def mot_line(number: int, each: TrackedObject) -> str:

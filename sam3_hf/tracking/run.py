@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from itertools import islice
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ def track(
         batch_size: frames at once; twice as many are decoded ahead.
 
     Raises:
-        ValueError: there are no frames.
+        ValueError: there are no frames, or others than in an earlier run.
     """
     log = folder.log(batch_size)
     rate = source.rate / span.every
@@ -76,19 +77,20 @@ def track(
     samples = ahead(_samples(source, span, before, settings, pipe.processor.image_processor), 2 * batch_size)
     film = {"source": source.record, "rate": source.rate, "every": span.every}
     bar = tqdm(total=span.size(source.length), initial=before, unit="frame")
-    with folder.writer(film, rate) as writer, bar:
+    with bar, closing(samples), ExitStack() as stack:
+        writer = None
         try:
             for count, (frame, small) in enumerate(
-                _detected(pipe, samples, log, prompts, text, settings, batch_size), start=1
+                _detected(pipe, samples, log, folder, prompts, text, settings, batch_size), start=1
             ):
+                if writer is None:  # until there is something to write
+                    writer = stack.enter_context(folder.writer(film, rate))
                 writer.add(frame, tracker.update(frame.found), small)
                 bar.update(count > before)
         except KeyboardInterrupt:
             if not source.live:
                 raise
-        finally:
-            samples.close()
-        if not writer.followed.frames:
+        if writer is None or not writer.followed.frames:
             raise ValueError(source.faults[0] if source.faults else f"{source.name} has no frame {span.start}.")
     return writer.followed
 
@@ -105,17 +107,25 @@ def _detected(
     pipe: Sam3LitePipeline,
     samples: Iterator[Sample],
     log: DetectionLog,
+    folder: TrackFolder,
     prompts: list[Prompt],
     text: dict,
     settings: PredictionSettings,
     batch_size: int,
 ) -> Iterator[tuple[FoundFrame, np.ndarray]]:
     """The detections of each frame, from the log as far as it has them, and its picture."""
-    for frame, sample in zip(log, islice(samples, log.count), strict=True):
+    for frame in log:
+        sample = next(samples, None)
+        if sample is None or sample.number != frame.number:
+            raise ValueError(
+                f"{folder.folder} has what was found in frame {frame.number}, and now the film reads otherwise up to "
+                "there: choose another --output, or remove this one."
+            )
         yield frame, sample.small
     while batch := list(islice(samples, batch_size)):
         images = [sample.image for sample in batch]
         results = pipe.detect(images, [prompts] * len(batch), text, settings, batch_size)
         frames = [FoundFrame(sample.number, sample.time, found) for sample, found in zip(batch, results, strict=True)]
+        folder.start()
         log.add(frames)
         yield from ((frame, sample.small) for frame, sample in zip(frames, batch, strict=True))
