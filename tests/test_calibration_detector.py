@@ -10,7 +10,8 @@ from torch import nn
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.mapping.calibration import asking
 from sam3_hf.mapping.calibration.asking import Encoded, choose_prompts
-from sam3_hf.mapping.calibration.decoder import refit_detr_decoder
+from sam3_hf.mapping.calibration.decoder import refit_detr_decoder, refit_presence
+from sam3_hf.mapping.calibration.detector import Decoded, what_is_found
 from sam3_hf.mapping.calibration.images import draw_images
 
 PHRASES = ["cat", "red car", "a very small house", "tree"]
@@ -44,7 +45,9 @@ def fitted(teacher: Sam3LiteModel, kept: list[int]) -> Sam3LiteModel:
     stacks = [side.encoder_stack() for side in sides]
     for stack in stacks:
         stack.pass_layers(0, len(stack.layers))
-    refit_detr_decoder(*sides, *(stack.streams for stack in stacks), kept, RIDGE)
+    streams = [stack.streams for stack in stacks]
+    refit_detr_decoder(*sides, *streams, kept, RIDGE)
+    refit_presence(*sides, *streams, RIDGE)
     return student
 
 
@@ -75,6 +78,18 @@ def test_a_fit_changes_nothing_but_what_it_names(teacher):
     assert changed and all(name.startswith(heads) or name.rpartition(".")[0].endswith(parts) for name in changed)
     for part in (*parts, *heads):
         assert any(part in name for name in changed), part
+
+
+def test_places_count_by_the_best_box_over_them(teacher, monkeypatch):
+    """A grid of 8 x 8: a box counts where it reaches into a place, and of two the better one."""
+    side = encoded(teacher, images=1).side([torch.tensor([[0]])])
+    boxes = torch.tensor([[[0.5, 0.5, 0.24, 0.24], [0.54, 0.02, 0.02, 0.02], [0.5, 0.5, 0.1, 0.9]]])
+    scores = torch.tensor([[0.9, 0.4, 0.3]])
+    monkeypatch.setattr(type(side), "decode", lambda self, encoded, index: Decoded(None, None, scores, boxes))
+    (found,) = what_is_found(side)
+    expected = torch.zeros(8, 8)
+    expected[:, 3:5], expected[3:5, 3:5], expected[0, 4] = 0.3, 0.9, 0.4
+    assert torch.equal(found.view(8, 8), expected)
 
 
 # which phrases

@@ -110,6 +110,7 @@ def refit_stack(
     sites: tuple[Site, ...],
     write: Callable[[Tensor], Tensor],
     ridge: float,
+    weights: list[Tensor] | None = None,
 ):
     """
     Refits the linear layers at the sites of pre-LayerNorm layers, in place, such that the stream follows the
@@ -121,6 +122,7 @@ def refit_stack(
         kept: the teacher layer that each layer comes from.
         write: takes the teacher's stream to that of the smaller model.
         ridge: see [`LeastSquares.solve`].
+        weights: per batch, see [`fit_site`].
     """
     norms = [site.norm for site in sites if site.norm is not None]
     teacher.pass_layers(0, kept[0])
@@ -136,5 +138,5 @@ def refit_stack(
             target.append(write(stream))
         calls = student.calls(layer)
         for position, site in enumerate(sites):
-            fit_site(layer, site, calls, [target[position] for target in targets], ridge)
+            fit_site(layer, site, calls, [target[position] for target in targets], ridge, weights)
         student.streams = [call() for call in calls]

@@ -48,7 +48,7 @@ class Encoded:
         side = Side(self.model, [self.vision[index].fpn_hidden_states[-1]], [self._ask(index, rows)])
         stack = side.encoder_stack()
         stack.pass_layers(0, len(stack.layers))
-        return side.decode(stack.streams[0], 0)[1].amax(1).view(rows.shape)
+        return side.decode(stack.streams[0], 0).scores.amax(1).view(rows.shape)
 
     def _ask(self, index: int, rows: Tensor) -> PromptBatch:
         owners = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])

@@ -51,9 +51,9 @@ def calibrate_mapping(
 
     The ViT's residual stream is rotated into the strongest directions that the images show. Then, layer by layer on
     the smaller model's own activations, the layers that write to the stream are fitted by ridge regression to the
-    larger model's stream: this absorbs the removed width and the removed layers. Feature pyramid and DETR
-    encoder follow in the same way, and, where the DETR decoder gets fewer layers, decoder, mask embedding and the last
-    layers of box and presence head, on the queries that find something. Other tensors are mapped as by
+    larger model's stream: this absorbs the removed width and the removed layers. Feature pyramid, DETR
+    encoder and presence head follow in the same way, and, where the DETR decoder gets fewer layers, decoder, mask
+    embedding and box head; what the larger model finds counts most. Other tensors are mapped as by
     `mapping="isometry"`.
 
     Args:

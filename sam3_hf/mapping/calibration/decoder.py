@@ -27,7 +27,7 @@ def refit_detr_decoder(
     layer it comes from, behind it that in front of the next layer that was kept, so that what the removed layers did
     is absorbed. These are post-LayerNorm layers: the last norm is that of the teacher's layer whose output is
     followed. Boxes, which every layer refines with the same head, are given to the next layer as the teacher has them
-    there; then the last layers of box and presence head are fitted to make up for all that lies between.
+    there; then the last layer of the box head is fitted to make up for all that lies between.
 
     Queries count by the teacher's score: most find nothing, and what they hold matters little.
 
@@ -41,7 +41,7 @@ def refit_detr_decoder(
         [side.decoding(stream, index) for index, stream in enumerate(streams)]
         for side, streams in ((student, encoded), (teacher, teacher_encoded))
     )
-    weights = [_weights(teacher.decode(teacher_encoded[index], index)[1]) for index in batches]
+    weights = [_weights(teacher.decode(teacher_encoded[index], index).scores) for index in batches]
     decoder, teacher_layers = student.model.detr_decoder, teacher.model.detr_decoder.layers
     box_fit = _HeadFit(decoder.box_head, 4)
     for layer, source, following in zip(decoder.layers, kept, [*kept[1:], len(teacher_layers)], strict=True):
@@ -57,12 +57,19 @@ def refit_detr_decoder(
             missing = inverse_sigmoid(goal.boxes) - inverse_sigmoid(before)
             box_fit.add(decoding.normed, missing, weight[:, 1:])
     box_fit.refit(ridge)
-    presence_fit = _HeadFit(decoder.presence_head, 1)
-    limit = decoder.clamp_presence_logit_max_val
-    for decoding, goal in zip(own, wanted, strict=True):
-        tokens = decoder.presence_layer_norm(decoding.hidden[:, 0])
-        presence_fit.add(tokens, goal.presence.clamp(min=-limit, max=limit)[:, None])
-    presence_fit.refit(ridge)
+
+
+def refit_presence(student: Side, teacher: Side, encoded: list[Tensor], teacher_encoded: list[Tensor], ridge: float):
+    """Refits the last layer of the presence head, in place; arguments as those of [`refit_detr_decoder`]."""
+    decoder, teacher_decoder = student.model.detr_decoder, teacher.model.detr_decoder
+    fit, limit = _HeadFit(decoder.presence_head, 1), decoder.clamp_presence_logit_max_val
+    for index, (own, wanted) in enumerate(zip(encoded, teacher_encoded, strict=True)):
+        token, goal = (
+            side.decode(stream, index).presence_token for side, stream in ((student, own), (teacher, wanted))
+        )
+        logits = teacher_decoder.presence_head(teacher_decoder.presence_layer_norm(goal))
+        fit.add(decoder.presence_layer_norm(token), logits.clamp(min=-limit, max=limit))
+    fit.refit(ridge)
 
 
 def _weights(scores: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ...detr_sam3_lite import DecoderMemory
 from ...modeling_sam3_lite import Sam3LiteModel, additive_mask
 from ..least_squares import LeastSquares
 from ..refit import DETR_ENCODER_SITES, Stack, inputs_of, refit_stack
+
+GROUND = 0.1  # what a place counts for where nothing is found, beside the score in [0, 1] of what is
 
 
 class PromptBatch(NamedTuple):
@@ -53,22 +56,23 @@ class Side(NamedTuple):
         )
         return Decoding(decoder, memory, *decoder.start(len(encoded)))
 
-    def decode(self, encoded: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """
-        Args:
-            encoded: `(prompts, height * width, hidden)`, what the DETR encoder gives for batch `index`.
-
-        Returns:
-            Last hidden states `(prompts, queries, hidden)` and scores `(prompts, queries)` in [0, 1].
-        """
-        decoding, batch = self.decoding(encoded, index), self.asked[index]
-        for layer in self.model.detr_decoder.layers:
+    def decode(self, encoded: Tensor, index: int) -> "Decoded":
+        """What the DETR decoder gives for batch `index`; `encoded` as for `decoding`."""
+        decoding, batch, decoder = self.decoding(encoded, index), self.asked[index], self.model.detr_decoder
+        for layer in decoder.layers:
             decoding.advance(decoding.run(layer))
-        scoring = self.model.dot_product_scoring
-        logits = scoring(decoding.normed[None], batch.text, batch.text_mask).squeeze(-1)[0]
-        limit = self.model.detr_decoder.clamp_presence_logit_max_val
-        presence = decoding.presence.clamp(min=-limit, max=limit)
-        return decoding.normed, logits.sigmoid() * presence.sigmoid()[:, None]
+        logits = self.model.dot_product_scoring(decoding.normed[None], batch.text, batch.text_mask).squeeze(-1)[0]
+        presence = decoding.presence.sigmoid()
+        return Decoded(decoding.normed, decoding.hidden[:, 0], logits.sigmoid() * presence[:, None], decoding.boxes)
+
+
+class Decoded(NamedTuple):
+    """What a DETR decoder gives."""
+
+    queries: Tensor  # (prompts, queries, hidden), as the heads read them
+    presence_token: Tensor  # (prompts, hidden)
+    scores: Tensor  # (prompts, queries) in [0, 1]
+    boxes: Tensor  # (prompts, queries, 4) cxcywh in [0, 1]
 
 
 @dataclass
@@ -103,14 +107,16 @@ class Decoding:
     @property
     def presence(self) -> Tensor:
         """Logits `(prompts,)`."""
-        return self.decoder.presence_logits(self.hidden)
+        limit = self.decoder.clamp_presence_logit_max_val
+        return self.decoder.presence_logits(self.hidden).clamp(min=-limit, max=limit)
 
 
 def refit_detr_encoder(
     student: Side, teacher: Side, kept: list[int], ridge: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """
-    Refits the DETR encoder, in place; see [`refit_stack`].
+    Refits the DETR encoder, in place; see [`refit_stack`]. Places count by what the teacher finds there: most of an
+    image is ground, and a mean over all places would fit that.
 
     Args:
         kept: the teacher layer that each layer comes from.
@@ -119,8 +125,28 @@ def refit_detr_encoder(
         Per batch, what either encoder gives: `(prompts, height * width, hidden)`.
     """
     stacks = student.encoder_stack(), teacher.encoder_stack()
-    refit_stack(*stacks, kept, DETR_ENCODER_SITES, lambda stream: stream, ridge)
+    weights = [GROUND + found for found in what_is_found(teacher)]
+    refit_stack(*stacks, kept, DETR_ENCODER_SITES, lambda stream: stream, ridge, weights)
     return stacks[0].streams, stacks[1].streams
+
+
+def what_is_found(side: Side) -> list[Tensor]:
+    """Per batch, for each place the highest score of a box over it: `(prompts, height * width)` in [0, 1]."""
+    stack = side.encoder_stack()
+    stack.pass_layers(0, len(stack.layers))
+    found = []
+    for index, encoded in enumerate(stack.streams):
+        decoded = side.decode(encoded, index)
+        height, width = side.coarse[index].shape[-2:]
+        inside = _covered(decoded.boxes, 1, height)[..., :, None] & _covered(decoded.boxes, 0, width)[..., None, :]
+        found.append((inside * decoded.scores[..., None, None]).amax(1).flatten(1))
+    return found
+
+
+def _covered(boxes: Tensor, axis: int, count: int) -> Tensor:
+    """`(prompts, queries, count)` bool: the rows (axis 1) or columns (0) of a grid that boxes reach into."""
+    centres = (torch.arange(count, device=boxes.device) + 0.5) / count
+    return (centres - boxes[..., axis, None]).abs() < boxes[..., axis + 2, None] / 2 + 0.5 / count
 
 
 def refit_mask_embedder(
@@ -136,9 +162,8 @@ def refit_mask_embedder(
     """
     pairs = []
     for index, (own, wanted) in enumerate(zip(encoded, teacher_encoded, strict=True)):
-        hidden, _ = student.decode(own, index)
-        target, scores = teacher.decode(wanted, index)
-        pairs.append((hidden, target, scores.square()))
+        target = teacher.decode(wanted, index)
+        pairs.append((student.decode(own, index).queries, target.queries, target.scores.square()))
     embedder, teacher_embedder = (side.model.mask_decoder.mask_embedder for side in (student, teacher))
     for linear, teacher_linear in zip(embedder.layers, teacher_embedder.layers, strict=True):
         fit = LeastSquares(linear.in_features, linear.out_features, linear.weight.device)

@@ -23,7 +23,7 @@ from ..report import MappingReport
 from ..signals import TowerSignals
 from ..text import fits_text, map_with_phrases
 from .asking import Encoded, choose_prompts
-from .decoder import refit_detr_decoder
+from .decoder import refit_detr_decoder, refit_presence
 from .detector import refit_detr_encoder, refit_mask_embedder
 from .images import batches, draw_images, load_pixels
 from .vision import measure_vision, pyramid_cosines, refit_vision, with_layers
@@ -206,7 +206,9 @@ class Calibration:
             refit_mask_embedder(*sides, *encoded, self.ridge)
             names += [f"{DECODER_LAYERS}.0.{site.linear}" for site in DETR_DECODER_SITES]
             names += [f"{DECODER_LAYERS}.0.mlp_layer_norm.weight", "mask_decoder.mask_embedder.layers.0.weight"]
-            names += [f"detr_decoder.{head}.layer3.weight" for head in ("box_head", "presence_head")]
+            names.append("detr_decoder.box_head.layer3.weight")
+        refit_presence(*sides, *encoded, self.ridge)
+        names.append("detr_decoder.presence_head.layer3.weight")
         report.mark_refit(names)
 
 
