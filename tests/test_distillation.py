@@ -296,11 +296,11 @@ def source(tmp_path):
     return str(tmp_path / "teacher")
 
 
-def arguments_for(source: str, *flags: str):
+def arguments_for(source: str, *flags: str, source_flag: str = "--teacher"):
     sizes = micro_config().to_dict()
     overrides = json.dumps({name: value for name, value in sizes.items() if name.endswith("_config")})
     return parse_arguments(
-        ["--data", "x", "--teacher", source, "--preset", "tiny", "--model_overrides", overrides, *flags]
+        ["--data", "x", source_flag, source, "--preset", "tiny", "--model_overrides", overrides, *flags]
     )
 
 
@@ -352,24 +352,28 @@ def test_what_cannot_teach_is_refused_in_one_line(source, tmp_path):
         usable_device("warp")
 
 
-def test_calibrated_on_the_training_images(source):
-    class Rows:
-        """A split without labels."""
+class NoisyData:
+    """A split of four pictures without labels."""
 
-        def __len__(self):
-            return 4
+    concepts = PHRASES
 
-        def __getitem__(self, index):
-            path = f"{source}/{index}.png"
-            noise = torch.randint(0, 255, (50, 60, 3), generator=torch.Generator().manual_seed(index))
-            Image.fromarray(noise.byte().numpy()).save(path)
-            return {"image": {"path": path, "bytes": None}, "width": 60, "height": 50}
+    def __init__(self, folder):
+        self.rows = self
+        self.folder = folder
 
-    class Data:
-        rows, concepts = Rows(), PHRASES
+    def __len__(self):
+        return 4
 
+    def __getitem__(self, index):
+        path = f"{self.folder}/{index}.png"
+        noise = torch.randint(0, 255, (50, 60, 3), generator=torch.Generator().manual_seed(index))
+        Image.fromarray(noise.byte().numpy()).save(path)
+        return {"image": {"path": path, "bytes": None}, "width": 60, "height": 50}
+
+
+def test_calibrated_on_the_training_images(source, tmp_path):
     arguments = arguments_for(source, "--calibrate", "true")
-    model = calibrated_model(arguments, Data(), CPU)
+    model = calibrated_model(arguments, NoisyData(tmp_path), CPU)
     assert model.mapping_report.layers["detr_decoder.layers"] == [0, 2]
     assert decoder_layers(model, arguments) == [1, 2]  # the first does what the dropped one did
     assert model.mapping_report.strategy == "calibrated"
@@ -377,13 +381,26 @@ def test_calibrated_on_the_training_images(source):
     assert model.dtype == torch.float32 and len(model.detr_decoder.layers) == 2
 
 
+def test_a_start_is_calibrated_without_a_teacher_too(source, tmp_path):
+    standard, flags = tmp_path / "standard", ("--calibrate", "true")
+    teacher = Sam3LiteModel.from_pretrained(source)
+    teacher.to_sam3().save_pretrained(standard)
+    data = NoisyData(tmp_path)
+    model = calibrated_model(arguments_for(str(standard), *flags, source_flag="--init"), data, CPU)
+    assert model.mapping_report.strategy == "calibrated" and len(model.detr_decoder.layers) == 2
+    with pytest.raises(ValueError, match="--init .* is a lite one, which is taken as it is"):
+        calibrated_model(arguments_for(source, *flags, source_flag="--init"), data, CPU)
+    adapter = ("--lora_rank", "2", "--merge_adapter", "false")
+    with pytest.raises(ValueError, match="mapped to other weights, which no adapter alone could name"):
+        calibrated_model(arguments_for(str(standard), *flags, *adapter, source_flag="--init"), data, CPU)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--distill_masks_weight", "1"], "distill_masks_weight needs --teacher"),
         (["--label_loss_weight", "1"], "label_loss_weight needs --teacher"),
-        (["--calibrate", "true"], "calibrate needs --teacher"),
-        (["--teacher", "x", "--calibrate", "true", "--init", "y"], "--init names other weights: leave one out"),
+        (["--calibrate", "true"], "from --init, or else --teacher: add one of them"),
         (["--teacher", "x", "--distill_boxes_weight", "-1"], "distill_boxes_weight must be at least 0"),
         (["--teacher", "x", "--distill_confidence", "2"], "distill_confidence must be from 0 to 1"),
         (["--teacher", "x", "--feature_steps", "1.5"], "feature_steps must be from 0 to 1"),

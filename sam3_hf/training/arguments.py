@@ -63,6 +63,11 @@ class ModelArguments:
         "{}",
         "further fields of the preset's config as a JSON object, e.g. '{\"num_queries\": 100}'; in YAML, a mapping",
     )
+    calibrate: bool = option(
+        False,
+        "fit the mapping of a standard checkpoint, --init or else --teacher, to the training images before the first "
+        "step: a better start, for some minutes",
+    )
     train_text_encoder: bool = option(
         False,
         "train the text encoder too. Otherwise it is frozen: each phrase is encoded once, before training, and the "
@@ -290,9 +295,6 @@ class DistillationArguments:
         "a picture at 1008 px in half precision. Needs --augmentation none, beside which --horizontal_flip and "
         "--vertical_flip may stay; mirrored pictures are others",
     )
-    calibrate: bool = option(
-        False, "fit the mapping from the teacher to the training images before the first step; without --init"
-    )
 
     def __post_init__(self):
         check_finite(self)
@@ -418,10 +420,8 @@ class Arguments:
     progress: ProgressArguments
 
     def __post_init__(self):
-        if self.distillation.calibrate and self.model.init is not None:
-            raise ValueError(
-                "calibrate maps the model from the teacher, and --init names other weights: leave one out"
-            )
+        if self.model.calibrate and self.source is None:
+            raise ValueError("calibrate fits the mapping from --init, or else --teacher: add one of them")
         if self.data.phrases is not None and not self.without_labels:
             raise ValueError(
                 "phrases is for learning from a teacher alone: add --teacher with label_loss_weight 0, or leave it out"

@@ -60,18 +60,30 @@ def build_model(arguments: Arguments, checkpoint: Path | None) -> Sam3LiteModel:
 
 def calibrated_model(arguments: Arguments, train_data: TrainDataset, device: torch.device) -> Sam3LiteModel:
     """
-    The model of a fresh run, mapped from the teacher and fitted to the training images without their labels.
+    The model of a fresh run, mapped from --init, or else the teacher, and fitted to the training images without their
+    labels.
 
     Args:
         device: where to compute.
+
+    Raises:
+        ValueError: there is nothing to fit.
     """
+    if arguments.model.init is not None and open_source(arguments.source, _flag(arguments)).is_lite:
+        raise ValueError(
+            f"calibrate fits the mapping of a standard checkpoint, and --init {arguments.source} is a lite one, which "
+            "is taken as it is: leave it out, or name that model as --teacher"
+        )
+    refuse_mapped_base(arguments)
     set_seed(arguments.optimization.seed)
+    words = {} if arguments.model.text_encoder is None else {"text_encoder": arguments.model.text_encoder}
     model = calibrate_mapping(
-        arguments.distillation.teacher,
+        arguments.source,
         TrainingImages(train_data.rows),
         config=initial_config(arguments),
         prompts=train_data.concepts,
         text_phrases=text_phrases(arguments),
+        **words,
         seed=arguments.optimization.seed,
         device=device,
         dtype=torch.float32,
@@ -174,12 +186,21 @@ def load_initial(arguments: Arguments) -> Sam3LiteModel:
         found = "".join(_some(kind, names) for kind, names in kinds.items())
         flag = _flag(arguments)
         raise ValueError(f"{flag} {arguments.source} is no whole model: {found}of a run, use the folder final/")
-    if model.mapping_report is not None and not arguments.adapter.merge_adapter:
+    if model.mapping_report is not None:
+        refuse_mapped_base(arguments)
+    return model
+
+
+def refuse_mapped_base(arguments: Arguments) -> None:
+    """
+    Raises:
+        ValueError: an adapter is to be kept apart from weights that are made by a mapping.
+    """
+    if not arguments.adapter.merge_adapter:
         raise ValueError(
             f"merge_adapter false: {arguments.source} is mapped to other weights, which no adapter alone could name. "
             f"Write them first, with `sam3-lite convert {arguments.source} FOLDER`, and give FOLDER to --init"
         )
-    return model
 
 
 def text_phrases(arguments: Arguments) -> tuple[str, ...] | None:

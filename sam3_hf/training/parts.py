@@ -69,7 +69,7 @@ def build_parts(arguments: Arguments, accelerator: Accelerator, checkpoint: Path
         checkpoint: the run goes on from there; only the sizes and frozen weights of its model are read here.
     """
     load = load_unlabelled if arguments.without_labels else load_data
-    if arguments.distillation.calibrate and checkpoint is None:
+    if arguments.model.calibrate and checkpoint is None:
         train_data, valid_data = load(accelerator, arguments, initial_config(arguments).image_size)
         model = calibrated_model(arguments, train_data, accelerator.device)
     else:
