@@ -146,6 +146,16 @@ def test_in_the_composed_world_students_are_scored_on_three_splits(bench, teache
     assert [row.count("|") for row in rows] == [12, 7] and "cosine, 2 steps" in rows[1]
 
 
+def test_a_standard_teacher_keeps_its_sizes(bench, teacher):
+    lite = Sam3LiteModel.from_pretrained(teacher)
+    lite.to_sam3().save_pretrained(teacher)
+    folder = bench("run", "--strategies", IDENTITY, "isometry", "--seeds", 0, "--max-steps", 0)
+    results = folder / "results" / "teacher"
+    same, smaller = (read(results / f"{strategy}_seed0.json") for strategy in (IDENTITY, "isometry"))
+    assert same["scores"] == pytest.approx(read(results / "teacher.json")["scores"])
+    assert smaller["parameters"] < same["parameters"] == lite.num_parameters()
+
+
 def test_a_flatter_teacher(bench, teacher, tmp_path):
     flags = ("--flat", tmp_path / "flat", "--steps", 12, "--weight", 1e4, "--learning-rates", 3e-3)
     pictures = sorted((bench("flatten", *flags) / "held_out" / "test").glob("*.png"))
