@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from common import row_parser
 from composed_scores import composed_split, split_scores
 from distillation import PACKAGED, ROOT
 
@@ -57,22 +58,11 @@ SETTINGS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="train and score one row")
-    run.add_argument("row", choices=ROWS)
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--steps", type=int, default=500)
-    run.add_argument("--images", type=int, default=100, help="pictures of each split to score on")
-    run.add_argument("--train-images", type=int, default=1000, help="pictures to learn from")
+    parser, run = row_parser(__doc__, ROWS, steps=500, train_images=1000)
     run.add_argument("--model", type=Path, default=PACKAGED, help="where all rows start")
     run.add_argument("--preset", default="tiny-standard", help="its sizes, if it is no lite model")
     run.add_argument("--image-size", type=int, default=128, help="of the pictures to learn from")
     run.add_argument("--learning-rate", type=float, help="instead of that of the row")
-    run.add_argument("--output", type=Path, required=True)
-    commands.add_parser("table", help="print the results as Markdown").add_argument(
-        "--output", type=Path, required=True
-    )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     if arguments.command == "table":

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -74,6 +74,22 @@ def parser(description: str) -> argparse.ArgumentParser:
     default = RESULTS / f"{name}_{moment}.json"
     result.add_argument("--output", type=_new_file, default=default, help="JSON file to write; default: %(default)s")
     return result
+
+
+def row_parser(description: str, rows: Iterable[str], steps: int, train_images: int):
+    """The parser of `run ROW` and `table`, and that of `run` for more options; the numbers are defaults."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = result.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train and score one row")
+    run.add_argument("row", choices=rows)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--steps", type=int, default=steps)
+    run.add_argument("--images", type=int, default=100, help="pictures of each split to score on")
+    run.add_argument("--train-images", type=int, default=train_images, help="pictures to learn from")
+    table = commands.add_parser("table", help="print the results as Markdown")
+    for command in (run, table):
+        command.add_argument("--output", type=Path, required=True, help="folder of the results")
+    return result, run
 
 
 def _new_file(name: str) -> Path:

@@ -45,16 +45,16 @@ def main(argv: list[str] | None = None) -> None:
     size = {} if arguments.image_size is None else {"image_size": arguments.image_size}
     model = Sam3LiteModel.from_pretrained(arguments.model, preset=arguments.preset, dtype=torch.float32, **size)
     processor = Sam3LiteProcessor.of_source(arguments.model, model.config)
+    counts = dict.fromkeys(SPLITS, arguments.images) | {"absent": max(arguments.images // 3, 1)}
     scores = {}
     with tempfile.TemporaryDirectory() as folder:
         for split in arguments.splits:
-            count = max(arguments.images // 3, 1) if split == "absent" else arguments.images
-            data = composed_split(Path(folder), split, count, model.config.image_size)
+            data = composed_split(Path(folder), split, counts[split], model.config.image_size)
             scores[split] = split_scores(model, processor, data, arguments.batch_size)
             logger.info("%s", line(split, scores[split]))
     if arguments.output is not None:
         about = {"model": arguments.model, "preset": arguments.preset, "image_size": model.config.image_size}
-        about |= {"images": arguments.images, "seed": SEED}
+        about |= {"images": arguments.images, "absent_images": counts["absent"], "seed": SEED}
         write_file(arguments.output, json.dumps(about | scores, indent=1) + "\n")
 
 

@@ -81,10 +81,10 @@ def all_but(pattern: str) -> Callable:
 class Bench:
     """Pictures, a model, and its graphs in float32, of which all others are made."""
 
-    def __init__(self, model: Path, exported: Path, splits: dict, pictures: Path, split: str, count: int):
-        self.model, self.export = model, read_export(exported)
+    def __init__(self, model: Path, export: Export, splits: dict, pictures: Path, split: str, count: int):
+        self.model, self.export = model, export
         self.graphs: list[str] = self.export.facts["graphs"]
-        self.processor = Sam3LiteProcessor.of_source(exported, self.export.config)
+        self.processor = Sam3LiteProcessor.of_source(export.folder, self.export.config)
         rows = splits[split].select(range(min(count, len(splits[split]))))
         self.dataset = EvalDataset(rows, self.export.config.image_size)
         self.dataset.has_masks &= self.export.config.mask_supervision
@@ -171,14 +171,14 @@ def main() -> None:
     options.add_argument("--output", type=Path, required=True, help="JSON file to write or to add to")
     arguments = options.parse_args()
     done = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else {}
+    export = read_export(arguments.export)
     with tempfile.TemporaryDirectory() as folder:
         pictures = arguments.data
         if pictures is None:
-            size = read_export(arguments.export).config.image_size
             counts = {"train": 128, "valid": arguments.pictures}
-            pictures = write_composed(folder, counts, size, seed=77, num_phrases=PHRASES)
+            pictures = write_composed(folder, counts, export.config.image_size, seed=77, num_phrases=PHRASES)
         splits = load_dataset_splits(pictures, None, arguments.category_map)
-        bench = Bench(arguments.model, arguments.export, splits, pictures, arguments.split, arguments.pictures)
+        bench = Bench(arguments.model, export, splits, pictures, arguments.split, arguments.pictures)
         exclusions = [row for row in ways(bench.graphs) if row not in RUNTIMES]
         for row in arguments.rows or [*RUNTIMES, *(exclusions if arguments.exclusions else [])]:
             if row not in (*RUNTIMES, *exclusions):

@@ -27,6 +27,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from common import row_parser
 from distillation_rows import ROWS, SEED, TEACHER, WORLDS, scores_of
 
 import sam3_hf
@@ -40,20 +41,9 @@ PACKAGED = Path(sam3_hf.__file__).parent / "assets" / "tiny-standard"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="train and score one row")
-    run.add_argument("row", choices=ROWS)
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--steps", type=int, default=1000)
-    run.add_argument("--images", type=int, default=100, help="pictures of each split to score on")
-    run.add_argument("--train-images", type=int, default=3000, help="pictures to learn from")
+    parser, run = row_parser(__doc__, ROWS, steps=1000, train_images=3000)
     run.add_argument("--teacher", type=Path, default=PACKAGED, help="folder of the teacher")
     run.add_argument("--data", type=Path, help="folder in the Roboflow layout, for the rows bccd and bccd-teacher")
-    run.add_argument("--output", type=Path, required=True)
-    commands.add_parser("table", help="print the results as Markdown").add_argument(
-        "--output", type=Path, required=True
-    )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     if arguments.command == "table":

@@ -137,7 +137,7 @@ class Bench:
             self.trainer_flags = [*trainer_flags, *self.write_generated(recipe)]
         elif recipe.data.data == "composed":
             self.trainer_flags = [*trainer_flags, *self.write_composed(recipe)]
-        self.teacher = Sam3LiteModel.from_pretrained(arguments.teacher, dtype=torch.float32)
+        self.teacher = Sam3LiteModel.from_pretrained(arguments.teacher, preset="same", dtype=torch.float32)
         self.teacher.to(self.accelerator.device)
         self.train_data, self.held_out = self.load_data(seed=0)
         count = min(arguments.curve_images, len(self.held_out))

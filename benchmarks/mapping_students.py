@@ -35,13 +35,13 @@ def make_student(strategy: str, teacher: str, train_data: TrainDataset, seed: in
     A float32 model by one of `STRATEGIES`, or `IDENTITY`.
 
     Args:
-        teacher: folder or Hub id of a lite checkpoint.
+        teacher: folder or Hub id of a checkpoint, lite or standard.
         train_data: where the images and phrases of `calibrated` come from; annotations are not used.
         seed: of what is initialised at random, and of the choice of calibration images.
     """
     set_seed(seed)
     if strategy == IDENTITY:
-        return Sam3LiteModel.from_pretrained(teacher, dtype=torch.float32)
+        return Sam3LiteModel.from_pretrained(teacher, preset="same", dtype=torch.float32)
     config = student_config(Sam3LiteConfig.from_pretrained(teacher), plus=strategy.endswith(PLUS))
     strategy = strategy.removesuffix(PLUS)
     if strategy == "random":

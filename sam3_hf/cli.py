@@ -19,7 +19,8 @@ from .commands.track import track
 from .commands.train import train
 from .version import __version__
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+# without Rich, whose tables cut the names of long options short where a terminal has 80 columns
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def _show_version(wanted: bool):
@@ -37,20 +38,21 @@ def main(
     """Lite SAM 3 models."""
 
 
-app.command()(check)
-app.command()(compare)
-app.command()(convert)
-app.command()(demo)
-app.command()(distill_text)
-app.command()(evaluate)
-app.command()(export)
-app.command()(info)
-app.command()(label)
-app.command()(predict)
-app.command()(push)
-app.command()(track)
+app.command(short_help="What a dataset is, and whether training takes it.")(check)
+app.command(short_help="Two models side by side on the same data.")(compare)
+app.command(short_help="A lite model from any SAM 3 checkpoint.")(convert)
+app.command(short_help="A page in the browser to try a model on.")(demo)
+app.command(short_help="A text encoder that learns from a larger one.")(distill_text)
+app.command(short_help="The scores of training, for any model and split.")(evaluate)
+app.command(short_help="A model as graphs for ONNX Runtime, OpenVINO or TensorRT.")(export)
+app.command(short_help="What a model consists of, and what it costs to run.")(info)
+app.command(short_help="A dataset to train on, from pictures and a model.")(label)
+app.command(short_help="Finds what prompts name in pictures.")(predict)
+app.command(short_help="A saved or exported model to the Hub, in one commit.")(push)
+app.command(short_help="Follows what prompts name through a film.")(track)
 # Its flags are those of the trainer, which reads them itself.
 app.command(
+    short_help="Trains a model; `train --help` lists all settings.",
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
 )(train)

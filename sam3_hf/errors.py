@@ -66,6 +66,23 @@ def model_errors(source: str) -> Iterator[None]:
         raise ValueError(f"{source} cannot be loaded, a file of it is damaged or no model's: {reason}") from error
 
 
+def usable_device(name: str | torch.device, option: str = "device") -> torch.device:
+    """
+    Args:
+        option: what the user named it with.
+
+    Raises:
+        ValueError: it is no device, or there is none of that name here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{option} {name} cannot be used here ({reason}): leave it out, or give cpu") from None
+    return device
+
+
 @contextmanager
 def named_source(source: str | os.PathLike, token: str | bool | None = None) -> Iterator[None]:
     """Raises what `missing_source` says instead of an error of the Hub, or of what lies on the way there."""
@@ -130,4 +147,6 @@ def _of_the_system(error: OSError) -> str:
         return f"{where}the disk is full: make space"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{where}no right to read or write here ({error.strerror}): change the rights or the folder"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR) and where and not os.path.isdir(error.filename):
+        return f"{where}{error.strerror}, where a folder is needed: choose another path"
     return f"{where}{error.strerror}"

@@ -25,7 +25,7 @@ def test_scores_of_every_split(tmp_path):
     shake(Sam3LiteModel(micro_config(image_size=96))).save_pretrained(tmp_path / "model")
     composed_scores.main([str(tmp_path / "model"), "--images", "2", "--output", str(tmp_path / "scores.json")])
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores["images"] == 2 and set(SPLITS) <= scores.keys()
+    assert (scores["images"], scores["absent_images"]) == (2, 1) and set(SPLITS) <= scores.keys()
     assert set(FIGURES) - {"IL_negative_accuracy"} <= scores["seen"].keys()
     assert set(scores["dense"]["by_words"]) == {"1 words", "2 words", "3 words"}
     assert 0 <= scores["absent"]["IL_negative_accuracy"] <= 1 and "segm_AP" not in scores["absent"]

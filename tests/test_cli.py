@@ -1,10 +1,12 @@
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 import torch.distributed.checkpoint
@@ -13,10 +15,12 @@ from accelerate.commands import accelerate_cli
 from conftest import micro_config, shake
 from huggingface_hub import ModelCard
 from transformers import AutoModel
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.cli import app
+from sam3_hf.data.generated import write_dataset
 from sam3_hf.training.checkpoints import FROZEN, save_checkpoint, write_frozen
 from sam3_hf.training.optim import MovingAverage
 from sam3_hf.training.phrases import FrozenText
@@ -294,3 +298,62 @@ def test_too_little_memory_to_calibrate_is_said_in_a_line(tmp_path, monkeypatch)
     result = run("source", tmp_path / "target", "--calibration-images", "generated")
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     assert result.stderr.count("\n") == 1 and "a smaller --num-calibration-images." in result.stderr
+
+
+def test_help_names_every_option_in_full_in_80_columns():
+    for name, command in get_command(app).commands.items():
+        listed = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).output
+        (line,) = [line for line in listed.splitlines() if line.split()[:1] == [name]]
+        assert not line.endswith("..."), line
+        if name == "train":  # whose help is the trainer's
+            continue
+        shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80"}).output
+        assert max(map(len, shown.splitlines())) <= 80
+        assert {option for one in command.params for option in one.opts if option.startswith("-")} <= set(
+            re.findall(r"--[\w-]+", shown)
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "MODEL", "out", "--mapping", "best"], "--mapping best is none of auto, isometry, select, skip."),
+        (["convert", "MODEL", "file/out"], "where a folder is needed: choose another path"),
+        (["predict", "picture.png", "--device", "warp"], "device warp cannot be used here"),
+        (["predict", "picture.png"], "file: Not a directory, where a folder is needed: choose another path"),
+        (["check", "empty"], "there is no dataset in empty"),
+        (
+            ["check", "nowhere"],
+            "there is no dataset nowhere: no such file or folder, and none of the Hub (no network)",
+        ),
+        (["check", "data", "--contact-sheet", "file/x.png"], "where a folder is needed: choose another path"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(saved, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("empty").mkdir()
+    write_dataset("data", 1, 1, image_size=64, num_concepts=2)
+    shutil.copyfile("data/train/00000.png", "picture.png")
+
+    def unreachable(name):
+        raise ConnectionError("no network")
+
+    if arguments[-1] == "nowhere":
+        monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    arguments = [str(saved) if argument == "MODEL" else argument for argument in arguments]
+    if arguments[0] == "predict":
+        arguments += ["--model", str(saved), "--prompt", "cat", "--output", "file", "--workers", "0"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1, result.output
+    (line,) = [line for line in result.stderr.splitlines() if "Error" in line]
+    assert line.startswith("Error: ") and message in line and result.stderr.splitlines()[-1] == line
+    assert sorted(os.listdir()) == ["data", "empty", "file", "picture.png"]
+
+
+def test_yaml_of_a_category_map_that_is_none_is_said_in_one_line(tmp_path):
+    write_dataset(tmp_path / "data", 1, 1, image_size=64, num_concepts=2)
+    (tmp_path / "map.yaml").write_text("[1")
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "data"), "--category-map", str(tmp_path / "map.yaml")])
+    (line,) = [line for line in result.output.splitlines() if "not valid YAML" in line]
+    assert result.exit_code == 1 and "expected ',' or ']'" in line

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.data.collate import PromptCollator
 from sam3_hf.data.torch_dataset import Sample
+from sam3_hf.errors import usable_device
 from sam3_hf.evaluation.loop import model_inputs
 from sam3_hf.training.arguments import DistillationArguments, parse_arguments
 from sam3_hf.training.compatibility import check_compatible
@@ -20,7 +21,7 @@ from sam3_hf.training.model import build_model, calibrated_model, decoder_layers
 from sam3_hf.training.objectives import Labels
 from sam3_hf.training.phrases import TokenizedText
 from sam3_hf.training.retention import Retention
-from sam3_hf.training.teacher import Teacher, check_comparable, load_teacher, usable_device
+from sam3_hf.training.teacher import Teacher, check_comparable, load_teacher
 
 PHRASES = ["red circle", "blue square", "green star"]
 CPU = torch.device("cpu")
@@ -347,9 +348,9 @@ def test_what_cannot_teach_is_refused_in_one_line(source, tmp_path):
     with pytest.raises(ValueError, match="^--teacher x: its features are 32 wide for patches of .* leave out --init"):
         check_comparable("x", other, model.config)
     with pytest.raises(ValueError, match="^teacher_device cuda:99 cannot be used here"):
-        usable_device("cuda:99")
+        usable_device("cuda:99", "teacher_device")
     with pytest.raises(ValueError, match="^teacher_device warp cannot be used here"):
-        usable_device("warp")
+        usable_device("warp", "teacher_device")
 
 
 class NoisyData:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.cli import app
+from sam3_hf.commands.evaluate import COLUMNS, table
 from sam3_hf.commands.scoring import load_split
 from sam3_hf.data import EvalDataset, load_dataset_splits
 from sam3_hf.data.generated import write_dataset
@@ -238,3 +239,11 @@ def test_pictures_of_many_concepts(tmp_path):
     plot_precision_recall(curves, "many", tmp_path / "curves.png")
     plot_precision_recall({"recall": [0, 1], "precision": {}}, "none", tmp_path / "none.png")
     assert all(max(Image.open(path).size) <= 2000 for path in tmp_path.glob("*.png"))
+
+
+def test_a_concept_has_one_row_whatever_its_name():
+    row = dict.fromkeys(COLUMNS, 0.25) | {"objects": 3, "pairs": 2, "positive_pairs": 1}
+    about = {"model": "me/model", "data": "data", "split": "test", "images": 2}
+    lines = table({**about, "bbox_per_class": {"cat": row, "two\nlines\x1b": row}, "bbox_AP": -1.0}).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["boxes", "cat", "two", "all"] and "two lines  " in lines[4]
+    assert len(set(map(len, lines[2:]))) == 1 and lines[-1].split()[1:] == ["-"] * 7 + ["6"]

@@ -381,6 +381,13 @@ def test_what_cannot_be_exported_is_said_in_one_line(small, tmp_path, options, m
     assert not (tmp_path / "out").exists()
 
 
+def test_pictures_that_are_not_there_are_said_before_anything_is_traced(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "write_onnx", lambda graph, path: pytest.fail("traced"))
+    options = ["--precision", "int8", "--calibration-images", tmp_path]
+    result = run("export", small, tmp_path / "out", *options)
+    assert result.exit_code == 1 and f"{tmp_path} holds no image file" in result.stderr, result.output
+
+
 @pytest.mark.parametrize("options", [["--precision", "fp16"], ["--image-size", "128"]])
 def test_what_cannot_be_made_of_graphs_is_said_in_one_line(exported, tmp_path, options):
     result = run("export", exported, tmp_path / "out", *options)

@@ -280,13 +280,13 @@ def test_flex_attention_is_refused(config):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("boxes", [False, True])
-def test_compiles_without_graph_breaks(config, model, box_inputs, boxes):
+@pytest.mark.parametrize(("boxes", "backend"), [(False, "eager"), (True, "aot_eager")])
+def test_compiles_without_graph_breaks(config, model, box_inputs, boxes, backend):
     torch._dynamo.reset()
     if not boxes:
         del box_inputs["input_boxes"], box_inputs["input_boxes_labels"]
     expected = model(**box_inputs)
-    model.compile(fullgraph=True, backend="aot_eager")
+    model.compile(fullgraph=True, backend=backend)
     assert largest_difference(model(**box_inputs), expected) <= 1e-5
 
 

@@ -21,7 +21,7 @@ from sam3_hf.page.pictures import ASSETS, MAX_BYTES, find_examples
 from sam3_hf.visualization import instance_colors
 
 STANDARD = Path(__file__).parents[1] / "sam3_hf" / "assets" / "tiny-standard"
-MAX_PIXELS = 400 * 400
+MAX_PIXELS = 500 * 500
 FOUND = "document.querySelectorAll('#results figure').length"
 
 

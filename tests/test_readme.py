@@ -57,8 +57,8 @@ ONE_STEP = "--preset tiny --max_steps 1 --save_every_epochs 1 --num_workers 0 --
 # demo, as a model of the preset tiny finds nothing before it is trained.
 ADDED = {
     "accelerate launch --cpu --num_cpu_threads_per_process 1 training/train.py training/configs/demo.yaml": (
-        "--preset tiny-standard --max_steps 1 --generated_train 4 --generated_valid 4 --num_workers 0"
-        " --prediction_images 1"
+        "--preset tiny-standard --max_steps 1 --generated_train 4 --generated_valid 4 --generated_concepts 12"
+        " --num_workers 0 --prediction_images 1"
     ),
     "accelerate launch training/train.py training/configs/lite_fp16.yaml": ONE_STEP,
     "sam3-lite train": ONE_STEP,

@@ -1,9 +1,10 @@
 """`sam3-lite distill-text`: a text encoder that learns from a larger one."""
 
 import json
+import os
 import random
 import subprocess
-import sys
+import tempfile
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard
 from test_text_encoders import lite_text_model
 from test_text_mapping import PHRASES, cosine
 from train_cases import environment
+from warm import WarmProcess
 
 from sam3_hf import Sam3LiteModel, Sam3LiteProcessor
 from sam3_hf.data.generated import write_dataset
@@ -157,14 +159,17 @@ def test_models_without_words_are_refused(teacher, student, tmp_path):
 
 
 def test_a_killed_run_leaves_nothing(teacher, student, words, tmp_path):
-    program = [sys.executable, "-m", "sam3_hf.cli", "distill-text", student, tmp_path / "out", "--teacher", teacher]
+    program = ["-m", "sam3_hf.cli", "distill-text", student, tmp_path / "out", "--teacher", teacher]
     program += ["--phrases", words, "--steps", 10**6]
-    process = subprocess.Popen([*map(str, program)], env=environment(), stderr=subprocess.PIPE, text=True)
-    try:
-        end = time.monotonic() + HUNG
-        while "step/s" not in process.stderr.read(64):
-            assert process.poll() is None and time.monotonic() < end
-    finally:
-        process.kill()
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        process = WarmProcess(program, tmp_path, environment(), output, errors)
+        try:
+            end = time.monotonic() + HUNG
+            while b"step/s" not in os.pread(errors.fileno(), 2**20, 0):
+                assert time.monotonic() < end
+                with pytest.raises(subprocess.TimeoutExpired):  # it goes on
+                    process.wait(0.05)
+        finally:
+            process.end_all()
         process.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["words.txt"]

@@ -25,7 +25,7 @@ PHRASES = 12
 def pictures(tmp_path_factory):
     """Drawn with another seed than those of the checkpoint's training."""
     folder = tmp_path_factory.mktemp("pictures")
-    return write_composed(folder, {"train": 64, "valid": 24}, image_size=144, seed=77, num_phrases=PHRASES)
+    return write_composed(folder, {"train": 40, "valid": 12}, image_size=144, seed=77, num_phrases=PHRASES)
 
 
 def scores(model, pictures) -> dict:

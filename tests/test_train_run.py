@@ -213,15 +213,13 @@ def test_pushed_at_the_end(data, tmp_path, monkeypatch):
 
 
 def test_killed_twice_and_resumed_is_as_if_nothing_had_happened(whole_run, data, tmp_path):
-    program = ["-c", SIGNALLED, str(int(signal.SIGKILL)), "3"]
-    process = start(tmp_path, data, program=program, **INTERRUPTED)
-    assert process.wait(timeout=PATIENCE) == -signal.SIGKILL
+    killed = train(tmp_path, data, program=["-c", SIGNALLED, str(int(signal.SIGKILL)), "3"], **INTERRUPTED)
+    assert killed.returncode == -signal.SIGKILL
     assert len(lines_of(tmp_path, "train")) == 2
     program = ["-c", SIGNALLED, str(int(signal.SIGTERM)), "8"]
-    process = start(tmp_path, data, "--resume", "auto", program=program, **INTERRUPTED)
-    assert process.wait(timeout=PATIENCE) == 128 + signal.SIGTERM
-    output = (tmp_path / "output.txt").read_text()
-    assert "run the same command with --resume auto" in output
+    stopped = train(tmp_path, data, "--resume", "auto", program=program, **INTERRUPTED)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert "run the same command with --resume auto" in stopped.stdout
     last = json.loads((tmp_path / "run" / "checkpoints" / "last" / "trainer_state.json").read_text())["step"]
     assert last == 9  # the step that was in progress
     finished = train(tmp_path, data, "--resume", "auto", program=COMMAND, fresh=True, **INTERRUPTED)

@@ -91,7 +91,7 @@ def card(model: Sam3LiteModel, scores: dict) -> str:
         scores="".join(rows),
         confident=CONFIDENT,
         absent=len(absent_phrases()),
-        absent_images=scores["images"] // 3,
+        absent_images=scores["absent_images"],
         rejected=scores["absent"]["IL_negative_accuracy"],
     )
 

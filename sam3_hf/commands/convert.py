@@ -11,6 +11,7 @@ import typer
 
 from ..checkpoints import open_checkpoint
 from ..errors import model_errors
+from ..mapping import STRATEGIES
 from ..mapping.calibration import calibrate_mapping
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..phrases import read_phrases
@@ -53,7 +54,7 @@ def convert(
         list[str] | None, typer.Option(help="Phrase to ask on those images; repeat it for each of your classes.")
     ] = None,
     num_calibration_images: Annotated[
-        int | None, typer.Option(help="How many to use at most. Default: as many as the sizes need.")
+        int | None, typer.Option(min=1, help="How many to use at most. Default: as many as the sizes need.")
     ] = None,
     search_depth: Annotated[
         bool, typer.Option(help="Try which ViT layers to keep. Takes one fit of the ViT per choice.")
@@ -78,6 +79,8 @@ def convert(
     }
     wanted = {"preset": preset, "dtype": dtype, **{name: size for name, size in sizes.items() if size is not None}}
     with one_line_errors(memory_option="--num-calibration-images"):
+        if mapping not in STRATEGIES:
+            raise ValueError(f"--mapping {mapping} is none of {', '.join(STRATEGIES)}.")
         check_target(target, overwrite)
         if ema and not is_training_checkpoint(source):
             raise ValueError(

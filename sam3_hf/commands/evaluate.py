@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..files import write_file
+from ..plain_text import aligned, plain
 from .errors import one_line_errors
 from .options import Revision
 from .scoring import (
@@ -92,13 +93,12 @@ def table(scores: dict) -> str:
         classes = scores.get(f"{kind}_per_class")
         if classes is None:
             continue
-        width = max(len(name) for name in [*classes, "all"])
         together = {key: scores.get(f"{kind}_{key}", scores.get(key)) for key in COLUMNS}
         together["objects"] = sum(row["objects"] for row in classes.values())
-        heading = "\n" + {"segm": "masks", "bbox": "boxes"}[kind].ljust(width)
-        parts.append(heading + "".join(f"  {_title(key):>7}" for key in COLUMNS))
-        for name, row in [*classes.items(), ("all", together)]:
-            parts.append(name.ljust(width) + "".join(f"  {_cell(row[key]):>7}" for key in COLUMNS))
+        rows = [({"segm": "masks", "bbox": "boxes"}[kind], *map(_title, COLUMNS))]
+        rows += [(plain(name), *(_cell(row[key]) for key in COLUMNS)) for name, row in classes.items()]
+        rows.append(("all", *(_cell(together[key]) for key in COLUMNS)))
+        parts += ["", *aligned(rows)]
     return "\n".join(parts + _undefined(classes))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import yaml
 
+from ..errors import joined
 from .checks import DatasetError, Problems, check_dataset
 from .coco import find_annotation_files, find_roboflow_files, read_coco, split_name
 from .concepts import check_phrases, warn_of_unseen_concepts
@@ -136,7 +137,7 @@ def read_category_map(category_map: Source | Mapping[str, str] | None, names: li
                 # BaseLoader leaves everything text, so that a category named 'no' or '0' stays one
                 category_map = yaml.load(file, Loader=yaml.BaseLoader)
             except yaml.YAMLError as error:
-                raise DatasetError(f"{where} is not valid YAML: {error}") from error
+                raise DatasetError(joined(f"{where} is not valid YAML: {error}")) from error
     if not isinstance(category_map, Mapping):
         raise DatasetError(f"{where} must hold one 'category: phrase' a line")
     category_map = {str(name): phrase for name, phrase in category_map.items()}
@@ -250,10 +251,21 @@ def is_saved(data: str) -> bool:
 
 
 def load_with_datasets(data: str) -> datasets.Dataset | datasets.DatasetDict:
-    """A folder that `datasets` wrote, or a repository of the Hub. Raises FileNotFoundError for a path to nothing."""
+    """
+    A folder that `datasets` wrote, or a repository of the Hub.
+
+    Raises:
+        FileNotFoundError: a path to nothing, or a folder without data.
+        ConnectionError: it is no path, and the Hub cannot be reached.
+    """
     folder = Path(data)
     if is_saved(data):
         return datasets.load_from_disk(data)
     if not folder.exists() and (folder.is_absolute() or data.startswith(".") or data.count("/") > 1):
         raise FileNotFoundError(f"there is no dataset {data}: neither a file or folder, nor 'owner/name' of the Hub")
-    return datasets.load_dataset(data)
+    try:
+        return datasets.load_dataset(data)
+    except (ConnectionError, FileNotFoundError) as error:
+        kind = ConnectionError if isinstance(error, ConnectionError) else FileNotFoundError
+        where = f"in {data}" if folder.exists() else f"{data}: no such file or folder, and none of the Hub"
+        raise kind(joined(f"there is no dataset {where} ({error}): correct the path or name")) from error

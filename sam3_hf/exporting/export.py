@@ -15,6 +15,7 @@ import torch
 
 from ..configuration_sam3_lite import BOX_PADDING_LABEL, Sam3LiteConfig, context_length
 from ..files import write_folder
+from ..mapping.calibration.images import list_images
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..precision_sam3_lite import precision_name
 from ..presets_sam3_lite import LITE_TEXT
@@ -94,6 +95,8 @@ def export_model(
     """
     precision = precision_name(precision)
     _check_choices(format, precision, calibration)
+    if calibration is not None:
+        list_images(calibration.images)  # before the minutes that tracing takes
     if is_export(source, **hub_arguments):
         folder = fetch_export(source, also=[PROVENANCE_FILE], **hub_arguments)
         start = _from_export(read_export(folder), precision, image_size)

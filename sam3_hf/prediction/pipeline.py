@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..boxes_sam3_lite import pack_boxes, relative_boxes
 from ..configuration_sam3_lite import VISUAL_PHRASE
+from ..errors import usable_device
 from ..exporting.folder import is_export
 from ..exporting.model import ExportedModel
 from ..exporting.opening import open_export
@@ -207,7 +208,7 @@ class Sam3LitePipeline:
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if is_export(pretrained_model_name_or_path, **hub_arguments):
             return cls(*open_export(pretrained_model_name_or_path, device, dtype, **kwargs))
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
         kwargs.setdefault("preset", None if kwargs.get("config") is not None else "same")
         model = Sam3LiteModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs).to(device)

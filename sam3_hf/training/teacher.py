@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..configuration_sam3_lite import Sam3LiteConfig
+from ..errors import usable_device
 from ..evaluation.loop import model_inputs
 from ..evaluation.text import PhraseFeatures
 from ..modeling_sam3_lite import Sam3LiteModel
@@ -161,7 +162,7 @@ def load_teacher(
         ValueError: it is no whole model, it does not know a phrase, its features cannot be compared with those of the
             student, or there is no such device.
     """
-    device = usable_device(device)
+    device = usable_device(device, "teacher_device")
     config = open_source(source, "--teacher").config
     if config.image_size != student.image_size:
         config = config.changed(image_size=student.image_size)
@@ -174,19 +175,6 @@ def load_teacher(
     teacher = Teacher(model, processor, phrases, confidence, pyramids)
     logger.info("teacher: %s, in %s on %s", source, str(dtype).removeprefix("torch."), device)
     return teacher
-
-
-def usable_device(name: str | torch.device) -> torch.device:
-    """
-    Raises:
-        ValueError: it is no device, or there is none of that name here.
-    """
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"teacher_device {name} cannot be used here ({str(error).splitlines()[0]})") from None
-    return device
 
 
 def check_comparable(source: str, teacher: Sam3LiteConfig, student: Sam3LiteConfig) -> None:

@@ -31,6 +31,20 @@ def load_pixels(images: str | os.PathLike | Sequence, count: int, processor, see
         ValueError: there is no image.
         OSError: an image file cannot be read.
     """
+    images = list_images(images)
+    chosen = np.random.default_rng(seed).permutation(len(images))[:count]
+    return tuple(
+        processor.image_processor(read_image(images[i]), return_tensors="pt")["pixel_values"][0] for i in chosen
+    )
+
+
+def list_images(images: str | os.PathLike | Sequence) -> Sequence:
+    """
+    The image files of a folder (searched recursively), or the list that was given.
+
+    Raises:
+        ValueError: there is no image.
+    """
     if isinstance(images, (str, os.PathLike)):
         folder = Path(images)
         if not folder.is_dir():
@@ -40,10 +54,7 @@ def load_pixels(images: str | os.PathLike | Sequence, count: int, processor, see
             raise ValueError(f"{folder} holds no image file.")
     if not len(images):
         raise ValueError("There are no images to calibrate with.")
-    chosen = np.random.default_rng(seed).permutation(len(images))[:count]
-    return tuple(
-        processor.image_processor(read_image(images[i]), return_tensors="pt")["pixel_values"][0] for i in chosen
-    )
+    return images
 
 
 def draw_images(count: int, size: int, seed: int) -> list[Image.Image]:
