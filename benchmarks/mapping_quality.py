@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 from mapping_measures import captured_energy, fpn_cosines, scores_of
-from mapping_students import IDENTITY, STRATEGIES, make_student
+from mapping_students import IDENTITY, PARTS, STRATEGIES, make_student
 from mapping_table import TARGETS, best_learning_rate, constant_runs, table
 from mapping_training import FlatLabels, fine_tune
 
@@ -94,7 +94,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     flatten.add_argument("--learning-rates", type=float, nargs=1, default=[5e-4], help="learning rate")
     run = commands.add_parser("run", parents=[shared], allow_abbrev=False, help="measure and train students")
     run.add_argument("--name", help="of the teacher in results; default: that of its folder")
-    run.add_argument("--strategies", nargs="+", choices=(IDENTITY, *STRATEGIES), default=[IDENTITY, *STRATEGIES])
+    run.add_argument(
+        "--strategies",
+        nargs="+",
+        choices=(IDENTITY, *STRATEGIES, *PARTS),
+        default=[IDENTITY, *STRATEGIES],
+        help="the last three make one part smaller alone, and say which loses what (default: all others)",
+    )
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     run.add_argument("--max-steps", type=int, default=600, help="of each fine-tuning; 0 only scores the students")
     run.add_argument("--schedule", choices=SCHEDULES, default="constant", help="of the learning rate")

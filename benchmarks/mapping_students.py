@@ -1,5 +1,7 @@
 """The models that the mapping benchmark compares: one way each to start a smaller model from its teacher."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from accelerate.utils import set_seed
@@ -14,25 +16,40 @@ STRATEGIES = (
     *("random", "skip", "select", "isometry", "calibrated", "calibrated-generated"),
     *(strategy + PLUS for strategy in ("isometry", "calibrated", "calibrated-generated")),
 )
+SMALLER = ("vision", "encoder", "decoder")
+PARTS = tuple(f"calibrated-{part}" for part in SMALLER)  # one of them smaller, all else as in the teacher
 IDENTITY = "teacher"  # the same sizes, an exact copy: what all shares are relative to
 CALIBRATION_IMAGES = 256
 
 
-def student_config(teacher: Sam3LiteConfig, plus: bool = False) -> Sam3LiteConfig:
-    """Sizes that are to the teacher's what `lite` (or `lite-plus`) is to `standard`: ViT x 3/4, DETR 6 -> 4."""
-    vit = teacher.vision_config.backbone_config
-    decoder_layers = teacher.detr_decoder_config.num_layers
-    return teacher.changed(
-        vision_hidden_size=vit.hidden_size * 3 // 4,
-        vision_num_hidden_layers=vit.num_hidden_layers * 3 // 4,
-        detr_encoder_layers=round(teacher.detr_encoder_config.num_layers * 2 / 3),
-        detr_decoder_layers=decoder_layers if plus else round(decoder_layers * 2 / 3),
-    )
+def student_config(teacher: Sam3LiteConfig, smaller: Sequence[str] = SMALLER) -> Sam3LiteConfig:
+    """
+    Sizes that are to the teacher's what `lite` is to `standard`: ViT x 3/4, DETR 6 -> 4.
+
+    Args:
+        smaller: the parts that have them; the others keep theirs.
+    """
+    vit, sizes = teacher.vision_config.backbone_config, {}
+    if "vision" in smaller:
+        sizes["vision_hidden_size"] = vit.hidden_size * 3 // 4
+        sizes["vision_num_hidden_layers"] = vit.num_hidden_layers * 3 // 4
+    if "encoder" in smaller:
+        sizes["detr_encoder_layers"] = round(teacher.detr_encoder_config.num_layers * 2 / 3)
+    if "decoder" in smaller:
+        sizes["detr_decoder_layers"] = round(teacher.detr_decoder_config.num_layers * 2 / 3)
+    return teacher.changed(**sizes)
+
+
+def smaller_parts(strategy: str) -> tuple[str, ...]:
+    """What is smaller in a student of one of `STRATEGIES` or `PARTS`."""
+    if strategy in PARTS:
+        return (SMALLER[PARTS.index(strategy)],)
+    return SMALLER[:2] if strategy.endswith(PLUS) else SMALLER
 
 
 def make_student(strategy: str, teacher: str, train_data: TrainDataset, seed: int) -> Sam3LiteModel:
     """
-    A float32 model by one of `STRATEGIES`, or `IDENTITY`.
+    A float32 model by one of `STRATEGIES` or `PARTS`, or `IDENTITY`.
 
     Args:
         teacher: folder or Hub id of a checkpoint, lite or standard.
@@ -42,15 +59,15 @@ def make_student(strategy: str, teacher: str, train_data: TrainDataset, seed: in
     set_seed(seed)
     if strategy == IDENTITY:
         return Sam3LiteModel.from_pretrained(teacher, preset="same", dtype=torch.float32)
-    config = student_config(Sam3LiteConfig.from_pretrained(teacher), plus=strategy.endswith(PLUS))
-    strategy = strategy.removesuffix(PLUS)
-    if strategy == "random":
+    config = student_config(Sam3LiteConfig.from_pretrained(teacher), smaller_parts(strategy))
+    start = strategy.removesuffix(PLUS)
+    if start == "random":
         return Sam3LiteModel(config)
-    if not strategy.startswith("calibrated"):
-        return Sam3LiteModel.from_pretrained(teacher, config=config, mapping=strategy, dtype=torch.float32)
+    if not start.startswith("calibrated"):
+        return Sam3LiteModel.from_pretrained(teacher, config=config, mapping=start, dtype=torch.float32)
     return calibrate_mapping(
         teacher,
-        calibration_images(train_data, seed) if strategy == "calibrated" else None,
+        None if start == "calibrated-generated" else calibration_images(train_data, seed),
         config=config,
         prompts=train_data.concepts,
         num_images=CALIBRATION_IMAGES,

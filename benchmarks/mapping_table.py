@@ -3,7 +3,7 @@
 import statistics
 
 from mapping_measures import SCORES
-from mapping_students import IDENTITY, STRATEGIES
+from mapping_students import IDENTITY, PARTS, STRATEGIES
 
 MORE_SPLITS = ("unseen", "dense")  # of the composed world
 TARGETS = (0.8, 0.9, 0.95)  # shares of the teacher's segm AP
@@ -61,7 +61,7 @@ def table(teacher: dict, records: list[dict]) -> str:
         + " LR | steps to 80% | 90% | 95% |",
         "|---|---|---|---|---|" + "---|" * len(more) + "---|---|---|---|",
     ]
-    for strategy in (IDENTITY, *STRATEGIES):
+    for strategy in (IDENTITY, *STRATEGIES, *PARTS):
         own = [record for record in records if record["strategy"] == strategy]
         started = [record for record in own if record["kind"] == "start"]
         if started:
@@ -82,7 +82,7 @@ def schedule_lines(teacher: dict, records: list[dict], more: list[str]) -> list[
         return []
     lines = ["", "| start | schedule | LR | segm AP |" + "".join(f" {split}: segm AP |" for split in more)]
     lines.append("|---|---|---|---|" + "---|" * len(more))
-    for strategy in STRATEGIES:
+    for strategy in (*STRATEGIES, *PARTS):
         own = [record for record in ended if record["strategy"] == strategy]
         for steps, rate in sorted({(int(record["curve"][-1][0]), record["learning_rate"]) for record in own}):
             alike = [each for each in own if (each["curve"][-1][0], each["learning_rate"]) == (steps, rate)]

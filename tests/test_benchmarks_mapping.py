@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import micro_config, shake
 from mapping_measures import SCORES, energy_curve, presence_auc, residual_streams
-from mapping_students import IDENTITY, STRATEGIES, student_config
+from mapping_students import IDENTITY, PARTS, STRATEGIES, smaller_parts, student_config
 from mapping_table import best_learning_rate, steps_cell, steps_to_share, table
 from mapping_training import flatness_penalty
 from PIL import Image
@@ -242,3 +242,16 @@ def test_ratios_of_the_student():
     lite = Sam3LiteConfig.from_preset("lite")
     assert config.vision_config.backbone_config.to_dict() == lite.vision_config.backbone_config.to_dict()
     assert config.detr_decoder_config.num_layers == lite.detr_decoder_config.num_layers
+
+
+def test_one_part_is_smaller_alone():
+    teacher = Sam3LiteConfig.from_preset("tiny-standard")
+
+    def sizes(strategy):
+        config = student_config(teacher, smaller_parts(strategy))
+        vit = config.vision_config.backbone_config
+        detr = config.detr_encoder_config.num_layers, config.detr_decoder_config.num_layers
+        return (vit.hidden_size, vit.num_hidden_layers), *detr
+
+    assert [sizes(strategy) for strategy in PARTS] == [((96, 6), 6, 6), ((128, 8), 4, 6), ((128, 8), 6, 4)]
+    assert sizes("calibrated-plus") == ((96, 6), 4, 6) and sizes("isometry") == ((96, 6), 4, 4)
