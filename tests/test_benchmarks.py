@@ -237,6 +237,7 @@ def parts_rows(run) -> list[dict]:
     return run("parts", "--repeats", "1")["rows"]
 
 
+@pytest.mark.slow
 def test_parts_compute_what_stock_does(parts_rows):
     names = (
         "ViT, neck, vision encoder, text encoder: padding, text encoder: each, DETR encoder, DETR decoder, sub-pixel, "
@@ -254,6 +255,7 @@ def test_parts_compute_what_stock_does(parts_rows):
         assert row["time"] == pytest.approx(row["stock s"] / row["our s"])
 
 
+@pytest.mark.slow
 def test_parts_save_what_they_claim(parts_rows):
     claimed = set()
     for row in parts_rows:

@@ -280,7 +280,9 @@ def test_flex_attention_is_refused(config):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("boxes", "backend"), [(False, "eager"), (True, "aot_eager")])
+@pytest.mark.parametrize(
+    ("boxes", "backend"), [pytest.param(False, "eager", marks=pytest.mark.slow), (True, "aot_eager")]
+)
 def test_compiles_without_graph_breaks(config, model, box_inputs, boxes, backend):
     torch._dynamo.reset()
     if not boxes:

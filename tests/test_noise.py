@@ -260,7 +260,7 @@ def test_calibration_asks_in_the_words_of_the_source(folder, monkeypatch, loaded
         asked.append(processor(text="cat")["input_ids"])
         raise LookupError
 
-    monkeypatch.setattr("sam3_hf.mapping.calibration.steps.phrase_features", stop)
+    monkeypatch.setattr("sam3_hf.mapping.calibration.asking.phrase_features", stop)
     source = Sam3LiteModel.from_pretrained(folder) if loaded else folder
     with pytest.raises(LookupError):
         calibrate_mapping(source, config=micro_config(detr_encoder_layers=1), num_images=4)

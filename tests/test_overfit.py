@@ -9,7 +9,7 @@ from sam3_hf.data import Augmentation, EvalDataset, PromptCollator, PromptSampli
 from sam3_hf.data.generated import write_dataset
 from sam3_hf.evaluation import CocoAP, prediction_row
 
-STEPS = 120
+STEPS = 160
 LEARNING_RATE = 1e-3
 
 

@@ -85,7 +85,7 @@ def test_a_lite_model_made_from_it_works_before_any_training(teacher, teacher_sc
     concepts = list(some_phrases(PHRASES))
     calibrated = calibrate_mapping(teacher, pictures / "train", preset="tiny", prompts=concepts, search_depth=False)
     shares = [scores(model, pictures)["segm_AP"] / teacher_scores["segm_AP"] for model in (mapped, calibrated)]
-    assert shares[0] > 0.15 and shares[1] > 0.6, shares
+    assert shares[0] > 0.4 and shares[1] > 0.75, shares
     assert min(calibrated.mapping_report.calibration["pyramid_cosines"]) > 0.9
 
 
