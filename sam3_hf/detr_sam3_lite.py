@@ -330,7 +330,7 @@ class Sam3LiteDetrDecoder(Sam3DetrDecoder):
             float32 cxcywh in [0, 1], presence logits `(layers, prompts)`. With `one_to_many`, twice the queries.
         """
         memory = self.memory(vision, prompt, vision_position, prompt_bias, grid_size)
-        hidden, boxes = self.start(len(vision), 2 if one_to_many else 1)
+        hidden, boxes = self.start(vision.shape[0], 2 if one_to_many else 1)
         reference = boxes
         all_hidden, all_boxes, all_presence = [], [], []
         for layer in self.layers:

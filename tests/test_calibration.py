@@ -242,6 +242,24 @@ def test_the_report_says_what_was_fitted(calibrated, teacher, tmp_path):
     assert '"calibrated"' in (tmp_path / "mapping_report.json").read_text()
 
 
+def test_queries_that_cannot_be_compared_are_named(teacher, pictures):
+    config = micro_config(**STUDENT, num_queries=20)
+    with pytest.raises(ValueError, match="`num_queries` is 20, that of the source 12"):
+        calibrate_mapping(teacher, pictures, config=config, prompts=PROMPTS)
+
+
+@torch.no_grad()
+def test_inputs_that_do_not_vary_change_no_weights():
+    """One row, as of one prompt: what rounding leaves of its variance is not fitted to."""
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 1)
+    before = linear.weight.clone()
+    fit = LeastSquares(256, 1, torch.device("cpu"))
+    fit.add(torch.randn(1, 256), torch.tensor([[5.0]]))
+    fit.refit(linear, 1e-2)
+    assert (linear.weight - before).norm() < 0.01 * before.norm()
+
+
 def test_the_result_repeats_and_the_source_stays(teacher, calibrated, pictures):
     before = copy.deepcopy(teacher.state_dict())
     again = calibrate_mapping(teacher, pictures, config=micro_config(**STUDENT), prompts=PROMPTS)

@@ -18,6 +18,12 @@ PHRASES = ["cat", "red car", "a very small house", "tree"]
 RIDGE = 1e-3
 
 
+@pytest.fixture(autouse=True)
+def any_number_of_prompts(monkeypatch):
+    """The presence head is fitted to the few prompts of these tests."""
+    monkeypatch.setattr("sam3_hf.mapping.calibration.decoder.PROMPTS_PER_FEATURE", 1)
+
+
 @pytest.fixture
 def teacher() -> Sam3LiteModel:
     torch.manual_seed(0)
@@ -68,6 +74,21 @@ def test_what_dropped_layers_did_is_done_by_those_that_stay(teacher):
     for name in expected:
         errors = error(before[name], expected[name]), error(after[name], expected[name])
         assert errors[1] < 0.6 * errors[0], (name, errors)
+
+
+def test_a_single_layer_does_the_work_of_all(teacher):
+    expected = answers(teacher, seed=99)
+    before, after = (answers(model, seed=99) for model in (with_layers(teacher, [3]), fitted(teacher, [3])))
+    for name in expected:
+        errors = error(before[name], expected[name]), error(after[name], expected[name])
+        assert errors[1] < 0.8 * errors[0], (name, errors)
+
+
+def test_few_prompts_leave_the_presence_head_alone(teacher, monkeypatch):
+    monkeypatch.setattr("sam3_hf.mapping.calibration.decoder.PROMPTS_PER_FEATURE", 4)
+    student, kept = fitted(teacher, [0, 1, 3]), with_layers(teacher, [0, 1, 3]).state_dict()
+    name = "detr_decoder.presence_head.layer3.weight"
+    assert torch.equal(student.state_dict()[name], kept[name])
 
 
 def test_a_fit_changes_nothing_but_what_it_names(teacher):

@@ -23,29 +23,36 @@ class Encoded:
     What the encoders of a model make of images and phrases.
 
     Args:
-        vision: per batch of images, what `get_vision_features` returns.
+        coarse: per batch of images, the coarsest map of the vision encoder, `(images, hidden, height, width)`.
+        summary: per batch, the summary tokens `(images, 1, hidden)`, None for a model without.
         text: `(phrases, tokens, hidden)`.
         valid: `(phrases, tokens)` bool.
     """
 
     model: Sam3LiteModel
-    vision: list
+    coarse: list[Tensor]
+    summary: list[Tensor | None]
     text: Tensor
     valid: Tensor
 
     @classmethod
     def of(cls, model: Sam3LiteModel, processor, images: list[Tensor], phrases: Sequence[str]) -> Encoded:
         text, valid = phrase_features(model, processor, list(phrases), padded=False)
-        return cls(model, [model.get_vision_features(batch) for batch in images], text, valid.bool())
+        coarse, summary = [], []
+        for batch in images:
+            vision = model.get_vision_features(batch)
+            coarse.append(vision.fpn_hidden_states[-1])  # the finer maps, which are wide, are not kept
+            summary.append(vision.summary)
+        return cls(model, coarse, summary, text, valid.bool())
 
     def side(self, choices: list[Tensor]) -> Side:
         """The detector with what it gets when each image of batch `i` is asked the phrases of its row `choices[i]`."""
         asked = [self._ask(index, rows) for index, rows in enumerate(choices)]
-        return Side(self.model, [vision.fpn_hidden_states[-1] for vision in self.vision], asked)
+        return Side(self.model, self.coarse, asked)
 
     def best_scores(self, index: int, rows: Tensor) -> Tensor:
         """Of each image of a batch and each of its phrases, the highest score in [0, 1]; the shape of `rows`."""
-        side = Side(self.model, [self.vision[index].fpn_hidden_states[-1]], [self._ask(index, rows)])
+        side = Side(self.model, [self.coarse[index]], [self._ask(index, rows)])
         stack = side.encoder_stack()
         stack.pass_layers(0, len(stack.layers))
         return side.decode(stack.streams[0], 0).scores.amax(1).view(rows.shape)
@@ -53,7 +60,7 @@ class Encoded:
     def _ask(self, index: int, rows: Tensor) -> PromptBatch:
         owners = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
         text, valid = self.text[rows.flatten()], self.valid[rows.flatten()]
-        summary = self.vision[index].summary
+        summary = self.summary[index]
         if summary is not None:
             text = torch.cat([text, summary[owners]], dim=1)
             valid = F.pad(valid, (0, 1), value=True)
@@ -74,9 +81,8 @@ def choose_prompts(teacher: Encoded, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     count, device = len(teacher.text), teacher.text.device
     choices = []
-    for index, vision in enumerate(teacher.vision):
-        images = len(vision.fpn_hidden_states[-1])
-        rows = torch.stack([torch.randperm(count, generator=generator)[:CANDIDATES] for _ in range(images)]).to(device)
+    for index, coarse in enumerate(teacher.coarse):
+        rows = torch.stack([torch.randperm(count, generator=generator)[:CANDIDATES] for _ in coarse]).to(device)
         if rows.shape[1] > SEEN + OTHERS:
             scores = [teacher.best_scores(index, part) for part in rows.split(SEEN + OTHERS, dim=1)]
             order = torch.cat(scores, dim=1).argsort(dim=1, descending=True)

@@ -11,6 +11,7 @@ from ..refit import DETR_DECODER_SITES, fit_site, inputs_of, observe
 from .detector import Decoding, Side
 
 IDLE = 0.02  # what a query counts for that finds nothing, beside its score in [0, 1]
+PROMPTS_PER_FEATURE = 4  # that the presence head is fitted to at least
 PRESENCE = 0.2  # what the presence token counts for, as a share of all queries together
 
 
@@ -44,6 +45,8 @@ def refit_detr_decoder(
     weights = [_weights(teacher.decode(teacher_encoded[index], index).scores) for index in batches]
     decoder, teacher_layers = student.model.detr_decoder, teacher.model.detr_decoder.layers
     box_fit = _HeadFit(decoder.box_head, 4)
+    for decoding in wanted:
+        _pass_layers(decoding, teacher_layers[: kept[0]])
     for layer, source, following in zip(decoder.layers, kept, [*kept[1:], len(teacher_layers)], strict=True):
         targets = [_pass_layers(decoding, teacher_layers[source:following]) for decoding in wanted]
         final_norm = teacher_layers[following - 1].mlp_layer_norm
@@ -59,17 +62,26 @@ def refit_detr_decoder(
     box_fit.refit(ridge)
 
 
-def refit_presence(student: Side, teacher: Side, encoded: list[Tensor], teacher_encoded: list[Tensor], ridge: float):
-    """Refits the last layer of the presence head, in place; arguments as those of [`refit_detr_decoder`]."""
+def refit_presence(
+    student: Side, teacher: Side, encoded: list[Tensor], teacher_encoded: list[Tensor], ridge: float
+) -> bool:
+    """
+    Refits the last layer of the presence head, in place, where there are enough prompts: each gives one token.
+    Arguments as those of [`refit_detr_decoder`].
+
+    Returns:
+        Whether it was done.
+    """
     decoder, teacher_decoder = student.model.detr_decoder, teacher.model.detr_decoder
+    if sum(map(len, encoded)) < PROMPTS_PER_FEATURE * decoder.presence_head.layer3.in_features:
+        return False
     fit, limit = _HeadFit(decoder.presence_head, 1), decoder.clamp_presence_logit_max_val
     for index, (own, wanted) in enumerate(zip(encoded, teacher_encoded, strict=True)):
-        token, goal = (
-            side.decode(stream, index).presence_token for side, stream in ((student, own), (teacher, wanted))
-        )
+        token, goal = student.decode(own, index).presence_token, teacher.decode(wanted, index).presence_token
         logits = teacher_decoder.presence_head(teacher_decoder.presence_layer_norm(goal))
         fit.add(decoder.presence_layer_norm(token), logits.clamp(min=-limit, max=limit))
     fit.refit(ridge)
+    return True
 
 
 def _weights(scores: Tensor) -> Tensor:

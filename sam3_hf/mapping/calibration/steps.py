@@ -81,6 +81,7 @@ class Calibration:
     def run(self, images, prompts: Sequence[str], num_images, search_depth: bool, batch_size: int) -> nn.Module:
         if parameter_sizes(self.config) == parameter_sizes(self.teacher.config):
             return self._map(None, None)[0]
+        self._check_queries()
         pixels = self._pixels(images, num_images)
         held_out = max(1, len(pixels) // HELD_OUT)
         if len(pixels) < 2:
@@ -107,6 +108,20 @@ class Calibration:
         }
         logger.warning(report.summary())
         return model
+
+    @property
+    def _fits_decoder(self) -> bool:
+        """Whether the DETR decoder gets fewer layers."""
+        own, source = (side.detr_decoder_config.num_layers for side in (self.config, self.teacher.config))
+        return own < source
+
+    def _check_queries(self):
+        own, source = (side.detr_decoder_config.num_queries for side in (self.config, self.teacher.config))
+        if self._fits_decoder and own != source:
+            raise ValueError(
+                f"A decoder of fewer layers is fitted query by query, and `num_queries` is {own}, that of the source "
+                f"{source}: leave it at that, keep all decoder layers (a preset with -plus), or do not calibrate."
+            )
 
     def _pixels(self, images, num_images: int | None) -> tuple[Tensor, ...]:
         if num_images is None:
@@ -201,14 +216,14 @@ class Calibration:
         sides = Encoded.of(detector, self.processor, fitted, prompts).side(choices), teacher.side(choices)
         encoded = refit_detr_encoder(*sides, report.layers["detr_encoder.layers"], self.ridge)
         names += [f"detr_encoder.layers.0.{site.linear}" for site in DETR_ENCODER_SITES]
-        if len(detector.detr_decoder.layers) < len(self.teacher.detr_decoder.layers):
+        if self._fits_decoder:
             refit_detr_decoder(*sides, *encoded, report.layers[DECODER_LAYERS], self.ridge)
             refit_mask_embedder(*sides, *encoded, self.ridge)
             names += [f"{DECODER_LAYERS}.0.{site.linear}" for site in DETR_DECODER_SITES]
             names += [f"{DECODER_LAYERS}.0.mlp_layer_norm.weight", "mask_decoder.mask_embedder.layers.0.weight"]
             names.append("detr_decoder.box_head.layer3.weight")
-        refit_presence(*sides, *encoded, self.ridge)
-        names.append("detr_decoder.presence_head.layer3.weight")
+        if refit_presence(*sides, *encoded, self.ridge):
+            names.append("detr_decoder.presence_head.layer3.weight")
         report.mark_refit(names)
 
 
