@@ -112,7 +112,7 @@ def exported(small, tmp_path_factory) -> Path:
 
 @torch.no_grad()
 def test_the_detector_is_captured_with_any_number_of_prompts(small):
-    """The first way that `torch.onnx.export` tries; where it fails, another one is tried, and all takes twice as long."""
+    """The first way that `torch.onnx.export` tries; where it fails, it tries another, and takes twice as long."""
     graph = graphs_of(Sam3LiteModel.from_pretrained(small).eval())["detector"]
     names = {name for axes in graph.free_sizes().values() for name in axes.values()}
     sizes = {name: torch.export.Dim(name, min=2) for name in names}
