@@ -38,18 +38,21 @@ def main(
     """Lite SAM 3 models."""
 
 
-app.command(short_help="What a dataset is, and whether training takes it.")(check)
-app.command(short_help="Two models side by side on the same data.")(compare)
-app.command(short_help="A lite model from any SAM 3 checkpoint.")(convert)
-app.command(short_help="A page in the browser to try a model on.")(demo)
-app.command(short_help="A text encoder that learns from a larger one.")(distill_text)
-app.command(short_help="The scores of training, for any model and split.")(evaluate)
-app.command(short_help="A model as graphs for ONNX Runtime, OpenVINO or TensorRT.")(export)
-app.command(short_help="What a model consists of, and what it costs to run.")(info)
-app.command(short_help="A dataset to train on, from pictures and a model.")(label)
-app.command(short_help="Finds what prompts name in pictures.")(predict)
-app.command(short_help="A saved or exported model to the Hub, in one commit.")(push)
-app.command(short_help="Follows what prompts name through a film.")(track)
+for command, short_help in {
+    check: "What a dataset is, and whether training takes it.",
+    compare: "Two models side by side on the same data.",
+    convert: "A lite model from any SAM 3 checkpoint.",
+    demo: "A page in the browser to try a model on.",
+    distill_text: "A text encoder that learns from a larger one.",
+    evaluate: "The scores of training, for any model and split.",
+    export: "A model as graphs for ONNX Runtime, OpenVINO or TensorRT.",
+    info: "What a model consists of, and what it costs to run.",
+    label: "A dataset to train on, from pictures and a model.",
+    predict: "Finds what prompts name in pictures.",
+    push: "A saved or exported model to the Hub, in one commit.",
+    track: "Follows what prompts name through a film.",
+}.items():
+    app.command(short_help=short_help)(command)
 # Its flags are those of the trainer, which reads them itself.
 app.command(
     short_help="Trains a model; `train --help` lists all settings.",

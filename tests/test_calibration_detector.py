@@ -48,12 +48,10 @@ def fitted(teacher: Sam3LiteModel, kept: list[int]) -> Sam3LiteModel:
     student = with_layers(teacher, kept)
     choices = choose_prompts(encoded(teacher), seed=0)
     sides = [encoded(model).side(choices) for model in (student, teacher)]
-    stacks = [side.encoder_stack() for side in sides]
-    for stack in stacks:
-        stack.pass_layers(0, len(stack.layers))
-    streams = [stack.streams for stack in stacks]
-    refit_detr_decoder(*sides, *streams, kept, RIDGE)
-    refit_presence(*sides, *streams, RIDGE)
+    streams = [side.encode() for side in sides]
+    wanted = sides[1].decode_all(streams[1])
+    refit_detr_decoder(*sides, *streams, wanted, kept, RIDGE)
+    refit_presence(student, teacher, sides[0].decode_all(streams[0]), wanted, RIDGE)
     return student
 
 
@@ -101,13 +99,11 @@ def test_a_fit_changes_nothing_but_what_it_names(teacher):
         assert any(part in name for name in changed), part
 
 
-def test_places_count_by_the_best_box_over_them(teacher, monkeypatch):
+def test_places_count_by_the_best_box_over_them():
     """A grid of 8 x 8: a box counts where it reaches into a place, and of two the better one."""
-    side = encoded(teacher, images=1).side([torch.tensor([[0]])])
     boxes = torch.tensor([[[0.5, 0.5, 0.24, 0.24], [0.54, 0.02, 0.02, 0.02], [0.5, 0.5, 0.1, 0.9]]])
     scores = torch.tensor([[0.9, 0.4, 0.3]])
-    monkeypatch.setattr(type(side), "decode", lambda self, encoded, index: Decoded(None, None, scores, boxes))
-    (found,) = what_is_found(side)
+    found = what_is_found(Decoded(None, None, scores, boxes), 8, 8)
     expected = torch.zeros(8, 8)
     expected[:, 3:5], expected[3:5, 3:5], expected[0, 4] = 0.3, 0.9, 0.4
     assert torch.equal(found.view(8, 8), expected)

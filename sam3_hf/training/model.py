@@ -76,14 +76,13 @@ def calibrated_model(arguments: Arguments, train_data: TrainDataset, device: tor
         )
     refuse_mapped_base(arguments)
     set_seed(arguments.optimization.seed)
-    words = {} if arguments.model.text_encoder is None else {"text_encoder": arguments.model.text_encoder}
     model = calibrate_mapping(
         arguments.source,
         TrainingImages(train_data.rows),
         config=initial_config(arguments),
         prompts=train_data.concepts,
         text_phrases=text_phrases(arguments),
-        **words,
+        text_encoder=arguments.model.text_encoder,
         seed=arguments.optimization.seed,
         device=device,
         dtype=torch.float32,

@@ -53,9 +53,7 @@ class Encoded:
     def best_scores(self, index: int, rows: Tensor) -> Tensor:
         """Of each image of a batch and each of its phrases, the highest score in [0, 1]; the shape of `rows`."""
         side = Side(self.model, [self.coarse[index]], [self._ask(index, rows)])
-        stack = side.encoder_stack()
-        stack.pass_layers(0, len(stack.layers))
-        return side.decode(stack.streams[0], 0).scores.amax(1).view(rows.shape)
+        return side.decode(side.encode()[0], 0).scores.amax(1).view(rows.shape)
 
     def _ask(self, index: int, rows: Tensor) -> PromptBatch:
         owners = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])

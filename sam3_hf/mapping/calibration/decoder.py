@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers.models.sam3.modeling_sam3 import inverse_sigmoid
 
+from ...modeling_sam3_lite import Sam3LiteModel
 from ..least_squares import LeastSquares
 from ..refit import DETR_DECODER_SITES, fit_site, inputs_of, observe
-from .detector import Decoding, Side
+from .detector import Decoded, Decoding, Side
 
 IDLE = 0.02  # what a query counts for that finds nothing, beside its score in [0, 1]
 PROMPTS_PER_FEATURE = 4  # that the presence head is fitted to at least
@@ -20,6 +21,7 @@ def refit_detr_decoder(
     teacher: Side,
     encoded: list[Tensor],
     teacher_encoded: list[Tensor],
+    decoded: list[Decoded],
     kept: list[int],
     ridge: float,
 ):
@@ -34,15 +36,15 @@ def refit_detr_decoder(
 
     Args:
         encoded, teacher_encoded: per batch, what either DETR encoder gives.
+        decoded: per batch, what the teacher's decoder gives.
         kept: the teacher layer that each layer comes from, in order; the last one is its last.
         ridge: see [`LeastSquares.solve`].
     """
-    batches = range(len(encoded))
     own, wanted = (
         [side.decoding(stream, index) for index, stream in enumerate(streams)]
         for side, streams in ((student, encoded), (teacher, teacher_encoded))
     )
-    weights = [_weights(teacher.decode(teacher_encoded[index], index).scores) for index in batches]
+    weights = [_weights(each.scores) for each in decoded]
     decoder, teacher_layers = student.model.detr_decoder, teacher.model.detr_decoder.layers
     box_fit = _HeadFit(decoder.box_head, 4)
     for decoding in wanted:
@@ -63,23 +65,25 @@ def refit_detr_decoder(
 
 
 def refit_presence(
-    student: Side, teacher: Side, encoded: list[Tensor], teacher_encoded: list[Tensor], ridge: float
+    student: Sam3LiteModel, teacher: Sam3LiteModel, own: list[Decoded], wanted: list[Decoded], ridge: float
 ) -> bool:
     """
     Refits the last layer of the presence head, in place, where there are enough prompts: each gives one token.
-    Arguments as those of [`refit_detr_decoder`].
+
+    Args:
+        own, wanted: per batch, what either decoder gives.
 
     Returns:
         Whether it was done.
     """
-    decoder, teacher_decoder = student.model.detr_decoder, teacher.model.detr_decoder
-    if sum(map(len, encoded)) < PROMPTS_PER_FEATURE * decoder.presence_head.layer3.in_features:
+    decoder, teacher_decoder = student.detr_decoder, teacher.detr_decoder
+    tokens = sum(len(each.presence_token) for each in own)
+    if tokens < PROMPTS_PER_FEATURE * decoder.presence_head.layer3.in_features:
         return False
     fit, limit = _HeadFit(decoder.presence_head, 1), decoder.clamp_presence_logit_max_val
-    for index, (own, wanted) in enumerate(zip(encoded, teacher_encoded, strict=True)):
-        token, goal = student.decode(own, index).presence_token, teacher.decode(wanted, index).presence_token
-        logits = teacher_decoder.presence_head(teacher_decoder.presence_layer_norm(goal))
-        fit.add(decoder.presence_layer_norm(token), logits.clamp(min=-limit, max=limit))
+    for each, goal in zip(own, wanted, strict=True):
+        logits = teacher_decoder.presence_head(teacher_decoder.presence_layer_norm(goal.presence_token))
+        fit.add(decoder.presence_layer_norm(each.presence_token), logits.clamp(min=-limit, max=limit))
     fit.refit(ridge)
     return True
 

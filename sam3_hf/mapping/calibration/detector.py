@@ -43,6 +43,16 @@ class Side(NamedTuple):
         ]
         return Stack(self.model.detr_encoder.layers, run, streams)
 
+    def encode(self) -> list[Tensor]:
+        """Per batch, what the DETR encoder gives: `(prompts, height * width, hidden)`."""
+        stack = self.encoder_stack()
+        stack.pass_layers(0, len(stack.layers))
+        return stack.streams
+
+    def decode_all(self, encoded: list[Tensor]) -> list["Decoded"]:
+        """Per batch, what the DETR decoder gives."""
+        return [self.decode(stream, index) for index, stream in enumerate(encoded)]
+
     def decoding(self, encoded: Tensor, index: int) -> "Decoding":
         """The DETR decoder in front of its first layer; `encoded` is what the DETR encoder gives for batch `index`."""
         batch, coarse = self.asked[index], self.coarse[index]
@@ -112,35 +122,30 @@ class Decoding:
 
 
 def refit_detr_encoder(
-    student: Side, teacher: Side, kept: list[int], ridge: float
+    student: Side, teacher: Side, decoded: list[Decoded], kept: list[int], ridge: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """
     Refits the DETR encoder, in place; see [`refit_stack`]. Places count by what the teacher finds there: most of an
     image is ground, and a mean over all places would fit that.
 
     Args:
+        decoded: what the teacher's decoder gives.
         kept: the teacher layer that each layer comes from.
 
     Returns:
         Per batch, what either encoder gives: `(prompts, height * width, hidden)`.
     """
     stacks = student.encoder_stack(), teacher.encoder_stack()
-    weights = [GROUND + found for found in what_is_found(teacher)]
+    sizes = [coarse.shape[-2:] for coarse in teacher.coarse]
+    weights = [GROUND + what_is_found(each, *size) for each, size in zip(decoded, sizes, strict=True)]
     refit_stack(*stacks, kept, DETR_ENCODER_SITES, lambda stream: stream, ridge, weights)
     return stacks[0].streams, stacks[1].streams
 
 
-def what_is_found(side: Side) -> list[Tensor]:
-    """Per batch, for each place the highest score of a box over it: `(prompts, height * width)` in [0, 1]."""
-    stack = side.encoder_stack()
-    stack.pass_layers(0, len(stack.layers))
-    found = []
-    for index, encoded in enumerate(stack.streams):
-        decoded = side.decode(encoded, index)
-        height, width = side.coarse[index].shape[-2:]
-        inside = _covered(decoded.boxes, 1, height)[..., :, None] & _covered(decoded.boxes, 0, width)[..., None, :]
-        found.append((inside * decoded.scores[..., None, None]).amax(1).flatten(1))
-    return found
+def what_is_found(decoded: Decoded, height: int, width: int) -> Tensor:
+    """For each place of a grid the highest score of a box over it: `(prompts, height * width)` in [0, 1]."""
+    inside = _covered(decoded.boxes, 1, height)[..., :, None] & _covered(decoded.boxes, 0, width)[..., None, :]
+    return (inside * decoded.scores[..., None, None]).amax(1).flatten(1)
 
 
 def _covered(boxes: Tensor, axis: int, count: int) -> Tensor:
@@ -150,7 +155,7 @@ def _covered(boxes: Tensor, axis: int, count: int) -> Tensor:
 
 
 def refit_mask_embedder(
-    student: Side, teacher: Side, encoded: list[Tensor], teacher_encoded: list[Tensor], ridge: float
+    student: Sam3LiteModel, teacher: Sam3LiteModel, own: list[Decoded], wanted: list[Decoded], ridge: float
 ):
     """
     Refits the layers between the queries and their masks, in place. The mask head has seen the last decoder layer
@@ -158,17 +163,13 @@ def refit_mask_embedder(
     show anything, and only their masks matter.
 
     Args:
-        encoded, teacher_encoded: what [`refit_detr_encoder`] returned.
+        own, wanted: per batch, what either decoder gives.
     """
-    pairs = []
-    for index, (own, wanted) in enumerate(zip(encoded, teacher_encoded, strict=True)):
-        target = teacher.decode(wanted, index)
-        pairs.append((student.decode(own, index).queries, target.queries, target.scores.square()))
-    embedder, teacher_embedder = (side.model.mask_decoder.mask_embedder for side in (student, teacher))
+    embedder, teacher_embedder = (model.mask_decoder.mask_embedder for model in (student, teacher))
     for linear, teacher_linear in zip(embedder.layers, teacher_embedder.layers, strict=True):
         fit = LeastSquares(linear.in_features, linear.out_features, linear.weight.device)
-        for hidden, target, weight in pairs:
-            (x,), _ = inputs_of([linear], lambda h=hidden: embedder(h))
-            (y,), _ = inputs_of([teacher_linear], lambda h=target: teacher_embedder(h))
-            fit.add(x, teacher_linear(y), weight)
+        for decoded, target in zip(own, wanted, strict=True):
+            (x,), _ = inputs_of([linear], lambda h=decoded.queries: embedder(h))
+            (y,), _ = inputs_of([teacher_linear], lambda h=target.queries: teacher_embedder(h))
+            fit.add(x, teacher_linear(y), target.scores.square())
         fit.refit(linear, ridge)

@@ -214,15 +214,18 @@ class Calibration:
         teacher = Encoded.of(self.teacher, self.processor, fitted, prompts)
         choices = choose_prompts(teacher, self.seed)
         sides = Encoded.of(detector, self.processor, fitted, prompts).side(choices), teacher.side(choices)
-        encoded = refit_detr_encoder(*sides, report.layers["detr_encoder.layers"], self.ridge)
+        wanted = sides[1].decode_all(sides[1].encode())
+        encoded = refit_detr_encoder(*sides, wanted, report.layers["detr_encoder.layers"], self.ridge)
         names += [f"detr_encoder.layers.0.{site.linear}" for site in DETR_ENCODER_SITES]
         if self._fits_decoder:
-            refit_detr_decoder(*sides, *encoded, report.layers[DECODER_LAYERS], self.ridge)
-            refit_mask_embedder(*sides, *encoded, self.ridge)
+            refit_detr_decoder(*sides, *encoded, wanted, report.layers[DECODER_LAYERS], self.ridge)
             names += [f"{DECODER_LAYERS}.0.{site.linear}" for site in DETR_DECODER_SITES]
-            names += [f"{DECODER_LAYERS}.0.mlp_layer_norm.weight", "mask_decoder.mask_embedder.layers.0.weight"]
-            names.append("detr_decoder.box_head.layer3.weight")
-        if refit_presence(*sides, *encoded, self.ridge):
+            names += [f"{DECODER_LAYERS}.0.mlp_layer_norm.weight", "detr_decoder.box_head.layer3.weight"]
+        heads = detector, self.teacher, sides[0].decode_all(encoded[0]), wanted, self.ridge
+        if self._fits_decoder:
+            refit_mask_embedder(*heads)
+            names.append("mask_decoder.mask_embedder.layers.0.weight")
+        if refit_presence(*heads):
             names.append("detr_decoder.presence_head.layer3.weight")
         report.mark_refit(names)
 
