@@ -29,9 +29,10 @@ def test_scores_of_every_split(tmp_path):
     assert set(FIGURES) - {"IL_negative_accuracy"} <= scores["seen"].keys()
     assert set(scores["dense"]["by_words"]) == {"1 words", "2 words", "3 words"}
     assert 0 <= scores["absent"]["IL_negative_accuracy"] <= 1 and "segm_AP" not in scores["absent"]
-    larger = ["--images", "1", "--splits", "seen", "--image-size", "144", "--output", str(tmp_path / "larger.json")]
-    composed_scores.main([str(tmp_path / "model"), *larger])
-    assert json.loads((tmp_path / "larger.json").read_text())["image_size"] == 144
+    larger = "--images 1 --splits train --image-size 144 --seed 1 --output".split()
+    composed_scores.main([str(tmp_path / "model"), *larger, str(tmp_path / "larger.json")])
+    larger = json.loads((tmp_path / "larger.json").read_text())
+    assert (larger["image_size"], larger["seed"]) == (144, 1) and "segm_AP" in larger["train"]
 
 
 def test_the_table_of_distillation(tmp_path, caplog):

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import Sam3Model
 
 import sam3_hf
-from sam3_hf import Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
+from sam3_hf import Sam3LiteConfig, Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.data import EvalDataset, load_dataset_splits
 from sam3_hf.data.composed import compose, phrases_of_object, write_composed
 from sam3_hf.data.words import HELD_OUT, some_phrases
@@ -18,6 +18,7 @@ from sam3_hf.evaluation.text import PhraseFeatures
 from sam3_hf.mapping.calibration import calibrate_mapping
 
 CHECKPOINT = Path(sam3_hf.__file__).parent / "assets" / "tiny-standard"
+SIZE = Sam3LiteConfig.from_pretrained(CHECKPOINT).image_size
 PHRASES = 12
 
 
@@ -25,7 +26,7 @@ PHRASES = 12
 def pictures(tmp_path_factory):
     """Drawn with another seed than those of the checkpoint's training."""
     folder = tmp_path_factory.mktemp("pictures")
-    return write_composed(folder, {"train": 40, "valid": 12}, image_size=144, seed=77, num_phrases=PHRASES)
+    return write_composed(folder, {"train": 40, "valid": 12}, image_size=SIZE, seed=77, num_phrases=PHRASES)
 
 
 def scores(model, pictures) -> dict:
@@ -59,8 +60,8 @@ def test_it_finds_what_is_there_and_nothing_else(teacher_scores):
 def test_stock_transformers_load_it():
     teacher = Sam3LiteModel.from_pretrained(CHECKPOINT, preset="same", dtype=torch.float32, summary_token=False).eval()
     stock = Sam3Model.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
-    pixels = torch.rand(1, 3, 144, 144, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    inputs = Sam3LiteProcessor.from_pretrained(CHECKPOINT)(text="red circle", original_sizes=[(144, 144)])
+    pixels = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    inputs = Sam3LiteProcessor.from_pretrained(CHECKPOINT)(text="red circle", original_sizes=[(SIZE, SIZE)])
     inputs = {"pixel_values": pixels, "input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
     expected, result = stock(**inputs), teacher(**inputs)
     for name in ("pred_masks", "pred_boxes", "pred_logits", "presence_logits"):
@@ -72,7 +73,7 @@ def test_words_that_training_never_combined_are_told_apart():
     pipe = Sam3LitePipeline.from_pretrained(CHECKPOINT)
     surest = []
     for index in range(len(pairs)):
-        pixels, objects = compose("unseen", index, 144, seed=77)
+        pixels, objects = compose("unseen", index, SIZE, seed=77)
         found = pipe(Image.fromarray(pixels), pairs, threshold=0.05)
         best = found.labels[int(found.scores.argmax())] if len(found) else None
         surest.append(best in [phrase for painted in objects for phrase in phrases_of_object(painted)])
