@@ -11,8 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_DATASETS_CACHE"] = os.path.join(tempfile.gettempdir(), f"sam3-hf-tests-{os.getuid()}")
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
+from film_cases import drawn_frames, write_film
 from hub_stand_in import TOKEN, HubStandIn
 from transformers import Sam3Config, Sam3Model
 from typer.testing import CliRunner
@@ -87,6 +89,18 @@ def saved(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     Sam3LiteProcessor.from_config(model.config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def frames() -> list[np.ndarray]:
+    """Those of `film`, (48, 64, 3) uint8."""
+    return drawn_frames()
+
+
+@pytest.fixture(scope="session")
+def film(frames, tmp_path_factory) -> Path:
+    """A film to be read only."""
+    return write_film(frames, tmp_path_factory.mktemp("film") / "clip.mp4")
 
 
 @pytest.fixture

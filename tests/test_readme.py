@@ -84,7 +84,7 @@ NOT_RUN = {
     "sam3-lite demo outputs/demo/final --compare sam3_hf/assets/tiny-standard": (
         "serves until it is stopped: test_page.py, test_page_browser.py"
     ),
-    'sam3-lite track clip.mp4 --model runs/final --prompt "red car" --output out': "needs a film: test_tracking.py",
+    'sam3-lite track clip.mp4 --model runs/final --prompt "red car" --output out': "needs a film: test_track_cli.py",
     "sam3-lite export outputs/demo/final deployed": "traces for minutes: test_exporting.py",
     "sam3-lite export outputs/demo/final deployed-int8 --precision int8 --calibration-images path/to/images"
     ' --calibration-prompt "red square"': "traces for minutes: test_exporting.py",
