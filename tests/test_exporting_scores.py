@@ -25,8 +25,8 @@ CONCEPTS = list(some_phrases(12))
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    counts = {"train": 128, "valid": 24}
-    return write_composed(tmp_path_factory.mktemp("pictures"), counts, 144, seed=77, num_phrases=len(CONCEPTS))
+    counts, size = {"train": 128, "valid": 24}, Sam3LiteConfig.from_pretrained(CHECKPOINT).image_size
+    return write_composed(tmp_path_factory.mktemp("pictures"), counts, size, seed=77, num_phrases=len(CONCEPTS))
 
 
 def scores(folder: Path, pictures: Path) -> dict:

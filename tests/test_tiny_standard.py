@@ -52,8 +52,8 @@ def test_it_is_small_and_in_half_precision():
 
 
 def test_it_finds_what_is_there_and_nothing_else(teacher_scores):
-    assert teacher_scores["segm_AP50"] >= 0.42 and teacher_scores["bbox_AP50"] >= 0.5
-    assert teacher_scores["IL_MCC"] >= 0.5 and teacher_scores["IL_negative_accuracy"] >= 0.85
+    assert teacher_scores["segm_AP50"] >= 0.7 and teacher_scores["bbox_AP50"] >= 0.75
+    assert teacher_scores["IL_MCC"] >= 0.6 and teacher_scores["IL_negative_accuracy"] >= 0.85
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def test_a_lite_model_made_from_it_works_before_any_training(teacher, teacher_sc
     concepts = list(some_phrases(PHRASES))
     calibrated = calibrate_mapping(teacher, pictures / "train", preset="tiny", prompts=concepts, search_depth=False)
     shares = [scores(model, pictures)["segm_AP"] / teacher_scores["segm_AP"] for model in (mapped, calibrated)]
-    assert shares[0] > 0.4 and shares[1] > 0.75, shares
+    assert shares[0] > 0.1 and shares[1] > 0.75, shares
     assert min(calibrated.mapping_report.calibration["pyramid_cosines"]) > 0.9
 
 

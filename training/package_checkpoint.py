@@ -2,10 +2,11 @@
 Writes the final model of a run from random weights as a small standard checkpoint: FP16 weights in the layout of
 `Sam3Model`, with its processor and a card.
 
-    python training/package_checkpoint.py outputs/tiny_standard/final sam3_hf/assets/tiny-standard --scores scores.json
+    python training/package_checkpoint.py outputs/tiny_standard_finer/final sam3_hf/assets/tiny-standard \\
+        --scores scores.json
 
-So the checkpoint that the package carries was made from a run of training/configs/tiny_standard.yaml; `scores.json`
-is what `benchmarks/composed_scores.py` wrote of the same model.
+So the checkpoint that the package carries was made, from a run of training/configs/tiny_standard_finer.yaml that went
+on with what tiny_standard.yaml had ended with; `scores.json` is what `benchmarks/composed_scores.py` wrote of it.
 """
 
 import argparse
@@ -40,7 +41,8 @@ checkpoint where tests, demos and measurements need one that works: it finds and
 words ("star", "striped star", "small red star") and answers pairs of words that it never saw together.
 
 - Weights: FP16, trained from random ones with `torchrun --nproc-per-node 2 training/train.py
-  training/configs/tiny_standard.yaml`; nothing of Meta's is in them. Log: `benchmarks/results/tiny_standard`.
+  training/configs/tiny_standard.yaml` at 144 pixels, then with `tiny_standard_finer.yaml` at {size}; nothing of Meta's
+  is in them. Logs: `benchmarks/results/tiny_standard`.
 - Layout: that of `transformers.Sam3Model`. `Sam3LiteModel.from_pretrained(FOLDER, preset="tiny")` maps it into the
   lite model; `preset="same"` keeps its sizes. Stock Transformers load it as well, but leave the summary token out.
 - Scores by `benchmarks/composed_scores.py`, {images} pictures of each split, drawn with another seed than those of the
