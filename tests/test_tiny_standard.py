@@ -26,7 +26,7 @@ PHRASES = 12
 def pictures(tmp_path_factory):
     """Drawn with another seed than those of the checkpoint's training."""
     folder = tmp_path_factory.mktemp("pictures")
-    return write_composed(folder, {"train": 24, "valid": 12}, image_size=SIZE, seed=77, num_phrases=PHRASES)
+    return write_composed(folder, {"train": 40, "valid": 12}, image_size=SIZE, seed=77, num_phrases=PHRASES)
 
 
 def scores(model, pictures) -> dict:
@@ -86,7 +86,7 @@ def test_a_lite_model_made_from_it_works_before_any_training(teacher, teacher_sc
     concepts = list(some_phrases(PHRASES))
     calibrated = calibrate_mapping(teacher, pictures / "train", preset="tiny", prompts=concepts, search_depth=False)
     shares = [scores(model, pictures)["segm_AP"] / teacher_scores["segm_AP"] for model in (mapped, calibrated)]
-    assert shares[0] > 0.1 and shares[1] > 0.65, shares
+    assert shares[0] > 0.1 and shares[1] > 0.75, shares
     assert min(calibrated.mapping_report.calibration["pyramid_cosines"]) > 0.9
 
 
