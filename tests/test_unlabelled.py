@@ -123,6 +123,21 @@ def test_a_share_of_the_phrases_is_absent_once_that_is_known():
     assert (known > 0).mean() > 0.9
 
 
+def test_of_many_phrases_those_that_other_pictures_show_are_asked_first():
+    rng = np.random.default_rng(0)
+    truth = rng.random((200, 300)) < 0.001
+    truth[:, 100:112] = rng.random((200, 12)) < 0.7
+    choice = PhraseChoice(200, [f"thing {number}" for number in range(300)], 6, 0.5, seed=1)
+    shares = []
+    for epoch in range(5):
+        drawn = [answers_of(choice, [(epoch, picture)], truth)["phrases"] for picture in range(200)]
+        shown = [truth[picture, [choice.number[phrase] for phrase in drawn[picture]]] for picture in range(200)]
+        shares.append(np.mean(shown))
+    assert shares[0] == pytest.approx(truth.mean(), abs=0.015)
+    assert min(shares[1:]) > 5 * shares[0]
+    assert max(shares) < 0.55
+
+
 def test_what_is_said_in_an_epoch_counts_from_the_next_on_and_survives_a_checkpoint():
     truth = np.eye(4, 10, dtype=bool)
     phrases = [f"thing {number}" for number in range(10)]

@@ -23,6 +23,9 @@ class PhraseChoice:
     phrase counts from the next epoch on, in all processes: what is drawn depends on seed, epoch, picture and the
     epochs before alone, so that a resumed run draws the same, and one of several processes as one of one.
 
+    Of many phrases most are absent from any picture. So of those that a picture was not asked for yet, one is drawn
+    for a present one with a probability that grows with the share of other pictures in which it was found.
+
     Args:
         pictures: how many there are.
         phrases: all that may be asked for.
@@ -39,6 +42,7 @@ class PhraseChoice:
         self.count = min(prompts_per_image, len(self.phrases))
         self.negative_ratio = negative_ratio
         self.known = np.zeros((pictures, len(self.phrases)), dtype=np.int8)
+        self.prevalence = self._prevalence()
         self.epoch = 0
         self.answers: list[tuple[int, int, bool]] = []  # of this process in this epoch: picture, phrase, presence
 
@@ -63,7 +67,10 @@ class PhraseChoice:
     def draw(self, epoch: int, picture: int) -> list[int]:
         """Positions of the phrases to ask for, all different, in random order."""
         rng = np.random.default_rng([self.seed, epoch, picture, STREAM])
+        # Sampling without replacement, in proportion to weights: Efraimidis and Spirakis (2006), algorithm A.
+        likely = np.argsort(rng.exponential(size=len(self.phrases)) / self.prevalence)
         pools = [rng.permutation(np.flatnonzero(self.known[picture] == state)).tolist() for state in range(3)]
+        pools[UNKNOWN] = likely[self.known[picture][likely] == UNKNOWN].tolist()
         absent = int(self.count * self.negative_ratio + rng.random())
         curious = int((self.count - absent) * CURIOSITY + rng.random())
         chosen: list[int] = []
@@ -74,6 +81,7 @@ class PhraseChoice:
 
         take(self.count - absent - curious, PRESENT, UNKNOWN)
         take(self.count - absent - len(chosen), UNKNOWN, PRESENT)
+        pools[UNKNOWN].reverse()
         take(absent, ABSENT, UNKNOWN)
         take(self.count - len(chosen), UNKNOWN, PRESENT, ABSENT)
         return [chosen[index] for index in rng.permutation(len(chosen))]
@@ -94,6 +102,16 @@ class PhraseChoice:
         for picture, number, present in answers:
             # one picture may be seen twice in an epoch: present in one crop is present
             self.known[picture, number] = max(self.known[picture, number], PRESENT if present else ABSENT)
+        self.prevalence = self._prevalence()
+
+    def _prevalence(self) -> np.ndarray:
+        """
+        Of each phrase the share of pictures that show it, of those that were asked, with the share of all phrases for
+        one more picture: (phrases,) in (0, 1).
+        """
+        asked, found = (self.known != UNKNOWN).sum(0), (self.known == PRESENT).sum(0)
+        of_all = (found.sum() + 0.5) / (asked.sum() + 1)
+        return (found + of_all) / (asked + 1)
 
     def _all_answers(self) -> list[tuple[int, int, bool]]:
         return gather_object(self.answers) if PartialState().num_processes > 1 else self.answers
@@ -117,6 +135,7 @@ class PhraseChoice:
                 f"{own_phrases}: give the same --data and --phrases, or start anew in another --output_dir"
             )
         self.known, self.epoch = state["known"].numpy().copy(), state["epoch"]
+        self.prevalence = self._prevalence()
         self.answers = (
             [tuple(answer) for answer in state["answers"].tolist()] if PartialState().is_main_process else []
         )
