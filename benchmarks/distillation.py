@@ -9,7 +9,8 @@ How near a smaller model comes to its teacher, by what it learns from: one comma
 Each row is a run of the trainer with training/configs/distill_tiny.yaml and a few settings of its own, on pictures of
 the composed world that neither the teacher was trained on nor the scores are taken from. A row that was interrupted
 goes on; one that is done is not done again. Without --teacher it is the packaged tiny-standard; results of another
-one, as of a flat-spectrum teacher (`mapping_quality.py flatten`), go into another folder.
+one, as of a flat-spectrum teacher (`mapping_quality.py flatten`), go into another folder. Students start from the
+calibrated mapping, those of the rows with `-mapped` from the one without data.
 
 `teachers-labels` learns from what `sam3-lite label` finds in the pictures of the other rows. `two-concepts` goes on
 with the teacher itself on the labels of 2 of 12 concepts, and is scored on the other 10 as well; with `-retained`,

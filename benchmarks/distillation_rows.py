@@ -89,13 +89,14 @@ def plus(**settings) -> Row:
 
 
 LABELS_ALONE = {"preset": "tiny-plus", "teacher": None, "init": TEACHER, "feature_steps": None}
-AS_IT_IS = {"preset": "tiny-standard", "init": TEACHER}
+AS_IT_IS = {"preset": "tiny-standard", "init": TEACHER, "calibrate": None}
+MAPPED = {"calibrate": None, "feature_steps": 0.25, "learning_rate": 2e-4}
 FINE_TUNED = {**AS_IT_IS, "generated_concepts": TRAINED}
 ROWS = {
     "plus": plus(),
-    "plus-calibrated": plus(calibrate=True),
+    "plus-mapped": plus(**MAPPED),
     "tiny": plus(preset="tiny"),
-    "tiny-calibrated": plus(preset="tiny", calibrate=True),
+    "tiny-mapped": plus(preset="tiny", **MAPPED),
     "half": plus(model_overrides=HALF),
     "labels": Row(LABELS_ALONE),
     "labels-and-teacher": plus(label_loss_weight=0.1),
@@ -103,7 +104,7 @@ ROWS = {
     "features": plus(feature_steps=1.0),
     "without-masks": plus(distill_masks_weight=0.0, distill_semantic_weight=0.0),
     "without-presence": plus(distill_presence_weight=0.0),
-    "without-feature-phase": plus(feature_steps=0.0),
+    "feature-phase": plus(feature_steps=0.25),
     "two-concepts": Row({**FINE_TUNED, "teacher": None, "feature_steps": None}, world="concepts"),
     "two-concepts-retained": Row(
         {**FINE_TUNED, "label_loss_weight": 0.1, "feature_steps": 0.0}, world="concepts", prepare=retained_phrases
