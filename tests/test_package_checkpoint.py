@@ -21,8 +21,11 @@ def test_a_packaged_model_is_the_trained_one_in_half_precision(tmp_path):
     scores = {"images": 30, "absent_images": 7, **splits, "absent": {"IL_negative_accuracy": 0.9375}}
     (tmp_path / "scores.json").write_text(json.dumps(scores))
     main = runpy.run_path(str(SCRIPT))["main"]
-    main([str(tmp_path / "final"), str(tmp_path / "packaged"), "--scores", str(tmp_path / "scores.json")])
+    for folder in ("packaged", "again"):
+        main([str(tmp_path / "final"), str(tmp_path / folder), "--scores", str(tmp_path / "scores.json")])
 
+    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("packaged", "again")]
+    assert files[0] == files[1]
     card = (tmp_path / "packaged" / "README.md").read_text()
     assert "| segm_AP | 0.750 | 0.125 | 0.500 |" in card and "30 pictures of each split" in card
     assert "asked on 7 pictures, 93.8% find nothing" in " ".join(card.split())

@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     model = Sam3LiteModel.from_pretrained(arguments.model, dtype=torch.float16)
+    torch.manual_seed(0)  # what only the stock class has is random: the same file each time
     model.to_sam3().save_pretrained(arguments.target)
     processor = Sam3LiteProcessor.from_config(model.config)
     Sam3Processor(processor.image_processor, processor.tokenizer).save_pretrained(arguments.target)
