@@ -19,6 +19,7 @@ from sam3_hf.training.compatibility import check_compatible
 from sam3_hf.training.distillation import LEVEL_WEIGHTS, Distillation
 from sam3_hf.training.model import build_model, calibrated_model, decoder_layers
 from sam3_hf.training.objectives import Labels
+from sam3_hf.training.phrase_choice import PhraseChoice
 from sam3_hf.training.phrases import TokenizedText
 from sam3_hf.training.retention import Retention
 from sam3_hf.training.teacher import Teacher, check_comparable, load_teacher
@@ -94,6 +95,25 @@ def test_terms_sum_to_the_loss_and_every_parameter_has_a_gradient():
     assert all(parameter.grad is None for parameter in teacher.model.parameters())
     loss, doubled = loss_of(objective_for(model, teacher, distill_boxes_weight=10.0), model, batch_of())
     assert doubled["distill_boxes"].item() == pytest.approx(2 * terms["distill_boxes"].item(), rel=1e-5)
+
+
+def test_pictures_without_prompts_are_looked_at_once_and_asked_for_more_than_is_learnt():
+    teacher, model, batch = teacher_of(micro_model(), present=-30.0), micro_model(1), batch_of()
+    pictures = {"pixel_values": batch["pixel_values"], "keys": [(0, 0), (0, 1)], "labels": []}
+    looked = []
+    teacher.model.vision_encoder.register_forward_hook(lambda *_: looked.append(1))
+    choice = PhraseChoice(2, PHRASES, 2, 0.5, seed=0)
+    settings = DistillationArguments(teacher="x", feature_steps=0.5)
+    objective = Distillation(teacher, model, settings, choice=choice)
+    objective.start_step(1, 10)
+    objective.complete(pictures)
+    assert not choice.answers and not looked  # the pyramid alone is learnt
+    objective.start_step(9, 10)
+    whole = objective.complete(pictures)
+    assert sorted(choice.answers) == [(picture, number, False) for picture in range(2) for number in range(3)]
+    assert len(whole["phrases"]) == 4
+    loss, _ = loss_of(objective, model, whole)
+    assert loss.item() > 0 and len(looked) == 1
 
 
 def test_the_feature_term_is_that_of_the_pyramids():

@@ -13,7 +13,7 @@ from sam3_hf.data.unlabelled import UnlabelledDataset, load_pictures
 from sam3_hf.phrases import everyday_nouns
 from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.data import load_unlabelled
-from sam3_hf.training.phrase_choice import ABSENT, PRESENT, PhraseChoice
+from sam3_hf.training.phrase_choice import ABSENT, PRESENT, ROUNDS, PhraseChoice
 
 
 @pytest.fixture
@@ -138,6 +138,42 @@ def test_of_many_phrases_those_that_other_pictures_show_are_asked_first():
     assert max(shares) < 0.55
 
 
+def test_a_teacher_is_asked_for_more_until_enough_is_known():
+    rng = np.random.default_rng(0)
+    truth = np.concatenate([rng.random((30, 100)) < 0.1, np.zeros((1, 100), dtype=bool)])
+    choice = PhraseChoice(31, [f"thing {number}" for number in range(100)], 6, 0.5, seed=1)
+    asked, shares = [], []
+
+    def sees(prompts: dict) -> torch.Tensor:
+        asked.append(prompts)
+        numbers = [choice.number[phrase] for phrase in prompts["phrases"]]
+        return torch.from_numpy(truth[picture, numbers])
+
+    for epoch in range(30):
+        before = len(asked)
+        for picture in range(30):
+            rounds = len(asked)
+            batch = choice.ask({"keys": [(epoch, picture)]}, sees)
+            mine = asked[rounds:]
+            phrases = [phrase for prompts in mine for phrase in prompts["phrases"]]
+            assert len(phrases) == len(set(phrases)) and len(mine) <= ROUNDS
+            shown = truth[picture, [choice.number[phrase] for phrase in batch["phrases"]]]
+            shares.append(shown.mean())
+            if epoch == 0 and len(mine) == ROUNDS:
+                found = truth[picture, [choice.number[phrase] for phrase in phrases]].sum()
+                assert shown.sum() >= min(found, 3) - 1  # one in four is for what was not asked yet
+    assert len(asked) - before == 0  # enough is known
+    assert np.mean(shares[:30]) > 2.5 * truth.mean()
+
+    for epoch in range(30, 60):
+        picture, before = 30, len(asked)
+        choice.ask({"keys": [(epoch, picture)]}, sees)
+    assert len(asked) == before  # all phrases were asked, and none is there
+    few = PhraseChoice(1, ["cat", "dog"], 8, 0.5, seed=0)
+    few.ask({"keys": [(0, 0)]}, sees)
+    assert len(asked) == before  # both are asked anyway
+
+
 def test_what_is_said_in_an_epoch_counts_from_the_next_on_and_survives_a_checkpoint():
     truth = np.eye(4, 10, dtype=bool)
     phrases = [f"thing {number}" for number in range(10)]
@@ -159,7 +195,7 @@ def test_what_is_said_in_an_epoch_counts_from_the_next_on_and_survives_a_checkpo
 
 def test_fewer_phrases_than_prompts():
     choice = PhraseChoice(1, ["cat", "dog"], 8, 0.5, seed=0)
-    assert sorted(choice.draw(0, 0)) == [0, 1]
+    assert sorted(choice.draw(0, 0, choice.known[0])) == [0, 1]
 
 
 def test_phrases_are_for_a_teacher_alone():

@@ -34,6 +34,7 @@ from .teacher import Answers, Segments, Teacher
 
 LEVEL_WEIGHTS = (1.0, 0.5, 0.5)  # of the pyramid, fine to coarse: most of the masks is in the finest
 VISION, MASKS = "vision_encoder.", "mask_decoder."
+SEEN = "teacher_vision"  # in a batch: the teacher's features of its pictures
 
 
 class Distillation(Objective):
@@ -98,16 +99,20 @@ class Distillation(Objective):
         return []
 
     def complete(self, batch: dict) -> dict:
-        if self.choice is not None:
+        if self.choice is None:
+            return batch if self.retention is None else self.retention.add(batch)
+        if not self.uses_detector:
             return self.choice.ask(batch)
-        return batch if self.retention is None else self.retention.add(batch)
+        vision = self.teacher.look(batch["pixel_values"])
+        return self.choice.ask(batch, partial(self.teacher.sees, vision=vision)) | {SEEN: vision}
 
     def __call__(self, model: nn.Module, batch: dict, inputs: dict) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.uses_labels:
             inputs = {name: value for name, value in inputs.items() if name != "labels"}
         device = inputs["pixel_values"].device
         first = 0 if self.retention is None else len(batch["labels"])
-        levels, answers = self.teacher(prompts_from(batch, first), device, self.uses_detector, self.learns_masks)
+        asked = prompts_from(batch, first), device, self.uses_detector, self.learns_masks
+        levels, answers = self.teacher(*asked, batch.get(SEEN))
         if self.choice is not None and answers is not None:
             self.choice.note(batch, answers.present)
         outputs = model(**inputs, criterion=partial(self.compare, levels, answers, first))

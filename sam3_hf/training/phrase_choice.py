@@ -1,6 +1,6 @@
 """Which phrases a teacher is asked for each picture, by what it said of the picture in earlier epochs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from ..data.unlabelled import UnlabelledDataset
 
 UNKNOWN, ABSENT, PRESENT = 0, 1, 2
 CURIOSITY = 0.25  # share of the prompts for present phrases that go to phrases not asked yet, while there are some
+ROUNDS = 4  # that a teacher is asked at most for what a picture shows, before its prompts are drawn
+PROMISING = 0.25  # present phrases that a round must be expected to find
 STREAM = 1  # keeps these random numbers apart from those of augmentation, which start from the same three
 
 
@@ -19,12 +21,13 @@ class PhraseChoice:
     """
     Draws the prompts of pictures without labels such that a share of them is absent.
 
-    In the first epoch nothing is known, and phrases are drawn evenly. What the teacher then says of a picture and a
-    phrase counts from the next epoch on, in all processes: what is drawn depends on seed, epoch, picture and the
-    epochs before alone, so that a resumed run draws the same, and one of several processes as one of one.
+    What the teacher says of a picture and a phrase counts from the next epoch on, in all processes. What is drawn
+    depends on seed, epoch, picture, the epochs before, and what the teacher says of the picture in between: a resumed
+    run draws the same, and one of several processes as one of one.
 
-    Of many phrases most are absent from any picture. So of those that a picture was not asked for yet, one is drawn
-    for a present one with a probability that grows with the share of other pictures in which it was found.
+    Of many phrases most are absent from any picture. So the teacher can be asked for more than are drawn; and of those
+    that a picture was not asked for yet, one comes with a probability that grows with the share of other pictures in
+    which it was found. In the first epoch nothing is known of that, and phrases are drawn evenly.
 
     Args:
         pictures: how many there are.
@@ -46,31 +49,70 @@ class PhraseChoice:
         self.epoch = 0
         self.answers: list[tuple[int, int, bool]] = []  # of this process in this epoch: picture, phrase, presence
 
-    def ask(self, batch: dict) -> dict:
+    def ask(self, batch: dict, sees: Callable[[dict], Tensor] | None = None) -> dict:
         """
         The batch with "phrases" and "image_index". All processes call it for batches of the same epoch.
 
         Args:
             batch: as collated from samples with a key.
+            sees: what says of prompts, "phrases" and "image_index", whether their concepts are present: (prompts,)
+                bool. With it, pictures of which too little is known are asked for up to `ROUNDS` times
+                `prompts_per_image` phrases before, as long as that promises something.
         """
-        epoch = batch["keys"][0][0]
-        if epoch != self.epoch:
+        keys = batch["keys"]
+        if keys[0][0] != self.epoch:
             self._learn(self._all_answers())
-            self.epoch, self.answers = epoch, []
-        drawn = [self.draw(*key) for key in batch["keys"]]
-        counts = torch.tensor([len(numbers) for numbers in drawn])
-        return batch | {
-            "phrases": [self.phrases[number] for numbers in drawn for number in numbers],
-            "image_index": torch.repeat_interleave(torch.arange(len(drawn)), counts),
+            self.epoch, self.answers = keys[0][0], []
+        known = self.known[[picture for _, picture in keys]]
+        for _ in range(0 if sees is None else ROUNDS):
+            candidates = [self._candidates(*key, row) for key, row in zip(keys, known, strict=True)]
+            if not any(candidates):
+                break
+            prompts = self._prompts(candidates)
+            present = sees(prompts)
+            self.note(batch | prompts, present)
+            owners = prompts["image_index"].numpy()
+            numbers = [number for row in candidates for number in row]
+            known[owners, numbers] = np.where(present.cpu().numpy(), PRESENT, ABSENT)
+        return batch | self._prompts([self.draw(*key, row) for key, row in zip(keys, known, strict=True)])
+
+    def _prompts(self, numbers: list[list[int]]) -> dict:
+        """Phrases for each picture of a batch."""
+        counts = torch.tensor([len(own) for own in numbers])
+        return {
+            "phrases": [self.phrases[number] for own in numbers for number in own],
+            "image_index": torch.repeat_interleave(torch.arange(len(numbers)), counts),
         }
 
-    def draw(self, epoch: int, picture: int) -> list[int]:
-        """Positions of the phrases to ask for, all different, in random order."""
+    def _candidates(self, epoch: int, picture: int, known: np.ndarray) -> list[int]:
+        """Phrases to ask a picture for before any are drawn: none if enough are known, or if none are promising."""
+        if self.count == len(self.phrases):
+            return []
+        order = self._likely(np.random.default_rng([self.seed, epoch, picture, STREAM]))
+        unknown = order[known[order] == UNKNOWN][: self.count]
+        enough = self.count - int(self.count * self.negative_ratio)
+        if np.count_nonzero(known == PRESENT) >= enough or self.prevalence[unknown].sum() < PROMISING:
+            return []
+        return unknown.tolist()
+
+    def _likely(self, rng: np.random.Generator) -> np.ndarray:
+        """
+        All phrases in random order, those of high prevalence first: sampling without replacement in proportion to
+        weights, by algorithm A of Efraimidis and Spirakis (2006).
+        """
+        return np.argsort(rng.exponential(size=len(self.phrases)) / self.prevalence)
+
+    def draw(self, epoch: int, picture: int, known: np.ndarray) -> list[int]:
+        """
+        Positions of the phrases to ask for, all different, in random order.
+
+        Args:
+            known: of the picture: (phrases,).
+        """
         rng = np.random.default_rng([self.seed, epoch, picture, STREAM])
-        # Sampling without replacement, in proportion to weights: Efraimidis and Spirakis (2006), algorithm A.
-        likely = np.argsort(rng.exponential(size=len(self.phrases)) / self.prevalence)
-        pools = [rng.permutation(np.flatnonzero(self.known[picture] == state)).tolist() for state in range(3)]
-        pools[UNKNOWN] = likely[self.known[picture][likely] == UNKNOWN].tolist()
+        likely = self._likely(rng)
+        pools = [rng.permutation(np.flatnonzero(known == state)).tolist() for state in range(3)]
+        pools[UNKNOWN] = likely[known[likely] == UNKNOWN].tolist()
         absent = int(self.count * self.negative_ratio + rng.random())
         curious = int((self.count - absent) * CURIOSITY + rng.random())
         chosen: list[int] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -78,8 +78,40 @@ class Teacher:
         self.has_masks = model.config.mask_supervision
 
     @torch.no_grad()
+    def look(self, pixels: Tensor) -> Sam3LiteVisionOutput:
+        """
+        The features of pictures, on the teacher's device.
+
+        Args:
+            pixels: `(images, 3, height, width)`.
+        """
+        if self.cache is not None:
+            return self.cache(pixels)
+        return self.model.get_vision_features(pixels.to(self.model.device, non_blocking=True).to(self.model.dtype))
+
+    @torch.no_grad()
+    def sees(self, prompts: dict, vision: Sam3LiteVisionOutput) -> Tensor:
+        """
+        Whether it sees the concepts: (prompts,) bool.
+
+        Args:
+            prompts: "phrases" and "image_index".
+            vision: of `look`.
+        """
+
+        def presence(asked: TrainingPass) -> Tensor:
+            return asked.found.presence_logits[-1].float().sigmoid() >= self.confidence
+
+        return self._ask(prompts, vision, presence)
+
+    @torch.no_grad()
     def __call__(
-        self, batch: dict, device: torch.device, detector: bool, masks: bool
+        self,
+        batch: dict,
+        device: torch.device,
+        detector: bool,
+        masks: bool,
+        vision: Sam3LiteVisionOutput | None = None,
     ) -> tuple[tuple[Tensor, ...], Answers | None]:
         """
         Args:
@@ -87,6 +119,7 @@ class Teacher:
             device: where the answers are wanted.
             detector: whether the detector is asked, or the vision encoder alone.
             masks: whether the mask head is asked too.
+            vision: what `look` gave for these pictures, if it was asked before.
 
         Returns:
             The feature pyramid, three maps `(images, hidden, h, w)` from fine to coarse, and the answers.
@@ -94,13 +127,17 @@ class Teacher:
         Raises:
             ValueError: they are not finite.
         """
+        vision = self.look(batch["pixel_values"]) if vision is None else vision
+        levels, answers = self._ask(batch, vision, partial(self._answer, device, detector, masks))
+        self._refuse_overflow(levels, answers)
+        return levels, answers
+
+    def _ask(self, batch: dict, vision: Sam3LiteVisionOutput, criterion: Callable):
+        """What `criterion` makes of a pass of the model."""
         prompts = {name: values for name, values in batch.items() if name not in ("labels", "pixel_values")}
         inputs = model_inputs(prompts, self.text, self.model.device)
         with torch.autocast(self.model.device.type, enabled=False):
-            inputs["vision_embeds"] = self._look(batch["pixel_values"])
-            levels, answers = self.model(**inputs, criterion=partial(self._answer, device, detector, masks))
-        self._refuse_overflow(levels, answers)
-        return levels, answers
+            return self.model(**inputs, vision_embeds=vision, criterion=criterion)
 
     def _refuse_overflow(self, levels: tuple[Tensor, ...], answers: Answers | None) -> None:
         said = levels if answers is None else (*levels, answers.found.logits, answers.found.boxes, answers.trust)
@@ -109,11 +146,6 @@ class Teacher:
                 f"what the teacher says is not finite in {str(self.model.dtype).removeprefix('torch.')}: use "
                 "--mixed_precision bf16, in which it does not overflow, or --teacher_device cpu"
             )
-
-    def _look(self, pixels: Tensor) -> Sam3LiteVisionOutput:
-        if self.cache is not None:
-            return self.cache(pixels)
-        return self.model.get_vision_features(pixels.to(self.model.device, non_blocking=True).to(self.model.dtype))
 
     def _answer(self, device: torch.device, detector: bool, masks: bool, asked: TrainingPass) -> tuple:
         levels = tuple(level.to(device) for level in asked.levels)
