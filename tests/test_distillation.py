@@ -201,6 +201,15 @@ def test_under_autocast_terms_are_float32(label_weight):
         assert terms[name].item() == pytest.approx(exact[name].item(), rel=0.1), name
 
 
+def test_a_teacher_keeps_its_precision_under_autocast():
+    teacher, batch = teacher_of(micro_model()), batch_of()
+    exact, answers = teacher(batch, CPU, detector=True, masks=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        levels, other = teacher(batch, CPU, detector=True, masks=True)
+    torch.testing.assert_close(levels, exact, rtol=0, atol=0)
+    torch.testing.assert_close(other.found.logits, answers.found.logits, rtol=0, atol=0)
+
+
 def test_over_sharded_weights():
     """As under FSDP, in steps of features alone and in others: the loss and the gradients of whole weights."""
     model, teacher, batch = shake(micro_model(), 1), teacher_of(micro_model()), batch_of()

@@ -1,4 +1,4 @@
-"""Which phrases a teacher is asked for each picture, by what it said of the picture in earlier epochs."""
+"""Which phrases a teacher is asked for each picture, by what it said of this one and of others."""
 
 from collections.abc import Callable, Sequence
 
@@ -85,7 +85,10 @@ class PhraseChoice:
         }
 
     def _candidates(self, epoch: int, picture: int, known: np.ndarray) -> list[int]:
-        """Phrases to ask a picture for before any are drawn: none if enough are known, or if none are promising."""
+        """
+        Phrases to ask a picture for before any are drawn: none if all will be, if enough are known, or if none are
+        promising.
+        """
         if self.count == len(self.phrases):
             return []
         order = self._likely(np.random.default_rng([self.seed, epoch, picture, STREAM]))

@@ -85,9 +85,10 @@ class Teacher:
         Args:
             pixels: `(images, 3, height, width)`.
         """
-        if self.cache is not None:
-            return self.cache(pixels)
-        return self.model.get_vision_features(pixels.to(self.model.device, non_blocking=True).to(self.model.dtype))
+        with torch.autocast(self.model.device.type, enabled=False):
+            if self.cache is not None:
+                return self.cache(pixels)
+            return self.model.get_vision_features(pixels.to(self.model.device, non_blocking=True).to(self.model.dtype))
 
     @torch.no_grad()
     def sees(self, prompts: dict, vision: Sam3LiteVisionOutput) -> Tensor:
