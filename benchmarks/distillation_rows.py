@@ -93,6 +93,7 @@ AS_IT_IS = {"preset": "tiny-standard", "init": TEACHER, "calibrate": None}
 MAPPED = {"calibrate": None, "feature_steps": 0.25, "learning_rate": 2e-4}
 FINE_TUNED = {**AS_IT_IS, "generated_concepts": TRAINED}
 ROWS = {
+    "start": plus(learning_rate=1e-9),  # with --steps 1: what "plus" starts from, moved by nothing that can be seen
     "plus": plus(),
     "plus-mapped": plus(**MAPPED),
     "tiny": plus(preset="tiny"),
