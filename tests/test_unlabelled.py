@@ -195,7 +195,7 @@ def test_what_is_said_in_an_epoch_counts_from_the_next_on_and_survives_a_checkpo
 
 def test_fewer_phrases_than_prompts():
     choice = PhraseChoice(1, ["cat", "dog"], 8, 0.5, seed=0)
-    assert sorted(choice.draw(0, 0, choice.known[0])) == [0, 1]
+    assert sorted(choice.number[phrase] for phrase in choice.ask({"keys": [(0, 0)]})["phrases"]) == [0, 1]
 
 
 def test_phrases_are_for_a_teacher_alone():

@@ -64,8 +64,10 @@ class PhraseChoice:
             self._learn(self._all_answers())
             self.epoch, self.answers = keys[0][0], []
         known = self.known[[picture for _, picture in keys]]
+        rngs = [np.random.default_rng([self.seed, *key, STREAM]) for key in keys]
+        orders = [self._likely(rng) for rng in rngs]
         for _ in range(0 if sees is None else ROUNDS):
-            candidates = [self._candidates(*key, row) for key, row in zip(keys, known, strict=True)]
+            candidates = [self._candidates(order, row) for order, row in zip(orders, known, strict=True)]
             if not any(candidates):
                 break
             prompts = self._prompts(candidates)
@@ -74,7 +76,7 @@ class PhraseChoice:
             owners = prompts["image_index"].numpy()
             numbers = [number for row in candidates for number in row]
             known[owners, numbers] = np.where(present.cpu().numpy(), PRESENT, ABSENT)
-        return batch | self._prompts([self.draw(*key, row) for key, row in zip(keys, known, strict=True)])
+        return batch | self._prompts([self._draw(*each) for each in zip(rngs, orders, known, strict=True)])
 
     def _prompts(self, numbers: list[list[int]]) -> dict:
         """Phrases for each picture of a batch."""
@@ -84,14 +86,13 @@ class PhraseChoice:
             "image_index": torch.repeat_interleave(torch.arange(len(numbers)), counts),
         }
 
-    def _candidates(self, epoch: int, picture: int, known: np.ndarray) -> list[int]:
+    def _candidates(self, order: np.ndarray, known: np.ndarray) -> list[int]:
         """
         Phrases to ask a picture for before any are drawn: none if all will be, if enough are known, or if none are
         promising.
         """
         if self.count == len(self.phrases):
             return []
-        order = self._likely(np.random.default_rng([self.seed, epoch, picture, STREAM]))
         unknown = order[known[order] == UNKNOWN][: self.count]
         enough = self.count - int(self.count * self.negative_ratio)
         if np.count_nonzero(known == PRESENT) >= enough or self.prevalence[unknown].sum() < PROMISING:
@@ -105,17 +106,16 @@ class PhraseChoice:
         """
         return np.argsort(rng.exponential(size=len(self.phrases)) / self.prevalence)
 
-    def draw(self, epoch: int, picture: int, known: np.ndarray) -> list[int]:
+    def _draw(self, rng: np.random.Generator, order: np.ndarray, known: np.ndarray) -> list[int]:
         """
-        Positions of the phrases to ask for, all different, in random order.
+        Positions of the phrases to ask a picture for, all different, in random order.
 
         Args:
+            order: of `_likely`: those not asked yet are taken in it.
             known: of the picture: (phrases,).
         """
-        rng = np.random.default_rng([self.seed, epoch, picture, STREAM])
-        likely = self._likely(rng)
         pools = [rng.permutation(np.flatnonzero(known == state)).tolist() for state in range(3)]
-        pools[UNKNOWN] = likely[known[likely] == UNKNOWN].tolist()
+        pools[UNKNOWN] = order[known[order] == UNKNOWN].tolist()
         absent = int(self.count * self.negative_ratio + rng.random())
         curious = int((self.count - absent) * CURIOSITY + rng.random())
         chosen: list[int] = []
