@@ -26,7 +26,7 @@ PHRASES = 12
 def pictures(tmp_path_factory):
     """Drawn with another seed than those of the checkpoint's training."""
     folder = tmp_path_factory.mktemp("pictures")
-    return write_composed(folder, {"train": 40, "valid": 12}, image_size=SIZE, seed=77, num_phrases=PHRASES)
+    return write_composed(folder, {"train": 24, "valid": 8}, image_size=SIZE, seed=77, num_phrases=PHRASES)
 
 
 def scores(model, pictures) -> dict:
