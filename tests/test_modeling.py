@@ -281,7 +281,8 @@ def test_flex_attention_is_refused(config):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("boxes", "backend"), [pytest.param(False, "eager", marks=pytest.mark.slow), (True, "aot_eager")]
+    ("boxes", "backend"),
+    [(True, "eager"), *(pytest.param(boxes, "aot_eager", marks=pytest.mark.slow) for boxes in (False, True))],
 )
 def test_compiles_without_graph_breaks(config, model, box_inputs, boxes, backend):
     torch._dynamo.reset()
