@@ -21,7 +21,7 @@ from sam3_hf.sharing.model_card import model_card
 from sam3_hf.training.arguments import parse_arguments
 from sam3_hf.training.model import build_model
 from sam3_hf.training.parts import build_parts, write_parts
-from sam3_hf.training.reporting import main_scores
+from sam3_hf.training.reporting import log_scores, main_scores
 from sam3_hf.training.run import Run
 
 
@@ -326,6 +326,22 @@ def test_a_score_that_is_not_defined_chooses_nothing(folder, data, tmp_path):
         "bbox_AP50": 0.6,
         "loss": 1.0,
     }
+
+
+def test_classes_without_objects_share_one_line(caplog):
+    caplog.set_level("INFO")
+    seen, unseen = {"AP": 0.5, "AP50": 0.6, "cgF1": None}, {"AP": -1, "AP50": -1, "cgF1": None}
+    classes = {"cat": seen | {"objects": 3}, "dog": unseen | {"objects": 0}, "cow": unseen | {"objects": 0}}
+    log_scores(1.0, {"bbox_AP": 0.5, "bbox_AP50": 0.6, "IL_MCC": 0.1, "bbox_per_class": classes})
+    lines = [record.getMessage().strip() for record in caplog.records]
+    assert lines[0] == "epoch 1.00, validation: bbox_AP 0.5000, bbox_AP50 0.6000, IL_MCC 0.1000"
+    assert lines[1].split() == "cat bbox AP 0.5000, AP50 0.6000, 3 objects".split()
+    assert lines[2:] == ["and 2 classes of which the pictures show no object"]
+    caplog.clear()
+    del classes["cat"]
+    log_scores(1.0, {"bbox_AP": -1, "bbox_AP50": -1, "IL_MCC": 0.1, "loss": 2.0, "bbox_per_class": classes})
+    first, last = [record.getMessage() for record in caplog.records]
+    assert first == "epoch 1.00, validation: IL_MCC 0.1000, loss 2.0000" and last.startswith("AP is not defined: ")
 
 
 # --- masks that nothing taught -------------------------------------------------------------------------------------

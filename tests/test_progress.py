@@ -1,6 +1,7 @@
 """What a run tells while it goes on, and when it ends early."""
 
 import copy
+import json
 import logging
 import re
 import sys
@@ -13,6 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from conftest import micro_config
 from data_cases import annotation, image, write_coco
 from PIL import Image
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_cases import launcher, state_of, train
 
@@ -279,6 +281,23 @@ def test_a_run_ends_where_scores_do_not_get_better_and_is_evaluated_once(tmp_pat
         assert state["best"]["step"] == (3 if evaluations == 4 else 5)  # the least improvement is one for `best`
         assert (tmp_path / "run" / "final" / "config.json").is_file()
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_scores_that_mean_nothing_neither_end_a_run_nor_choose_its_weights(tmp_path):
+    """Without an object to find AP is -1 each time: the first weights are not the best for that."""
+    data = write_dataset(tmp_path / "data", num_train=2, num_valid=1, image_size=64, num_concepts=2)
+    annotations = data / "valid" / "_annotations.coco.json"
+    annotations.write_text(json.dumps(json.loads(annotations.read_text()) | {"annotations": []}))
+    settings = {"batch_size": 2, "epochs": 3, "num_workers": 0, "ema_decay": 0, "early_stopping_patience": 1}
+    finished = train(tmp_path, data, together=True, **settings)
+    assert finished.returncode == 0 and "AP is not defined: the pictures show no object" in finished.stdout
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert state_of(checkpoints / "last")["step"] == 3 and state_of(checkpoints / "last")["best"] is None
+    assert not (checkpoints / "best").exists()
+    final, last = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "run" / "final", checkpoints / "last")
+    )
+    assert last.keys() <= final.keys() and all(torch.equal(final[name], last[name].half()) for name in last)
 
 
 def test_early_stopping_counts_in_the_direction_of_its_metric():

@@ -18,6 +18,8 @@ from .trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
+UNDEFINED = (None, -1)  # scores without anything to find: cgF1 and MCC are None then, COCO's AP is -1
+
 
 def set_up_logging(output_dir: Path, is_main: bool) -> None:
     """INFO to the console and to OUTPUT_DIR/logs/train.log in the main process, errors alone in the others."""
@@ -171,7 +173,7 @@ def main_scores(scores: dict) -> dict[str, float]:
     """The scores that a reader wants first, as far as they are defined."""
     kinds = [kind for kind in ("segm", "bbox") if f"{kind}_AP" in scores]
     names = [f"{kind}_{name}" for kind in kinds for name in ("AP", "AP50", "cgF1")]
-    return {name: scores[name] for name in [*names, "IL_MCC", "loss"] if scores.get(name) is not None}
+    return {name: scores[name] for name in [*names, "IL_MCC", "loss"] if scores.get(name) not in UNDEFINED}
 
 
 def log_scores(epoch: float, scores: dict) -> None:
@@ -182,11 +184,16 @@ def log_scores(epoch: float, scores: dict) -> None:
     if scores["IL_MCC"] is None:
         logger.info("cgF1 and IL_MCC are not defined: every picture has every concept, or none has any")
     kind = "segm" if "segm_AP" in scores else "bbox"
-    for name, values in scores[f"{kind}_per_class"].items():
-        # COCO writes -1 where a class has no objects to find; cgF1 is None unless it is here and absent there.
-        defined = [key for key in ("AP", "AP50", "cgF1") if values[key] not in (-1, None)]
+    classes = scores[f"{kind}_per_class"]
+    shown = {name: values for name, values in classes.items() if values["objects"]}
+    for name, values in shown.items():
+        defined = [key for key in ("AP", "AP50", "cgF1") if values[key] not in UNDEFINED]
         figures = ", ".join(f"{key} {values[key]:.4f}" for key in defined)
         logger.info("  %-24s %s %s, %d objects", name, kind, figures, values["objects"])
+    if not shown:
+        logger.info("AP is not defined: the pictures show no object of any class")
+    elif len(shown) < len(classes):
+        logger.info("  and %d classes of which the pictures show no object", len(classes) - len(shown))
 
 
 def memory_gb(device: torch.device) -> float:

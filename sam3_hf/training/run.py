@@ -27,7 +27,7 @@ from .export import export_adapter, export_final, push_final
 from .loop import TrainingLoop
 from .model import start_of_weights
 from .parts import Parts
-from .reporting import Metrics, log_scores, main_scores
+from .reporting import UNDEFINED, Metrics, log_scores, main_scores
 from .stopping import StopSignal, any_process, leave_signals_to_the_parent
 
 logger = logging.getLogger(__name__)
@@ -241,8 +241,9 @@ class Run:
             return False
         scores |= retained
         self.evaluated = self.step
-        self.note_if_best(scores)
-        self.early_stopping.note(scores[self.metric_for_best()])
+        if scores[self.metric_for_best()] not in UNDEFINED:
+            self.note_if_best(scores)
+            self.early_stopping.note(scores[self.metric_for_best()])
         log_scores(self.epoch, scores)
         if metrics:
             metrics.write("eval", self.step, {"epoch": self.epoch, **scores})
@@ -312,8 +313,8 @@ class Run:
 
     def finish(self) -> None:
         """
-        Exports the best weights to final/, or those of the last step if their checkpoint is damaged; says what was
-        reached and where it is.
+        Exports the best weights to final/, or those of the last step if no score could tell or their checkpoint is
+        damaged; says what was reached and where it is.
         """
         if self.best is not None and self.best["step"] != self.step:
             best = self.folder / "checkpoints" / "best"
