@@ -291,6 +291,7 @@ def test_scores_that_mean_nothing_neither_end_a_run_nor_choose_its_weights(tmp_p
     settings = {"batch_size": 2, "epochs": 3, "num_workers": 0, "ema_decay": 0, "early_stopping_patience": 1}
     finished = train(tmp_path, data, together=True, **settings)
     assert finished.returncode == 0 and "AP is not defined: the pictures show no object" in finished.stdout
+    assert "no bbox_AP says which weights are best: those of the last step are exported" in finished.stdout
     checkpoints = tmp_path / "run" / "checkpoints"
     assert state_of(checkpoints / "last")["step"] == 3 and state_of(checkpoints / "last")["best"] is None
     assert not (checkpoints / "best").exists()

@@ -372,6 +372,10 @@ class Run:
         if self.best is not None:
             scores = ", ".join(f"{name} {value:.4f}" for name, value in main_scores(self.best["scores"]).items())
             logger.info("best by %s, at epoch %.2f: %s", self.best["metric"], self.best["epoch"], scores)
+        else:
+            logger.info(
+                "no %s says which weights are best: those of the last step are exported", self.metric_for_best()
+            )
         logger.info("curves: %s", curves)
         for picture in sorted((self.folder / "predictions" / f"epoch_{math.ceil(self.epoch)}").glob("*.png")):
             logger.info("picture: %s", picture)
