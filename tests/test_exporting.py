@@ -31,6 +31,7 @@ from sam3_hf.exporting.graphs import graphs_of
 from sam3_hf.exporting.model import ExportedModel
 from sam3_hf.exporting.opening import open_export
 from sam3_hf.exporting.quantize import is_excluded
+from sam3_hf.exporting.upsampling import without_transposed
 from sam3_hf.page.asking import Finder, ask
 from sam3_hf.page.pictures import open_picture
 from sam3_hf.rle import ious
@@ -120,6 +121,19 @@ def test_the_detector_is_captured_with_any_number_of_prompts(small):
     torch.export.export(graph.module, (), graph.inputs, dynamic_shapes=free, strict=False)
 
 
+@torch.no_grad()
+def test_upsampling_without_transposed_convolutions_is_the_same(small):
+    encoder = Sam3LiteModel.from_pretrained(small, dtype=torch.float64).vision_encoder.eval()
+    plain = without_transposed(encoder)
+    kinds = [{type(module) for module in one.modules()} for one in (encoder, plain)]
+    assert torch.nn.ConvTranspose2d in kinds[0] and torch.nn.ConvTranspose2d not in kinds[1]
+    assert plain.backbone.layers[0].mlp.fc1.weight is encoder.backbone.layers[0].mlp.fc1.weight
+    side = encoder.config.backbone_config.image_size
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    levels = [one(pixels).fpn_hidden_states for one in (plain, encoder)]
+    torch.testing.assert_close(*levels, atol=1e-12, rtol=1e-12)
+
+
 @pytest.fixture
 def picture(tmp_path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
@@ -139,6 +153,8 @@ def same(first, second, tolerance=1e-4):
 @pytest.mark.parametrize("with_boxes", [False, True], ids=["words", "boxes"])
 def test_outputs_are_those_of_pytorch(small, exported, with_boxes):
     model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
+    vision = onnx.load(exported / "vision.onnx", load_external_data=False)
+    assert "ConvTranspose" not in {node.op_type for node in vision.graph.node}
     assert_equal_in_float32(open_export(exported)[0], model, with_boxes)
 
 

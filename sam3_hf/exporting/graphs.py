@@ -13,6 +13,7 @@ from ..configuration_sam3_lite import context_length
 from ..detr_sam3_lite import additive_mask
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..presets_sam3_lite import LITE_TEXT
+from .upsampling import ConvOfUpsampled, without_transposed
 
 LEVELS = ("fine", "middle", "coarse")
 
@@ -55,7 +56,7 @@ class VisionGraph(nn.Module):
 
     def __init__(self, model: Sam3LiteModel):
         super().__init__()
-        self.vision_encoder, self.dtype = model.vision_encoder, model.dtype
+        self.vision_encoder, self.dtype = without_transposed(model.vision_encoder), model.dtype
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.vision_encoder(pixel_values.to(self.dtype)).fpn_hidden_states)
@@ -119,34 +120,6 @@ class DetectorGraph(nn.Module):
             hidden[-1],
             encoded,
         )
-
-
-class ConvOfUpsampled(nn.Module):
-    """
-    As `conv_of_upsampled`, by a 2 x 2 convolution that makes the four pixels of a cell as channels: runtimes have
-    transposed convolutions neither in int8 nor fast.
-    """
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__()
-        with torch.no_grad():
-            above, here, below = conv.weight.unbind(2)
-            rows = (torch.stack([above, here + below], 2), torch.stack([above + here, below], 2))
-            kernels = []
-            for row in rows:
-                left, own, right = row.unbind(3)
-                kernels += [torch.stack([left, own + right], 3), torch.stack([left + own, right], 3)]
-        out_channels, in_channels = conv.weight.shape[:2]
-        self.conv = nn.Conv2d(in_channels, 4 * out_channels, 2, padding=1, bias=False)
-        self.conv.weight = nn.Parameter(torch.cat(kernels))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """`(maps, hidden, h, w)` to `(maps, hidden, 2 * h, 2 * w)`."""
-        height, width = pixels.shape[-2:]
-        upper_left, upper_right, lower_left, lower_right = self.conv(pixels).chunk(4, dim=1)
-        upper = [upper_left[..., :height, :width], upper_right[..., :height, 1:]]
-        lower = [lower_left[..., 1:, :width], lower_right[..., 1:, 1:]]
-        return F.pixel_shuffle(torch.stack(upper + lower, dim=2).flatten(1, 2), 2)
 
 
 class MasksGraph(nn.Module):
