@@ -34,11 +34,10 @@ class Rotation(NamedTuple):
     cos: Tensor  # (1, positions, head size)
     signed_sin: Tensor  # (1, positions, head size), negative for the first channel of each pair
 
-
-def rotate(tensor: Tensor, rotation: Rotation) -> Tensor:
-    """`(batch, heads, positions, head size)` turned by its positions, in its own dtype."""
-    swapped = tensor.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(tensor * rotation.cos, swapped, rotation.signed_sin)
+    def turn(self, tensor: Tensor) -> Tensor:
+        """`(batch, heads, positions, head size)` turned by its positions, in its own dtype."""
+        swapped = tensor.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return torch.addcmul(tensor * self.cos, swapped, self.signed_sin)
 
 
 class Sam3LiteViTAttention(Sam3ViTRoPEAttention):
@@ -57,8 +56,8 @@ class Sam3LiteViTAttention(Sam3ViTRoPEAttention):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(
             self,
-            rotate(query, rotation),
-            rotate(key, rotation),
+            rotation.turn(query),
+            rotation.turn(key),
             value,
             attention_mask=None,
             dropout=self.attention_dropout if self.training else 0.0,

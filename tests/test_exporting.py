@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import huggingface_hub
@@ -27,11 +28,12 @@ from sam3_hf.exporting.build import write_onnx
 from sam3_hf.exporting.calibration import Calibration
 from sam3_hf.exporting.export import export_model
 from sam3_hf.exporting.folder import EXPORT_FILE, Export
+from sam3_hf.exporting.fuse import biases_into_products
 from sam3_hf.exporting.graphs import graphs_of
 from sam3_hf.exporting.model import ExportedModel
 from sam3_hf.exporting.opening import open_export
 from sam3_hf.exporting.quantize import is_excluded
-from sam3_hf.exporting.upsampling import without_transposed
+from sam3_hf.exporting.vision import for_runtimes
 from sam3_hf.page.asking import Finder, ask
 from sam3_hf.page.pictures import open_picture
 from sam3_hf.rle import ious
@@ -122,9 +124,9 @@ def test_the_detector_is_captured_with_any_number_of_prompts(small):
 
 
 @torch.no_grad()
-def test_upsampling_without_transposed_convolutions_is_the_same(small):
+def test_the_vision_encoder_for_runtimes_is_the_same(small):
     encoder = Sam3LiteModel.from_pretrained(small, dtype=torch.float64).vision_encoder.eval()
-    plain = without_transposed(encoder)
+    plain = for_runtimes(encoder)
     kinds = [{type(module) for module in one.modules()} for one in (encoder, plain)]
     assert torch.nn.ConvTranspose2d in kinds[0] and torch.nn.ConvTranspose2d not in kinds[1]
     assert plain.backbone.layers[0].mlp.fc1.weight is encoder.backbone.layers[0].mlp.fc1.weight
@@ -572,12 +574,34 @@ def test_what_stays_in_float(exported, picture, tmp_path):
         for node in graph.node:
             if node.op_type in ("Softmax", "LayerNormalization"):
                 assert not any(map(is_int8, node.input)), node.name
-            elif node.op_type in ("MatMul", "Conv") and any(map(is_int8, node.input)):
+            elif node.op_type in ("MatMul", "Gemm", "Conv") and any(map(is_int8, node.input)):
                 weight = makers.get(node.input[1])
                 assert weight.op_type == "DequantizeLinear" and weight.input[0] in constants, node.name
                 assert not is_excluded(node.name), node.name
     vision = onnx.load(tmp_path / "int8" / "vision.onnx").graph
     assert sum(node.op_type == "QuantizeLinear" for node in vision.node) > 10
+    layers = micro_config().vision_config.backbone_config.num_hidden_layers
+    assert sum(node.op_type == "Gemm" for node in vision.node) == 6 * layers
+
+
+def test_products_with_their_biases_are_the_same(small, exported, tmp_path):
+    folder = tmp_path / "fused"
+    shutil.copytree(exported, folder)
+    facts = json.loads((folder / EXPORT_FILE).read_text())
+    for name in facts["graphs"]:
+        path = folder / f"{name}.onnx"
+        biases_into_products(path)
+        before, after = (onnx.load(one / path.name).graph for one in (exported, folder))
+        counts = [Counter(node.op_type for node in graph.node) for graph in (before, after)]
+        more = {kind: counts[1][kind] - counts[0][kind] for kind in ("Gemm", "MatMul", "Add")}
+        assert more["Gemm"] == -more["MatMul"] == -more["Add"] > 0
+        names = [node.name for node in after.node if node.name]
+        assert len(names) == len(set(names))
+        facts["files"][path.name]["bytes"] = path.stat().st_size
+    change(folder, "files", facts["files"])
+    model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
+    for with_boxes in (False, True):
+        assert_equal_in_float32(open_export(folder)[0], model, with_boxes)
 
 
 @pytest.fixture(scope="module")

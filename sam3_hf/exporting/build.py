@@ -43,6 +43,16 @@ def write_onnx(graph: Graph, path: Path) -> None:
     program.save(path)
 
 
+def save_graph(model, path: Path) -> None:
+    """Writes a graph that was read; weights as `write_onnx`."""
+    import onnx
+
+    data = path.with_name(f"{path.name}.data")
+    data.unlink(missing_ok=True)
+    large = model.ByteSize() > 1.5e9
+    onnx.save(model, path, save_as_external_data=large, location=data.name, size_threshold=1024)
+
+
 def _module_of(scopes: str | None) -> str:
     """The innermost module of a node; the last of its scopes is the operator itself."""
     names = ast.literal_eval(scopes) if scopes else []

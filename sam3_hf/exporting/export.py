@@ -47,6 +47,7 @@ from .folder import (
     read_export,
     record_files,
 )
+from .fuse import biases_into_products
 from .graphs import graphs_of
 from .intermediate import convert_graphs
 from .quantize import quantize_activations, quantize_weights
@@ -106,7 +107,7 @@ def export_model(
     def write(folder: Path) -> None:
         names = start.write(folder)
         if precision.startswith("int8"):
-            _quantize(folder, names, start, precision, calibration)
+            _quantize(folder, names, start, format, precision, calibration)
         if format == "openvino":
             convert_graphs(folder, names)
         _write_rest(folder, names, start, format, precision)
@@ -171,12 +172,16 @@ def _check_choices(format: str, precision: str, calibration: Calibration | None)
             raise ImportError(f"{name} is not installed, which exports need: pip install 'sam3-hf[export]'") from error
 
 
-def _quantize(folder: Path, names: list[str], start: Source, precision: str, calibration: Calibration | None) -> None:
+def _quantize(
+    folder: Path, names: list[str], start: Source, format: str, precision: str, calibration: Calibration | None
+) -> None:
     if precision == "int8-weights":
         for name in names:
             quantize_weights(folder / f"{name}.onnx")
         return
     for name, samples in calibration.samples(folder, names, start.config, start.processor).items():
+        if format == "onnx":  # OpenVINO adds a bias by itself, and is slower with what is reshaped
+            biases_into_products(folder / f"{name}.onnx")
         quantize_activations(folder / f"{name}.onnx", samples)
 
 

@@ -13,7 +13,8 @@ from ..configuration_sam3_lite import context_length
 from ..detr_sam3_lite import additive_mask
 from ..modeling_sam3_lite import Sam3LiteModel
 from ..presets_sam3_lite import LITE_TEXT
-from .upsampling import ConvOfUpsampled, without_transposed
+from .upsampling import ConvOfUpsampled
+from .vision import for_runtimes
 
 LEVELS = ("fine", "middle", "coarse")
 
@@ -56,7 +57,7 @@ class VisionGraph(nn.Module):
 
     def __init__(self, model: Sam3LiteModel):
         super().__init__()
-        self.vision_encoder, self.dtype = without_transposed(model.vision_encoder), model.dtype
+        self.vision_encoder, self.dtype = for_runtimes(model.vision_encoder), model.dtype
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.vision_encoder(pixel_values.to(self.dtype)).fpn_hidden_states)

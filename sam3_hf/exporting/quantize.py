@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .build import save_graph
+
 # Modules whose products stay in float where activations are int8, with what tiny-standard loses of its scores (segm AP
 # 0.7595, bbox AP 0.6736, cgF1 0.630 on 24 drawn pictures) where they do not.
 FLOAT_ACTIVATIONS: dict[str, str] = {
@@ -50,12 +52,15 @@ def quantize_weights(path: Path) -> None:
         kept += [numpy_helper.from_array(integers, f"{name}.int8"), numpy_helper.from_array(scales, f"{name}.scale")]
     _replace(graph.node, nodes)
     _replace(graph.initializer, kept)
-    _save(model, path)
+    save_graph(model, path)
 
 
 def stays_in_float(node, weights: set[str]) -> bool:
-    """Whether a node of a graph with these weights computes in float: a product of activations, or excluded."""
-    return is_excluded(node.name) or is_product(node, weights)
+    """
+    Whether a node of a graph with these weights computes in float: a product of activations, excluded, or that swaps
+    channels for rotary positions.
+    """
+    return is_excluded(node.name) or is_product(node, weights) or module_of(node.name).endswith(".attention")
 
 
 def quantize_activations(
@@ -90,25 +95,28 @@ def quantize_activations(
             output,
             Reader(),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["MatMul", "Conv"],
+            op_types_to_quantize=["MatMul", "Gemm", "Conv"],
             nodes_to_exclude=excluded,
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             extra_options={
                 "WeightSymmetric": True,
-                "OpTypesToExcludeOutputQuantization": ["MatMul"],  # what follows is in float
+                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],  # what follows is in float
                 "DedicatedQDQPair": True,  # else whoever reads the same reads it rounded
             },
         )
-        _save(onnx.load(output), path)
+        save_graph(onnx.load(output), path)
     quantize_weights(path)
 
 
 def is_excluded(node_name: str) -> bool:
     """Whether a node is of `FLOAT_ACTIVATIONS`; it is named `<module>/<operator>`."""
-    module = node_name.rsplit("/", 1)[0]
-    return any(re.match(pattern, module) for pattern in FLOAT_ACTIVATIONS)
+    return any(re.match(pattern, module_of(node_name)) for pattern in FLOAT_ACTIVATIONS)
+
+
+def module_of(node_name: str) -> str:
+    return node_name.rsplit("/", 1)[0]
 
 
 def is_product(node, weights: set[str]) -> bool:
@@ -154,15 +162,6 @@ def _replace(field, values: list) -> None:
     values = list(values)
     del field[:]
     field.extend(values)
-
-
-def _save(model, path: Path) -> None:
-    import onnx
-
-    data = path.with_name(f"{path.name}.data")
-    data.unlink(missing_ok=True)
-    large = model.ByteSize() > 1.5e9
-    onnx.save(model, path, save_as_external_data=large, location=data.name, size_threshold=1024)
 
 
 @contextmanager

@@ -2,28 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-def without_transposed(encoder: nn.Module) -> nn.Module:
-    """
-    A vision encoder that computes what another does, without transposed convolutions in its neck. All other parameters
-    are shared, the encoder itself is not changed.
-    """
-    shared = {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())}
-    encoder = copy.deepcopy(encoder, shared)
-    for level in encoder.neck.fpn_layers:
-        layers = list(level.scale_layers)
-        if layers and isinstance(layers[-1], nn.ConvTranspose2d):
-            level.proj1 = CellConv(layers.pop(), level.proj1)
-        level.scale_layers = nn.ModuleList(
-            CellConv(layer) if isinstance(layer, nn.ConvTranspose2d) else layer for layer in layers
-        )
-    return encoder
 
 
 class CellConv(nn.Module):
