@@ -56,11 +56,8 @@ def quantize_weights(path: Path) -> None:
 
 
 def stays_in_float(node, weights: set[str]) -> bool:
-    """
-    Whether a node of a graph with these weights computes in float: a product of activations, excluded, or that swaps
-    channels for rotary positions.
-    """
-    return is_excluded(node.name) or is_product(node, weights) or module_of(node.name).endswith(".attention")
+    """Whether a node of a graph with these weights computes in float: a product of activations, or excluded."""
+    return is_excluded(node.name) or is_product(node, weights)
 
 
 def quantize_activations(
@@ -120,8 +117,11 @@ def module_of(node_name: str) -> str:
 
 
 def is_product(node, weights: set[str]) -> bool:
-    """Whether a node is the product of two activations, as those of attention and of masks are."""
-    return node.op_type == "MatMul" and node.input[1] not in weights
+    """
+    Whether a node is a product of activations, as those of attention and of masks are; or one in attention by which
+    channels swap places.
+    """
+    return node.op_type == "MatMul" and (node.input[1] not in weights or module_of(node.name).endswith(".attention"))
 
 
 def _axis_of(node) -> tuple[int, int | None]:
