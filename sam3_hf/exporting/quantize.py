@@ -20,7 +20,7 @@ FLOAT_ACTIVATIONS: dict[str, str] = {
     r"detr_decoder\.(box_head|presence_head|ref_point_head|.*box_rpb_embed)": "boxes: bbox AP 0.6689, segm AP 0.7573",
     r"mask_decoder\.mask_embedder": "masks: segm AP 0.7582; so have the products that it enters: 0.7586",
 }
-SMALLEST = 4096  # elements of a weight that is worth it
+SMALLEST = 4096  # elements above which a weight is worth it; those that swap the channels of a head are 64 x 64
 # Operators with weights: which input it is, and the axis of its output channels.
 _WEIGHTS = {"MatMul": (1, 1), "Conv": (1, 0), "ConvTranspose": (1, 1), "Gather": (0, 1)}
 
@@ -132,7 +132,7 @@ def _axis_of(node) -> tuple[int, int | None]:
 
 
 def _is_worth_it(tensor) -> bool:
-    return tensor.data_type == 1 and len(tensor.dims) > 1 and np.prod(tensor.dims) >= SMALLEST  # 1 is float32
+    return tensor.data_type == 1 and len(tensor.dims) > 1 and np.prod(tensor.dims) > SMALLEST  # 1 is float32
 
 
 def _to_int8(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:

@@ -36,9 +36,7 @@ class CellConv(nn.Module):
 
 
 class ConvOfUpsampled(nn.Module):
-    """
-    As `conv_of_upsampled`, by a 2 x 2 convolution that makes the four pixels of a cell as channels.
-    """
+    """As `conv_of_upsampled`, by a 2 x 2 convolution that makes the four pixels of a cell as channels."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
