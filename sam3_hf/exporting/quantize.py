@@ -20,7 +20,7 @@ FLOAT_ACTIVATIONS: dict[str, str] = {
     r"detr_decoder\.(box_head|presence_head|ref_point_head|.*box_rpb_embed)": "boxes: bbox AP 0.6689, segm AP 0.7573",
     r"mask_decoder\.mask_embedder": "masks: segm AP 0.7582; so have the products that it enters: 0.7586",
 }
-SMALLEST = 4096  # elements above which a weight is worth it; those that swap the channels of a head are 64 x 64
+SMALLEST = 4096  # elements of a weight that is worth it
 # Operators with weights: which input it is, and the axis of its output channels.
 _WEIGHTS = {"MatMul": (1, 1), "Conv": (1, 0), "ConvTranspose": (1, 1), "Gather": (0, 1)}
 
@@ -40,7 +40,7 @@ def quantize_weights(path: Path) -> None:
     for node in graph.node:
         place, axis = _axis_of(node)
         name = None if axis is None else node.input[place]
-        if name not in weights or not _is_worth_it(weights[name]):
+        if name not in weights or not _is_worth_it(weights[name]) or _swaps_channels(node):
             nodes.append(node)
             continue
         if name not in new:
@@ -117,11 +117,13 @@ def module_of(node_name: str) -> str:
 
 
 def is_product(node, weights: set[str]) -> bool:
-    """
-    Whether a node is a product of activations, as those of attention and of masks are; or one in attention by which
-    channels swap places.
-    """
-    return node.op_type == "MatMul" and (node.input[1] not in weights or module_of(node.name).endswith(".attention"))
+    """Whether a node is a product of activations, as those of attention and of masks are, or swaps channels."""
+    return node.op_type == "MatMul" and (node.input[1] not in weights or _swaps_channels(node))
+
+
+def _swaps_channels(node) -> bool:
+    """Whether a node is the product in attention by which channels swap places for rotary positions."""
+    return module_of(node.name).endswith(".attention")
 
 
 def _axis_of(node) -> tuple[int, int | None]:
@@ -132,7 +134,7 @@ def _axis_of(node) -> tuple[int, int | None]:
 
 
 def _is_worth_it(tensor) -> bool:
-    return tensor.data_type == 1 and len(tensor.dims) > 1 and np.prod(tensor.dims) > SMALLEST  # 1 is float32
+    return tensor.data_type == 1 and len(tensor.dims) > 1 and np.prod(tensor.dims) >= SMALLEST  # 1 is float32
 
 
 def _to_int8(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
