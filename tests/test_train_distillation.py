@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import micro_config, shake
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train_cases import SCRIPT, TORCHRUN, error_of, launcher, state_of, train
 
 from sam3_hf import Sam3LiteModel
@@ -55,6 +55,14 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
+def make_sure(weights: Path) -> None:
+    """Lets a teacher find things, with the highest scores, so that there is something to retain."""
+    tensors = load_file(weights)
+    for name in ("query_proj", "text_proj"):
+        tensors[f"dot_product_scoring.{name}.bias"].fill_(2.0)
+    save_file(tensors, weights, {"format": "pt"})
+
+
 def steps_of(folder: Path, run: str = "run") -> list[dict]:
     """Lines of the training steps, without what depends on the clock."""
     lines = map(json.loads, (folder / run / "metrics.jsonl").read_text().splitlines())
@@ -67,6 +75,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(folder, data):
     settings = {**SETTINGS, "gradient_accumulation_steps": 2, "ema_decay": 0.9, "label_loss_weight": 0.5}
     (folder / "retain.txt").write_text("teapot\nred circle\nsmall dog\n")
     settings |= {"retain_phrases": "retain.txt", "retain_share": 0.5}
+    make_sure(folder / "teacher" / "model.safetensors")
     finished = train(folder, data, **settings, output_dir="whole")
     assert finished.returncode == 0, finished.stderr
     killed = train(folder, data, program=launcher(folder, KILLED), **settings)
@@ -88,7 +97,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(folder, data):
     (before,) = [line for line in lines if line["kind"] == "retention"]
     (evaluation,) = [line for line in lines if line["kind"] == "eval"]
     retained = {name: value for name, value in before.items() if name.startswith("retention_")}
-    assert "retention_bbox_AP" in retained and retained.keys() <= evaluation.keys()
+    assert retained["retention_bbox_AP"] >= 0 and retained.keys() <= evaluation.keys()
     provenance = json.loads((folder / "run" / "final" / "provenance.json").read_text())
     assert provenance["retained_before"] == retained
     report = json.loads((folder / "run" / "final" / "mapping_report.json").read_text())
