@@ -34,7 +34,6 @@ from sam3_hf.data import EvalDataset, load_dataset_splits
 from sam3_hf.data.composed import write_composed
 from sam3_hf.exporting.calibration import Calibration
 from sam3_hf.exporting.folder import Export, read_export
-from sam3_hf.exporting.fuse import biases_into_products
 from sam3_hf.exporting.intermediate import convert_graphs
 from sam3_hf.exporting.model import ExportedModel
 from sam3_hf.exporting.quantize import is_excluded, is_product, quantize_activations, quantize_weights, stays_in_float
@@ -125,9 +124,7 @@ class Bench:
                 quantize_weights(folder / f"{graph}.onnx")
         for graph, in_float in ways(self.graphs).get(row, {}).items():
             samples = self._samples(int(row.split()[-1]) if "by seed" in row else 0)
-            if row.startswith("onnx"):
-                biases_into_products(folder / f"{graph}.onnx")
-            quantize_activations(folder / f"{graph}.onnx", samples[graph], in_float)
+            quantize_activations(folder / f"{graph}.onnx", samples[graph], row.partition("-")[0], in_float)
         if row.startswith("openvino"):
             convert_graphs(folder, self.graphs)
 

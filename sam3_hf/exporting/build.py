@@ -43,6 +43,15 @@ def write_onnx(graph: Graph, path: Path) -> None:
     program.save(path)
 
 
+def rewrite(graph, nodes: list, tensors: list) -> None:
+    """Gives a graph that was read other nodes and more weights, of which those stay that are read."""
+    used = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    for field, values in ((graph.node, nodes), (graph.initializer, [*kept, *tensors])):
+        del field[:]
+        field.extend(values)
+
+
 def save_graph(model, path: Path) -> None:
     """Writes a graph that was read; weights as `write_onnx`."""
     import onnx

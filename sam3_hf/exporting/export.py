@@ -47,7 +47,6 @@ from .folder import (
     read_export,
     record_files,
 )
-from .fuse import biases_into_products
 from .graphs import graphs_of
 from .intermediate import convert_graphs
 from .quantize import quantize_activations, quantize_weights
@@ -180,9 +179,7 @@ def _quantize(
             quantize_weights(folder / f"{name}.onnx")
         return
     for name, samples in calibration.samples(folder, names, start.config, start.processor).items():
-        if format == "onnx":  # OpenVINO adds a bias by itself, and is slower with what is reshaped
-            biases_into_products(folder / f"{name}.onnx")
-        quantize_activations(folder / f"{name}.onnx", samples)
+        quantize_activations(folder / f"{name}.onnx", samples, format)
 
 
 def _write_rest(folder: Path, names: list[str], start: Source, format: str, precision: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .build import save_graph
+from .build import rewrite, save_graph
 
 
 def biases_into_products(path: Path) -> None:
@@ -50,19 +50,13 @@ def biases_into_products(path: Path) -> None:
         (shared,) = (name for name in addition.input if name != node.output[0])
         total = addition.output[0]
         product, sizes, bias = f"{total}_product", f"{total}_sizes", f"{total}_bias"
-        constants[bias] = type(tensors[shared])()
-        constants[bias].CopyFrom(tensors[shared])  # in int8 its scale is that of this product alone
-        constants[bias].name = bias
+        # A copy, as its scale in int8 is that of this product alone.
+        constants[bias] = numpy_helper.from_array(numpy_helper.to_array(tensors[shared]), bias)
         nodes.append(helper.make_node("Gemm", [flat, node.input[1], bias], [product], node.name))
         nodes.append(helper.make_node("Concat", [leading, constant([outputs])], [sizes], axis=0))
         nodes.append(helper.make_node("Reshape", [product, sizes], [total]))
         done.add(total)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    read = {name for node in nodes for name in node.input}
-    kept = [tensor for name, tensor in tensors.items() if name in read]
-    del graph.initializer[:]
-    graph.initializer.extend([*kept, *constants.values()])
+    rewrite(graph, nodes, list(constants.values()))
     save_graph(model, path)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .build import save_graph
+from .build import rewrite, save_graph
+from .fuse import biases_into_products
 
 # Modules whose products stay in float where activations are int8, with what tiny-standard loses of its scores (segm AP
 # 0.7595, bbox AP 0.6736, cgF1 0.630 on 24 drawn pictures) where they do not.
@@ -46,12 +47,13 @@ def quantize_weights(path: Path) -> None:
         if name not in new:
             new[name] = _to_int8(numpy_helper.to_array(weights[name]), axis)
         nodes += _with_dequantized(node, place, axis, name)
-    used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    tensors = []
     for name, (integers, scales) in new.items():
-        kept += [numpy_helper.from_array(integers, f"{name}.int8"), numpy_helper.from_array(scales, f"{name}.scale")]
-    _replace(graph.node, nodes)
-    _replace(graph.initializer, kept)
+        tensors += [
+            numpy_helper.from_array(integers, f"{name}.int8"),
+            numpy_helper.from_array(scales, f"{name}.scale"),
+        ]
+    rewrite(graph, nodes, tensors)
     save_graph(model, path)
 
 
@@ -61,7 +63,10 @@ def stays_in_float(node, weights: set[str]) -> bool:
 
 
 def quantize_activations(
-    path: Path, samples: list[dict[str, np.ndarray]], in_float: Callable[[object, set[str]], bool] = stays_in_float
+    path: Path,
+    samples: list[dict[str, np.ndarray]],
+    format: str,
+    in_float: Callable[[object, set[str]], bool] = stays_in_float,
 ) -> None:
     """
     Rewrites a graph with its products and convolutions by weights in int8, of weights and of what they read. Norms,
@@ -70,6 +75,7 @@ def quantize_activations(
 
     Args:
         samples: inputs of the graph, whose ranges become those of int8.
+        format: that of `export_model` which the graph is for.
         in_float: of a node and the names of the weights of the graph, whether the node stays in float.
     """
     import onnx
@@ -82,6 +88,8 @@ def quantize_activations(
         def get_next(self):
             return next(self.left, None)
 
+    if format == "onnx":  # OpenVINO adds a bias by itself, and is slower with what is reshaped
+        biases_into_products(path)
     graph = onnx.load(path, load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer}
     excluded = [node.name for node in graph.node if in_float(node, weights)]
@@ -158,12 +166,6 @@ def _with_dequantized(node, place: int, axis: int, name: str) -> list:
     floats = f"{node.name}.weight"
     node.input[place] = floats
     return [helper.make_node("DequantizeLinear", [integers, scales], [floats], f"{node.name}.float", axis=axis), node]
-
-
-def _replace(field, values: list) -> None:
-    values = list(values)
-    del field[:]
-    field.extend(values)
 
 
 @contextmanager

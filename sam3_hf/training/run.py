@@ -316,7 +316,11 @@ class Run:
         Exports the best weights to final/, or those of the last step if no score could tell or their checkpoint is
         damaged; says what was reached and where it is.
         """
-        if self.best is not None and self.best["step"] != self.step:
+        if self.best is None:
+            logger.info(
+                "no %s says which weights are best: those of the last step are exported", self.metric_for_best()
+            )
+        elif self.best["step"] != self.step:
             best = self.folder / "checkpoints" / "best"
             fault = decide(self.accelerator, lambda: damage(best))
             if fault is None:
@@ -372,10 +376,6 @@ class Run:
         if self.best is not None:
             scores = ", ".join(f"{name} {value:.4f}" for name, value in main_scores(self.best["scores"]).items())
             logger.info("best by %s, at epoch %.2f: %s", self.best["metric"], self.best["epoch"], scores)
-        else:
-            logger.info(
-                "no %s says which weights are best: those of the last step are exported", self.metric_for_best()
-            )
         logger.info("curves: %s", curves)
         for picture in sorted((self.folder / "predictions" / f"epoch_{math.ceil(self.epoch)}").glob("*.png")):
             logger.info("picture: %s", picture)
