@@ -101,6 +101,7 @@ def test_from_end_to_end(bench, capsys, calibrations):
     assert rows[1].count("(100%)") == sum(read(results / "teacher.json")["scores"][name] > 0 for name in SCORES)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_done_again(bench, monkeypatch, teacher):
     flags = ("--strategies", "isometry", "--seeds", 0)
     results = bench("run", *flags, "--max-steps", 0) / "results" / "teacher"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import micro_config
+from data_cases import annotation, image, write_coco
 from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -26,6 +27,7 @@ from sam3_hf.training import checkpoints
 from sam3_hf.training.arguments import OptimizationArguments, parse_arguments
 from sam3_hf.training.batch_size import choose_batch_size, largest_size
 from sam3_hf.training.compatibility import check_compatible
+from sam3_hf.training.data import load_data
 from sam3_hf.training.loop import MAX_OVERFLOWS, TrainingLoop
 from sam3_hf.training.model import build_model, load_frozen_text
 from sam3_hf.training.objectives import Labels, Objective
@@ -128,6 +130,25 @@ def test_shipped_configs_are_valid(path):
 
 
 # Optimizer, schedule, moving average
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "shown", "flags", "expected"),
+    [
+        (10, {1: [0, 1, 2], 2: [3]}, [], 0.75),  # 16 of 20 pairs are absent
+        (5, {1: [0, 1, 2], 2: [3]}, [], 0.6),  # 6 of 10
+        (3, {1: [0, 1, 2], 2: [2]}, [], 0.5),  # 2 of 6
+        (5, {1: [0, 1, 2], 2: [3]}, ["--negative_ratio", "0.2"], 0.2),
+    ],
+)
+def test_as_many_absent_classes_are_asked_for_as_the_pictures_lack(tmp_path, num_classes, shown, flags, expected):
+    categories = [{"id": number, "name": f"part {number}"} for number in range(num_classes)]
+    pairs = [(picture, number) for picture, numbers in shown.items() for number in numbers]
+    annotations = [annotation(place, picture, number) for place, (picture, number) in enumerate(pairs, start=1)]
+    for split in ("train", "valid"):
+        write_coco(tmp_path / split, [image(picture) for picture in shown], annotations, categories)
+    train, _ = load_data(Accelerator(cpu=True), parse_arguments(["--data", str(tmp_path), *flags]), image_size=64)
+    assert train.sampling.negative_ratio == expected
 
 
 def test_layers_of_the_vit_learn_slower_the_lower_they_are():

@@ -128,7 +128,11 @@ class DataArguments:
         "share of the pictures, above 0 and below 1, that is held out by --seed where there is no validation split",
     )
     prompts_per_image: int = option(8, "prompts drawn for each image in each step, at most")
-    negative_ratio: float = option(0.5, "share of the prompts, 0 to 1, whose concept is not in the image")
+    negative_ratio: float | None = option(
+        None,
+        "share of the prompts, 0 to 1, whose concept is not in the image; by default the share of the classes that a "
+        "labelled training picture does not show, from 0.5 to 0.75, and 0.5 without labels",
+    )
     box_prompt_probability: float = option(
         0.0, "chance, 0 to 1, that a prompt gets a jittered box of one instance, with or instead of its phrase"
     )
@@ -151,7 +155,8 @@ class DataArguments:
         if self.data is None:
             raise ValueError("data is not set: name the dataset with --data PATH, or in the YAML file")
         check_range(self, "prompts_per_image", 1)
-        check_range(self, "negative_ratio", 0, 1)
+        if self.negative_ratio is not None:
+            check_range(self, "negative_ratio", 0, 1)
         check_range(self, "negative_words_ratio", 0, 1)
         if not 0 < self.validation_split < 1:
             raise ValueError(f"validation_split must be above 0 and below 1, got {self.validation_split}")

@@ -21,13 +21,16 @@ from ..data.concepts import check_common_concepts
 from ..data.generated import write_dataset
 from ..data.held_out import hold_out
 from ..data.loading import is_labelled, open_dataset
-from ..data.rows import crowded_images, first_of
+from ..data.rows import crowded_images, first_of, objects_per_category
 from ..data.unlabelled import UnlabelledDataset, load_pictures
 from ..phrases import everyday_nouns, read_phrases
 from .arguments import DRAWN, Arguments, DataArguments
 
 logger = logging.getLogger(__name__)
 
+# Share of absent concepts among prompts where it is left to the data, at least and at most. With more there is little
+# to learn boxes and masks from.
+NEGATIVE_RATIOS = (0.5, 0.75)
 DRAWN_FILE = "drawn.json"  # beside drawn pictures: what they were drawn by, once all of them are
 
 
@@ -50,7 +53,9 @@ def load_data(accelerator: Accelerator, arguments: Arguments, image_size: int) -
         splits["train"], splits["validation"] = hold_out(splits["train"], options.validation_split, seed)
     check_common_concepts(splits["train"], splits["validation"], options.data)
     augmentation = Augmentation(**arguments.augmentation.settings())
-    train = TrainDataset(splits["train"], image_size, prompt_sampling(options), augmentation, seed)
+    sampling = prompt_sampling(options, usual_negative_ratio(splits["train"]))
+    logger.info("negative_ratio: %g of the prompts ask for what is not in the image", sampling.negative_ratio)
+    train = TrainDataset(splits["train"], image_size, sampling, augmentation, seed)
     return train, EvalDataset(splits["validation"], image_size)
 
 
@@ -85,7 +90,8 @@ def load_unlabelled(
         held_out = EvalDataset(validation, image_size)
     asked = dict.fromkeys([*(phrases or concept_names(rows)), *read_words(options.negative_words)])
     augmentation = Augmentation(**arguments.augmentation.settings())
-    train = UnlabelledDataset(rows, asked, image_size, prompt_sampling(options), augmentation, seed)
+    sampling = prompt_sampling(options, NEGATIVE_RATIOS[0])
+    train = UnlabelledDataset(rows, asked, image_size, sampling, augmentation, seed)
     return train, held_out
 
 
@@ -118,11 +124,22 @@ def load_splits(
     return load_dataset_splits(source, folders, options.category_map, used, opened)
 
 
-def prompt_sampling(options: DataArguments) -> PromptSampling:
-    """How prompts are drawn."""
+def usual_negative_ratio(rows: datasets.Dataset) -> float:
+    """
+    The `negative_ratio` for a labelled split: the share of its pairs of an image and a class where the image does not
+    show the class, within `NEGATIVE_RATIOS`. A model that is asked for fewer absent classes than there are learns to
+    expect them.
+    """
+    counts = objects_per_category(rows)
+    share = float((counts == 0).mean()) if counts.size else 0.0
+    return round(min(max(share, NEGATIVE_RATIOS[0]), NEGATIVE_RATIOS[1]), 2)
+
+
+def prompt_sampling(options: DataArguments, usual: float) -> PromptSampling:
+    """How prompts are drawn; `usual` is the `negative_ratio` where none is given."""
     return PromptSampling(
         prompts_per_image=options.prompts_per_image,
-        negative_ratio=options.negative_ratio,
+        negative_ratio=usual if options.negative_ratio is None else options.negative_ratio,
         box_prompt_probability=options.box_prompt_probability,
         negative_words=read_words(options.negative_words),
         negative_words_ratio=options.negative_words_ratio,
