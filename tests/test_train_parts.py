@@ -338,13 +338,13 @@ def test_prediction_rows_are_those_of_all_detections(with_masks):
     )
     processor = Sam3LiteProcessor.from_config(micro_config())
     sizes = [(20, 30), (16, 16), (25, 10)]
-    references = [{"image_id": image, "category": 7} for image in range(3)]
+    references = [{"image_id": number, "category": 7} for number in range(3)]
     rows = prediction_rows(processor, outputs, {"references": references, "original_sizes": sizes}, with_masks)
     found = processor.post_process_instance_segmentation(outputs, threshold=0.01, target_sizes=sizes)
     assert [len(row["scores"]) > 100 for row in rows] == [False, True, False]
-    for image, (row, all_of_it) in enumerate(zip(rows, found, strict=True)):
+    for number, (row, all_of_it) in enumerate(zip(rows, found, strict=True)):
         masks = all_of_it["masks"] if with_masks else None
-        expected = prediction_row(image, 7, all_of_it["boxes"], all_of_it["scores"], masks)
+        expected = prediction_row(number, 7, all_of_it["boxes"], all_of_it["scores"], masks)
         assert row["masks"] == expected["masks"]
         for key in ("boxes", "scores"):
             torch.testing.assert_close(torch.tensor(row[key]), torch.tensor(expected[key]))
