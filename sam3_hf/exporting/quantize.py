@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from .build import rewrite, save_graph
 from .fuse import biases_into_products
+from .ranges import ranges_of
 
 # Modules whose products stay in float where activations are int8, with what tiny-standard loses of its scores (segm AP
 # 0.7595, bbox AP 0.6736, cgF1 0.630 on 24 drawn pictures) where they do not.
@@ -22,6 +20,7 @@ FLOAT_ACTIVATIONS: dict[str, str] = {
     r"mask_decoder\.mask_embedder": "masks: segm AP 0.7582; so have the products that it enters: 0.7586",
 }
 SMALLEST = 4096  # elements of a weight that is worth it
+_PRODUCTS = ("MatMul", "Gemm")
 # Operators with weights: which input it is, and the axis of its output channels.
 _WEIGHTS = {"MatMul": (1, 1), "Conv": (1, 0), "ConvTranspose": (1, 1), "Gather": (0, 1)}
 
@@ -78,40 +77,35 @@ def quantize_activations(
         format: that of `export_model` which the graph is for.
         in_float: of a node and the names of the weights of the graph, whether the node stays in float.
     """
-    import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    class Reader(CalibrationDataReader):
-        def __init__(self):
-            self.left = iter(samples)
-
-        def get_next(self):
-            return next(self.left, None)
+    from onnxruntime.quantization import QDQQuantizer, QuantType
+    from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
 
     if format == "onnx":  # OpenVINO adds a bias by itself, and is slower with what is reshaped
         biases_into_products(path)
-    graph = onnx.load(path, load_external_data=False).graph
-    weights = {tensor.name for tensor in graph.initializer}
-    excluded = [node.name for node in graph.node if in_float(node, weights)]
-    with _quiet(), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        output = Path(scratch) / path.name
-        quantize_static(
-            path,
-            output,
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-            nodes_to_exclude=excluded,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            extra_options={
-                "WeightSymmetric": True,
-                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],  # what follows is in float
-                "DedicatedQDQPair": True,  # else whoever reads the same reads it rounded
-            },
-        )
-        save_graph(onnx.load(output), path)
+    model = load_model_with_shape_infer(path)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    candidates = [node for node in model.graph.node if node.op_type in (*_PRODUCTS, "Conv")]
+    excluded = {node.name for node in candidates if in_float(node, weights)}
+    read = {name for node in candidates if node.name not in excluded for name in _in_int8(node)} - weights
+    quantizer = QDQQuantizer(
+        model,
+        per_channel=True,
+        reduce_range=False,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QUInt8,
+        tensors_range=ranges_of(path, read, samples),
+        nodes_to_quantize=[],
+        nodes_to_exclude=list(excluded),
+        op_types_to_quantize=[*_PRODUCTS, "Conv"],
+        extra_options={
+            "WeightSymmetric": True,
+            "OpTypesToExcludeOutputQuantization": list(_PRODUCTS),  # what follows is in float
+            "DedicatedQDQPair": True,  # else whoever reads the same reads it rounded
+        },
+    )
+    quantizer.quantize_model()
+    quantizer.model.topological_sort()
+    save_graph(quantizer.model.model, path)
     quantize_weights(path)
 
 
@@ -132,6 +126,11 @@ def is_product(node, weights: set[str]) -> bool:
 def _swaps_channels(node) -> bool:
     """Whether a node is the product in attention by which channels swap places for rotary positions."""
     return module_of(node.name).endswith(".attention")
+
+
+def _in_int8(node) -> list[str]:
+    """The tensors beside a node that are rounded where it is in int8."""
+    return list(node.input) if node.op_type in _PRODUCTS else [*node.input, *node.output]
 
 
 def _axis_of(node) -> tuple[int, int | None]:
@@ -166,15 +165,3 @@ def _with_dequantized(node, place: int, axis: int, name: str) -> list:
     floats = f"{node.name}.weight"
     node.input[place] = floats
     return [helper.make_node("DequantizeLinear", [integers, scales], [floats], f"{node.name}.float", axis=axis), node]
-
-
-@contextmanager
-def _quiet():
-    """Without the advice to prepare the graph, which is done."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
