@@ -91,7 +91,7 @@ def plus(**settings) -> Row:
 LABELS_ALONE = {"preset": "tiny-plus", "teacher": None, "init": TEACHER, "feature_steps": None}
 AS_IT_IS = {"preset": "tiny-standard", "init": TEACHER, "calibrate": None}
 MAPPED = {"calibrate": None, "feature_steps": 0.25, "learning_rate": 2e-4}
-FINE_TUNED = {**AS_IT_IS, "generated_concepts": TRAINED}
+FINE_TUNED = {**AS_IT_IS, "generated_concepts": TRAINED, "learning_rate": 1e-4}  # of weights that are good already
 ROWS = {
     "start": plus(learning_rate=1e-9),  # with --steps 1: what "plus" starts from, moved by nothing that can be seen
     "plus": plus(),
