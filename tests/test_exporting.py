@@ -542,12 +542,13 @@ def test_what_is_not_installed_is_said(small, exported, picture, tmp_path, monke
 
 
 @pytest.mark.parametrize("precision", ["int8-weights", "int8"])
-def test_int8_is_smaller_and_near(exported, picture, tmp_path, precision):
+def test_int8_is_smaller_and_near(exported, picture, tmp_path, precision, caplog):
     options = ["--precision", precision]
     if precision == "int8":
         options += ["--calibration-images", picture.parent, "--calibration-prompt", "cat"]
     result = run("export", exported, tmp_path / "int8", *options)
     assert result.exit_code == 0, result.output
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     sizes = [sum(path.stat().st_size for path in folder.glob("*.onnx")) for folder in (tmp_path / "int8", exported)]
     assert sizes[0] < 0.5 * sizes[1]  # of so small a model; weights are a quarter
     exact, ours = (open_export(folder)[0] for folder in (exported, tmp_path / "int8"))

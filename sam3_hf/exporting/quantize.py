@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +105,8 @@ def quantize_activations(
             "DedicatedQDQPair": True,  # else whoever reads the same reads it rounded
         },
     )
-    quantizer.quantize_model()
+    with _quiet():
+        quantizer.quantize_model()
     quantizer.model.topological_sort()
     save_graph(quantizer.model.model, path)
     quantize_weights(path)
@@ -165,3 +168,15 @@ def _with_dequantized(node, place: int, axis: int, name: str) -> list:
     floats = f"{node.name}.weight"
     node.input[place] = floats
     return [helper.make_node("DequantizeLinear", [integers, scales], [floats], f"{node.name}.float", axis=axis), node]
+
+
+@contextmanager
+def _quiet():
+    """Without warnings that biases have no scale for each channel, which they need not have."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
