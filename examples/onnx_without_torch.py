@@ -1,8 +1,7 @@
-"""
-Finds phrases in a picture with a folder of `sam3-lite export --format onnx`, without PyTorch and without sam3_hf:
+"""Finds phrases in a picture with a folder of `sam3-lite export --format onnx`, without PyTorch and without sam3_hf:
 
-    pip install onnxruntime numpy pillow tokenizers
-    python onnx_without_torch.py FOLDER PICTURE found.json overlay.png "red circle" "blue square"
+pip install onnxruntime numpy pillow tokenizers
+python onnx_without_torch.py FOLDER PICTURE found.json overlay.png "red circle" "blue square"
 """
 
 import json
@@ -10,12 +9,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
+import onnxruntime as ort
 from PIL import Image
 from tokenizers import Tokenizer
 
 COLORS = np.array([(230, 60, 60), (60, 140, 230), (60, 190, 90), (240, 170, 40), (160, 80, 200)])
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": bool}
+SETUP, AFTER = ort.SessionOptions(), ort.RunOptions()  # memory that is free is used again, and given back
+SETUP.execution_order, SETUP.enable_mem_pattern = ort.ExecutionOrder.PRIORITY_BASED, False
+AFTER.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
 
 class Finder:
@@ -24,10 +26,9 @@ class Finder:
         self.facts = json.loads((self.folder / "sam3_lite_export.json").read_text(encoding="utf-8"))
 
     def run(self, name, **inputs):
-        if name not in self.graphs:
-            self.graphs[name] = onnxruntime.InferenceSession(self.folder / f"{name}.onnx")
-        types = {one.name: TYPES[one.type] for one in self.graphs[name].get_inputs()}
-        return self.graphs[name].run(None, {key: inputs[key].astype(kind) for key, kind in types.items()})
+        graph = self.graphs[name] = self.graphs.get(name) or ort.InferenceSession(self.folder / f"{name}.onnx", SETUP)
+        given = {one.name: inputs[one.name].astype(TYPES[one.type], copy=False) for one in graph.get_inputs()}
+        return graph.run(None, given, AFTER)
 
     def words(self, phrases):
         """Features (phrases, tokens, hidden) and which tokens count."""
@@ -71,8 +72,7 @@ class Finder:
 
 if __name__ == "__main__":
     folder, path, json_path, overlay_path, *phrases = sys.argv[1:]
-    picture = Image.open(path).convert("RGB")
-    found, masks = Finder(folder).find(picture, phrases)
+    found, masks = Finder(folder).find(picture := Image.open(path).convert("RGB"), phrases)
     Path(json_path).write_text(json.dumps(found, indent=1))
     drawn = np.asarray(picture).astype(float)
     for one, mask in zip(found, masks, strict=True):

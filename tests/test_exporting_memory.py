@@ -1,19 +1,18 @@
-"""What fitting the ranges of int8 takes of memory."""
+"""What graphs take of memory where int8 is fitted to them, and where they run."""
 
 import subprocess
 import sys
 
 from conftest import HUNG
 
-TOKENS, LAYERS = 2048, 16
+TOKENS, LAYERS = 3072, 8
 SCORES_MB = TOKENS**2 * 4 / 1e6  # of one layer
-# Quantises layers of attention without heads, and prints how much larger the process has been than before, in MB.
-CODE = f"""
+# Writes layers of attention without heads.
+LAYERS_CODE = f"""
 import sys
 from pathlib import Path
 import numpy as np, onnx, onnxruntime.quantization
 from onnx import TensorProto, helper, numpy_helper
-from sam3_hf.exporting.quantize import quantize_activations
 
 def memory(field):
     text = Path("/proc/self/status").read_text()
@@ -29,25 +28,52 @@ for layer in range({LAYERS}):
     turned = add("Transpose", x, perm=[0, 2, 1])
     x = add("MatMul", add("MatMul", add("Softmax", add("MatMul", x, turned)), x), f"w{{layer}}")
 shape = [1, {TOKENS}, 64]
-ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", x)]
+ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "tokens", 64]) for name in ("x", x)]
 path = Path(sys.argv[1])
 model = helper.make_model(
     helper.make_graph(nodes, "layers", ends[:1], ends[1:], weights), opset_imports=[helper.make_opsetid("", 20)]
 )
 model.ir_version = 10
 onnx.save(model, path)
-samples = [{{"x": rng.standard_normal(shape, np.float32)}}] * 2
+sample = {{"x": rng.standard_normal(shape, np.float32)}}
+"""
+# Quantises them, and prints how much larger the process has been than before, in MB.
+QUANTIZE_CODE = f"""
+from sam3_hf.exporting.quantize import quantize_activations
+
 before = memory("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-quantize_activations(path, samples, "openvino")
+quantize_activations(path, [sample, sample], "openvino")
 print(memory("VmHWM") - before)
 kinds = [node.op_type for node in onnx.load(path).graph.node]
 assert kinds.count("QuantizeLinear") == {LAYERS} and kinds.count("Softmax") == {LAYERS}
 """
 
+# Runs them for a few tokens, then for all, and prints how much larger the process is after that.
+RUN_CODE = """
+import torch
+from sam3_hf.exporting.engines import OnnxRuntimeGraph
 
-def test_scores_of_attention_are_not_kept(tmp_path):
-    command = [sys.executable, "-c", CODE, tmp_path / "layers.onnx"]
+graph = OnnxRuntimeGraph(path, "cpu", threads=1, hands_back=sys.argv[2] == "True")
+x = torch.from_numpy(sample["x"])
+graph(x=x[:, :256])
+before = memory("VmRSS")
+graph(x=x)
+print(memory("VmRSS") - before)
+"""
+
+
+def growth(code: str, *arguments) -> float:
+    command = [sys.executable, "-c", LAYERS_CODE + code, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=HUNG)
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < LAYERS * SCORES_MB / 2
+    return float(result.stdout)
+
+
+def test_scores_of_attention_are_not_kept(tmp_path):
+    assert growth(QUANTIZE_CODE, tmp_path / "layers.onnx") < LAYERS * SCORES_MB / 2
+
+
+def test_a_graph_hands_its_memory_back(tmp_path):
+    kept, handed_back = (growth(RUN_CODE, tmp_path / "layers.onnx", hands_back) for hands_back in (False, True))
+    assert handed_back < kept / 2, (kept, handed_back)

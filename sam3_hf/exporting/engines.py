@@ -22,16 +22,19 @@ class OnnxRuntimeGraph:
     Args:
         device: "cpu" or "cuda".
         threads: of one operator.
+        hands_back: whether memory goes back to the system after each call.
 
     Raises:
         ImportError: onnxruntime is not installed.
         ValueError: it cannot read the file, or knows no such device.
     """
 
-    def __init__(self, path: Path, device: str, threads: int):
+    def __init__(self, path: Path, device: str, threads: int, hands_back: bool = False):
         ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
+        # Blocks of attention one after the other, and memory that is free again used by what comes next.
+        options.execution_order, options.enable_mem_pattern = ort.ExecutionOrder.PRIORITY_BASED, False
         provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device)
         if provider not in ort.get_available_providers():
             raise ValueError(
@@ -42,11 +45,14 @@ class OnnxRuntimeGraph:
         except Exception as error:  # it has a class of its own for each way to fail
             raise ValueError(_why_not(path, error, f"onnxruntime {ort.__version__}")) from error
         self._types = {one.name: _NUMPY[one.type] for one in self._session.get_inputs()}
+        self._calls = ort.RunOptions()
+        if hands_back:
+            self._calls.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def __call__(self, **inputs: Tensor) -> list[Tensor]:
         """The outputs of the graph in their order, on the CPU."""
         arrays = {name: inputs[name].numpy().astype(kind, copy=False) for name, kind in self._types.items()}
-        return [torch.from_numpy(array) for array in self._session.run(None, arrays)]
+        return [torch.from_numpy(array) for array in self._session.run(None, arrays, self._calls)]
 
 
 class OpenVinoGraph:
