@@ -33,8 +33,8 @@ from .graphs import LEVELS
 
 # Bytes of fine pixel features of the prompts that a graph gets at once, in float32: of four prompts at 1008 px.
 PIXELS_AT_ONCE = 4 * 288 * 288 * 256 * 4
-# Side of the input from which on ONNX Runtime gives the memory of a graph back before the next one asks for its own:
-# `lite` in int8 then takes 1.6 GB instead of 3.0 at 1008 px, and 3% more time; at 336 px it would be 0.3 GB and 10%.
+# Side of the input from which on ONNX Runtime gives the memory of a graph back before the next one asks for its own.
+# `lite` in int8 at 1008 px then takes 1.6 GB instead of 3.0 without PyTorch, and 3% more time; at 336 px 10% more.
 HANDS_BACK_FROM = 672
 
 
