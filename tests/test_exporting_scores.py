@@ -49,13 +49,11 @@ def test_int8_keeps_the_scores(preset, pictures, tmp_path):
         Sam3LiteProcessor.from_config(model.config).save_pretrained(source)
     export_model(source, tmp_path / "fp32")
     exact = scores(tmp_path / "fp32", pictures)
-    # Of 24 pictures: 2% are chance. That the means over ten such sets are within 0.3 and 1% is measured, see
-    # docs/deployment.md.
-    for precision in ("int8-weights", "int8"):
+    for precision, loss in {"int8-weights": 0.003, "int8": 0.01}.items():
         calibration = Calibration(pictures / "train", CONCEPTS) if precision == "int8" else None
         export_model(tmp_path / "fp32", tmp_path / precision, precision=precision, calibration=calibration)
         found = scores(tmp_path / precision, pictures)
-        assert found["segm_AP"] >= 0.98 * exact["segm_AP"], (precision, found["segm_AP"], exact["segm_AP"])
+        assert found["segm_AP"] >= (1 - loss) * exact["segm_AP"], (precision, found["segm_AP"], exact["segm_AP"])
 
 
 @pytest.mark.slow

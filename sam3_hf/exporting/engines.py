@@ -31,10 +31,8 @@ class OnnxRuntimeGraph:
 
     def __init__(self, path: Path, device: str, threads: int, hands_back: bool = False):
         ort = import_onnxruntime()
-        options = ort.SessionOptions()
+        options = thrifty_options()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
-        # Blocks of attention one after the other, and memory that is free again used by what comes next.
-        options.execution_order, options.enable_mem_pattern = ort.ExecutionOrder.PRIORITY_BASED, False
         provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device)
         if provider not in ort.get_available_providers():
             raise ValueError(
@@ -87,6 +85,17 @@ def import_onnxruntime():
     except ImportError as error:
         raise ImportError(f"onnxruntime is not installed, which runs this model: {_EXTRA}") from error
     return onnxruntime
+
+
+def thrifty_options():
+    """
+    Session options of ONNX Runtime by which blocks of attention come one after the other, as they are in the file, and
+    memory that is free again is used by what comes next.
+    """
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.execution_order, options.enable_mem_pattern = ort.ExecutionOrder.PRIORITY_BASED, False
+    return options
 
 
 def import_openvino():

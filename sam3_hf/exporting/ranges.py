@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .engines import thrifty_options
+
 
 def ranges_of(path: Path, tensors: set[str], samples: list[dict[str, np.ndarray]]):
     """
@@ -30,10 +32,8 @@ def ranges_of(path: Path, tensors: set[str], samples: list[dict[str, np.ndarray]
             return tensors, {}
 
         def create_inference_session(self):
-            options = onnxruntime.SessionOptions()
+            options = thrifty_options()
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # that of the file, where it matters
-            options.enable_mem_pattern = False
             self.infer_session = onnxruntime.InferenceSession(
                 self.augmented_model_path, options, providers=["CPUExecutionProvider"]
             )
