@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -21,14 +22,15 @@ from transformers.models.sam3.modeling_sam3 import eager_attention_forward
 
 from sam3_hf import Prompt, Sam3LiteModel, Sam3LitePipeline, Sam3LiteProcessor
 from sam3_hf.data.generated import write_dataset
-from sam3_hf.exporting import attention
+from sam3_hf.exporting import attention, build
 from sam3_hf.exporting import export as exporting
 from sam3_hf.exporting import model as running
-from sam3_hf.exporting.build import write_onnx
+from sam3_hf.exporting.build import save_graph, write_onnx
 from sam3_hf.exporting.calibration import Calibration
+from sam3_hf.exporting.engines import OnnxRuntimeGraph
 from sam3_hf.exporting.export import export_model
-from sam3_hf.exporting.folder import EXPORT_FILE, Export
-from sam3_hf.exporting.fuse import biases_into_products
+from sam3_hf.exporting.folder import EXPORT_FILE, Export, record_files
+from sam3_hf.exporting.fuse import biases_into_products, join_attention
 from sam3_hf.exporting.graphs import graphs_of
 from sam3_hf.exporting.model import ExportedModel
 from sam3_hf.exporting.opening import open_export
@@ -110,6 +112,22 @@ def exported(small, tmp_path_factory) -> Path:
     """Its graphs in float32, to be read and copied only."""
     folder = tmp_path_factory.mktemp("exported") / "onnx"
     export_model(small, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_weights_beside(exported, tmp_path_factory) -> Path:
+    """The same with all weights in files of their own, as those of large models are."""
+    folder = tmp_path_factory.mktemp("exported") / "beside"
+    shutil.copytree(exported, folder)
+    before = record_files(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "WEIGHTS_BESIDE", 1000)
+        for path in folder.glob("*.onnx"):
+            save_graph(onnx.load(path), path)
+    files = record_files(folder)
+    known = json.loads((folder / EXPORT_FILE).read_text())["files"]
+    change(folder, "files", {name: files[name] for name in files if name in known or name not in before})
     return folder
 
 
@@ -428,8 +446,8 @@ def test_what_an_exported_model_cannot_be_asked_for(exported, argument, value):
         Sam3LitePipeline.from_pretrained(exported, **{argument: value})
 
 
-def test_openvino_gives_the_same(small, exported, picture, tmp_path):
-    export_model(exported, tmp_path / "ov", format="openvino")
+def test_openvino_gives_the_same(small, with_weights_beside, picture, tmp_path):
+    export_model(with_weights_beside, tmp_path / "ov", format="openvino")
     assert {path.suffix for path in tmp_path.glob("ov/*")} & {".onnx", ".data"} == set()
     model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
     assert_equal_in_float32(open_export(tmp_path / "ov")[0], model, with_boxes=True)
@@ -585,24 +603,84 @@ def test_what_stays_in_float(exported, picture, tmp_path):
     assert sum(node.op_type == "Gemm" for node in vision.node) == 6 * layers
 
 
-def test_products_with_their_biases_are_the_same(small, exported, tmp_path):
-    folder = tmp_path / "fused"
+def rewritten(exported: Path, folder: Path, rewrite) -> Iterator[tuple[str, Counter, Counter]]:
+    """Rewrites a copy of graphs; yields the names of them, and their numbers of operators before and after."""
     shutil.copytree(exported, folder)
     facts = json.loads((folder / EXPORT_FILE).read_text())
     for name in facts["graphs"]:
         path = folder / f"{name}.onnx"
-        biases_into_products(path)
-        before, after = (onnx.load(one / path.name).graph for one in (exported, folder))
-        counts = [Counter(node.op_type for node in graph.node) for graph in (before, after)]
-        more = {kind: counts[1][kind] - counts[0][kind] for kind in ("Gemm", "MatMul", "Add")}
-        assert more["Gemm"] == -more["MatMul"] == -more["Add"] > 0
-        names = [node.name for node in after.node if node.name]
+        rewrite(path)
+        graphs = [onnx.load(one / path.name).graph for one in (exported, folder)]
+        names = [node.name for node in graphs[1].node if node.name]
         assert len(names) == len(set(names))
+        yield name, *(Counter(node.op_type for node in graph.node) for graph in graphs)
         facts["files"][path.name]["bytes"] = path.stat().st_size
     change(folder, "files", facts["files"])
+
+
+def test_products_with_their_biases_are_the_same(small, exported, tmp_path):
+    for _, before, after in rewritten(exported, tmp_path / "fused", biases_into_products):
+        more = {kind: after[kind] - before[kind] for kind in ("Gemm", "MatMul", "Add")}
+        assert more["Gemm"] == -more["MatMul"] == -more["Add"] > 0
     model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
     for with_boxes in (False, True):
-        assert_equal_in_float32(open_export(folder)[0], model, with_boxes)
+        assert_equal_in_float32(open_export(tmp_path / "fused")[0], model, with_boxes)
+
+
+def test_attention_in_one_operator_is_the_same(small, exported, tmp_path):
+    model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
+    layers = {
+        "vision": len(model.vision_encoder.backbone.layers),
+        "text": 0,  # its words do not see those that follow
+        "boxes": len(model.geometry_encoder.layers),  # among pixels, not among boxes of which some are padding
+        "detector": len(model.detr_encoder.layers) + len(model.detr_decoder.layers),
+        "masks": 0,
+    }
+    for name, before, after in rewritten(exported, tmp_path / "joined", join_attention):
+        joined = before["Softmax"] - after["Softmax"]
+        assert joined == after["MultiHeadAttention"] == layers.pop(name)
+        assert after["RotaryEmbedding"] == (2 * joined if name == "vision" else 0)
+        assert before["MatMul"] - after["MatMul"] == 2 * (joined + after["RotaryEmbedding"] // 2)
+        assert after["Transpose"] <= before["Transpose"] - 4 * joined
+    assert not layers
+    for with_boxes in (False, True):
+        assert_equal_in_float32(open_export(tmp_path / "joined")[0], model, with_boxes)
+
+
+def test_blocks_of_attention_become_one_operator(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", 1000)
+    monkeypatch.setattr(build, "WEIGHTS_BESIDE", 1000)
+    model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32, attn_implementation="eager").eval()
+    attention.attend_in_blocks(model)
+    path = tmp_path / "vision.onnx"
+    write_onnx(graphs_of(model)["vision"], path)
+    assert path.with_name("vision.onnx.data").is_file()
+    pixels = images(model)
+    expected = OnnxRuntimeGraph(path, "cpu", threads=1)(pixel_values=pixels)
+    layers = len(model.vision_encoder.backbone.layers)
+    assert sum(node.op_type == "Softmax" for node in onnx.load(path).graph.node) > 4 * layers
+    join_attention(path)
+    kinds = Counter(node.op_type for node in onnx.load(path).graph.node)
+    assert kinds["MultiHeadAttention"] == layers and not kinds["Softmax"] + kinds["Split"]
+    for found, wanted in zip(OnnxRuntimeGraph(path, "cpu", threads=1)(pixel_values=pixels), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_in_a_file_beside_a_graph_are_those_within(
+    small, exported, with_weights_beside, tmp_path, monkeypatch
+):
+    graphs = sorted(with_weights_beside.glob("*.onnx"))
+    assert all(path.with_name(f"{path.name}.data").stat().st_mode == path.stat().st_mode for path in graphs)
+    model = Sam3LiteModel.from_pretrained(small, dtype=torch.float32)
+    assert_equal_in_float32(open_export(with_weights_beside)[0], model, with_boxes=True)
+    monkeypatch.setattr(build, "WEIGHTS_BESIDE", 1000)
+    pixels, asked, found = images(model), prompts(with_boxes=True), []
+    for source in (with_weights_beside, exported):
+        target = tmp_path / source.name
+        export_model(source, target, precision="int8-weights")
+        assert len(list(target.glob("*.data"))) == len(graphs)
+        found.append(answers(open_export(target)[0], pixels, asked)[0])
+    assert all(value == 0 for value in differences(*found).values())
 
 
 @pytest.fixture(scope="module")

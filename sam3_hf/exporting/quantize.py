@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .build import rewrite, save_graph
-from .fuse import biases_into_products
+from .build import module_of, rewrite, save_graph
+from .fuse import biases_into_products, join_attention
 from .ranges import ranges_of
 
 # Modules whose products stay in float where activations are int8, with what tiny-standard loses of its scores (segm AP
@@ -82,8 +82,9 @@ def quantize_activations(
     from onnxruntime.quantization import QDQQuantizer, QuantType
     from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
 
-    if format == "onnx":  # OpenVINO adds a bias by itself, and is slower with what is reshaped
-        biases_into_products(path)
+    if format == "onnx":
+        join_attention(path)  # of operators that OpenVINO has not
+        biases_into_products(path)  # OpenVINO adds a bias by itself, and is slower with what is reshaped
     model = load_model_with_shape_infer(path)
     weights = {tensor.name for tensor in model.graph.initializer}
     candidates = [node for node in model.graph.node if node.op_type in (*_PRODUCTS, "Conv")]
@@ -115,10 +116,6 @@ def quantize_activations(
 def is_excluded(node_name: str) -> bool:
     """Whether a node is of `FLOAT_ACTIVATIONS`; it is named `<module>/<operator>`."""
     return any(re.match(pattern, module_of(node_name)) for pattern in FLOAT_ACTIVATIONS)
-
-
-def module_of(node_name: str) -> str:
-    return node_name.rsplit("/", 1)[0]
 
 
 def is_product(node, weights: set[str]) -> bool:
