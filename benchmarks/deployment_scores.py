@@ -49,11 +49,6 @@ EXCLUDED = {  # patterns of `FLOAT_ACTIVATIONS`
     "heads of boxes and presence": r"detr_decoder\.(box_head|presence_head|ref_point_head|.*box_rpb_embed)",
     "mask embedding": r"mask_decoder\.mask_embedder",
 }
-PRODUCTS = {
-    "vision": "products of attention in vision",
-    "detector": "products of attention in the detector",
-    "masks": "products of the mask head",
-}
 
 
 def ways(graphs: list[str]) -> dict[str, dict[str, Callable]]:
@@ -62,8 +57,9 @@ def ways(graphs: list[str]) -> dict[str, dict[str, Callable]]:
     found = {"onnx-int8": whole, "openvino-int8": whole}
     for name, pattern in EXCLUDED.items():
         found[f"onnx-int8 with {name}"] = dict.fromkeys(graphs, all_but(pattern))
-    for graph in [graph for graph in graphs if graph in PRODUCTS]:
-        found[f"onnx-int8 with {PRODUCTS[graph]}"] = whole | {graph: lambda node, weights: is_excluded(node.name)}
+    if "masks" in graphs:  # products of attention are one operator
+        products = {"masks": lambda node, weights: is_excluded(node.name)}
+        found["onnx-int8 with products of the mask head"] = whole | products
     found |= {f"onnx-int8 of {graph} alone": {graph: stays_in_float} for graph in graphs}
     return found | {f"onnx-int8 by seed {seed}": whole for seed in SEEDS}
 
