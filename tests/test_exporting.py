@@ -482,11 +482,11 @@ os.kill(os.getpid(), signal.SIGUSR1)
     assert (finished.returncode, finished.stdout) == (0, "arrived\n"), finished.stderr
 
 
-def test_a_repository_of_the_hub_is_a_model_as_well(hub, exported, picture, tmp_path, monkeypatch):
-    before = {path.name: path.read_bytes() for path in exported.iterdir()}
-    result = run("push", exported, "me/graphs", "--private", "--message", "Graphs")
+def test_a_repository_of_the_hub_is_a_model_as_well(hub, with_weights_beside, picture, tmp_path, monkeypatch):
+    before = {path.name: path.read_bytes() for path in with_weights_beside.iterdir()}
+    result = run("push", with_weights_beside, "me/graphs", "--private", "--message", "Graphs")
     assert result.exit_code == 0, result.output
-    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in with_weights_beside.iterdir()} == before
     _, commit = hub.repositories["me/graphs"].branches["main"]
     assert commit.sha in result.output and set(commit.files) == set(before) and "vision.onnx" in commit.large
     card = commit.files["README.md"].decode()
@@ -494,13 +494,17 @@ def test_a_repository_of_the_hub_is_a_model_as_well(hub, exported, picture, tmp_
     told = run("info", "me/graphs")
     assert told.exit_code == 0 and "me/graphs: " in told.output and "onnx in fp32" in told.output
     assert hub.count("resolve/.*/.*onnx") == 0  # no graph was downloaded to tell of them
-    first, second = (Sam3LitePipeline.from_pretrained(source, device="cpu") for source in ("me/graphs", exported))
+    first, second = (
+        Sam3LitePipeline.from_pretrained(source, device="cpu") for source in ("me/graphs", with_weights_beside)
+    )
     same(*(pipe(picture, WORDS, threshold=0.1, max_detections=9) for pipe in (first, second)))
     options = ["--output", tmp_path / "found", "--prompt", "cat", "--workers", 0]
     assert run("predict", picture, "--model", "me/graphs", *options).exit_code == 0
     assert run("export", "me/graphs", tmp_path / "small", "--precision", "int8-weights").exit_code == 0
     data = write_dataset(tmp_path / "data", 1, 1, image_size=64)
-    result = run("compare", "me/graphs", exported, "--data", data, "--output", tmp_path / "compared", "--workers", 0)
+    result = run(
+        "compare", "me/graphs", with_weights_beside, "--data", data, "--output", tmp_path / "compared", "--workers", 0
+    )
     assert result.exit_code == 0, result.output
     sizes = [one["bytes"] for one in json.loads((tmp_path / "compared" / "comparison.json").read_text())["models"]]
     assert sizes[0] == sizes[1] > 0
