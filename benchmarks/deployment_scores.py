@@ -45,6 +45,7 @@ SEEDS = (1, 2, 3)  # of the pictures that ranges are fitted to; otherwise 0
 RUNTIMES = ("pytorch-fp32", "pytorch-bf16", "onnx-fp32", "onnx-int8-weights", "onnx-int8")
 RUNTIMES += ("openvino-fp32", "openvino-bf16", "openvino-int8")
 EXCLUDED = {  # patterns of `FLOAT_ACTIVATIONS`
+    "patches": r".*\.patch_embeddings",
     "scoring": r"dot_product_scoring",
     "heads of boxes and presence": r"detr_decoder\.(box_head|presence_head|ref_point_head|.*box_rpb_embed)",
     "mask embedding": r"mask_decoder\.mask_embedder",

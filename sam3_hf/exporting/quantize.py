@@ -17,6 +17,7 @@ from .ranges import ranges_of
 # Modules whose products stay in float where activations are int8, with what tiny-standard loses of its scores (segm AP
 # 0.7595, bbox AP 0.6736, cgF1 0.630 on 24 drawn pictures) where they do not.
 FLOAT_ACTIVATIONS: dict[str, str] = {
+    r".*\.patch_embeddings": "patches: the vision features of a calibrated `tiny` are 5.2% off instead of 3.1%",
     r"dot_product_scoring": "scores: cgF1 0.627",
     r"detr_decoder\.(box_head|presence_head|ref_point_head|.*box_rpb_embed)": "boxes: bbox AP 0.6689, segm AP 0.7573",
     r"mask_decoder\.mask_embedder": "masks: segm AP 0.7582; so have the products that it enters: 0.7586",
