@@ -31,6 +31,7 @@ from .options import (
     Overlays,
     Prompts,
     Revision,
+    Threshold,
     TileOverlap,
     TileSize,
     Workers,
@@ -45,7 +46,7 @@ def label(
     model: Model,
     prompt: Prompts,
     output: Annotated[Path, typer.Option(help="Folder of the dataset, to write or to complete.")],
-    threshold: Annotated[float, typer.Option(help="Lowest score: what is labelled wrongly is taught.")] = 0.5,
+    threshold: Threshold = 0.5,
     phrase_threshold: Annotated[
         list[str] | None, typer.Option(metavar="PROMPT=SCORE", help="Another threshold for one of the prompts.")
     ] = None,
