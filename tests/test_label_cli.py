@@ -46,7 +46,8 @@ def label(saved, tmp_path):
 
     def run(*arguments, output=tmp_path / "out", prompts=PROMPTS, threshold=0.0, model=saved):
         words = [word for prompt in prompts for word in ("--prompt", prompt)]
-        options = ["--model", model, "--output", output, "--threshold", threshold, "--mask-threshold", 0.4]
+        options = [] if threshold is None else ["--threshold", threshold]
+        options += ["--model", model, "--output", output, "--mask-threshold", 0.4]
         options += ["--workers", 0, *words]  # of random weights, most masks are empty at 0.5
         limit = [] if "--max-detections" in arguments else ["--max-detections", 20]
         return CliRunner().invoke(app, ["label", *map(str, [*arguments, *options, *limit])])
@@ -245,6 +246,21 @@ def test_each_phrase_has_its_threshold(label, pictures, saved, tmp_path):
     again = pipe(pictures / "0.png", prompts, threshold=0.0, nms_iou=None, max_detections=3)
     scores = [score for score, word in zip(again.scores.tolist(), again.labels, strict=True) if word == "cat"]
     assert len(again) == 3 and all(score > limit for score in scores)
+
+
+def test_labels_are_what_scores_above_one_half(label, pictures, saved, model, tmp_path):
+    with torch.no_grad():  # scores on both sides
+        model.detr_decoder.presence_head.layer3.bias.fill_(10)
+        model.dot_product_scoring.query_proj.weight.mul_(4)
+    model.save_pretrained(saved)
+    options = ("--nms-iou", 1, "--max-detections", 1000)
+    assert label(pictures, *options, threshold=None).exit_code == 0
+    pipe = Sam3LitePipeline.from_pretrained(saved, device="cpu")
+    scores = pipe(pictures / "0.png", list(PROMPTS), threshold=0.0, nms_iou=None).scores
+    record = json.loads((tmp_path / "out" / "predictions" / "0.png.json").read_text())
+    found = [row["score"] for row in record["detections"]]
+    assert np.allclose(sorted(found), sorted(scores[scores >= 0.5].tolist()), atol=1e-6)
+    assert found and ((scores > 0.3) & (scores < 0.5)).any()
 
 
 def test_errors_are_one_line(label, pictures, tmp_path):
