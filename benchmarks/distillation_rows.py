@@ -21,6 +21,7 @@ CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 TEACHER = "TEACHER"  # in settings: the folder of the teacher
 SEED = 20_000  # of the pictures to learn from, plus that of the run
 CONCEPTS, TRAINED = 12, 2  # of the rows on forgetting; the first are among the second, so that the teacher knows all
+SHALLOW = {"detr_decoder_layers": 4}  # all else as in the teacher
 HALF = {"vision_hidden_size": 64, "vision_num_hidden_layers": 4}
 
 
@@ -99,6 +100,7 @@ ROWS = {
     "tiny": plus(preset="tiny"),
     "tiny-mapped": plus(preset="tiny", **MAPPED),
     "half": plus(model_overrides=HALF),
+    "decoder-alone": plus(preset="tiny-standard", model_overrides=SHALLOW, learning_rate=1e-4),
     "labels": Row(LABELS_ALONE),
     "labels-and-teacher": plus(label_loss_weight=0.1),
     "teachers-labels": Row(LABELS_ALONE, prepare=teachers_labels),
