@@ -242,6 +242,20 @@ def test_the_report_says_what_was_fitted(calibrated, teacher, tmp_path):
     assert '"calibrated"' in (tmp_path / "mapping_report.json").read_text()
 
 
+def test_a_start_first_decoder_layers_has_the_first_decoder_layers_fitted_to_do_the_last_ones_work(teacher, pictures):
+    """A decoder that is too short by one layer, where nothing else is smaller."""
+    config = teacher.config.changed(detr_decoder_layers=2)
+    model = calibrate_mapping(teacher, pictures, config=config, prompts=PROMPTS, first_decoder_layers=True)
+    assert model.mapping_report.layers["detr_decoder.layers"] == [0, 1]
+    cut = Sam3LiteModel(copy.deepcopy(config)).eval()
+    cut.load_state_dict(teacher.state_dict(), strict=False)
+    unseen = draw_images(8, 64, seed=99)
+    expected = outputs(teacher, unseen)
+    for name in ("pred_boxes", "pred_logits", "pred_masks"):
+        fitted, unfitted = (error(outputs(each, unseen)[name], expected[name]) for each in (model, cut))
+        assert fitted < unfitted, name
+
+
 def test_queries_that_cannot_be_compared_are_named(teacher, pictures):
     config = micro_config(**STUDENT, num_queries=20)
     with pytest.raises(ValueError, match="`num_queries` is 20, that of the source 12"):

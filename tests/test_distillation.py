@@ -404,8 +404,11 @@ class NoisyData:
 def test_calibrated_on_the_training_images(source, tmp_path):
     arguments = arguments_for(source, "--calibrate", "true")
     model = calibrated_model(arguments, NoisyData(tmp_path), CPU)
-    assert model.mapping_report.layers["detr_decoder.layers"] == [0, 2]
-    assert decoder_layers(model, arguments) == [1, 2]  # the first does what the dropped one did
+    assert model.mapping_report.layers["detr_decoder.layers"] == [0, 1]
+    layers = decoder_layers(model, arguments)
+    teacher = load_teacher(source, model.config, PHRASES, 0.3, "cpu", "no")
+    objective = Distillation(teacher, model, DistillationArguments(teacher=source), layers)
+    assert objective.layers == [0, 2] and objective.by_number
     assert model.mapping_report.strategy == "calibrated"
     assert model.mapping_report.calibration["images"] == "given"
     assert model.dtype == torch.float32 and len(model.detr_decoder.layers) == 2
@@ -417,7 +420,8 @@ def test_a_start_is_calibrated_without_a_teacher_too(source, tmp_path):
     teacher.to_sam3().save_pretrained(standard)
     data = NoisyData(tmp_path)
     model = calibrated_model(arguments_for(str(standard), *flags, source_flag="--init"), data, CPU)
-    assert model.mapping_report.strategy == "calibrated" and len(model.detr_decoder.layers) == 2
+    assert model.mapping_report.strategy == "calibrated"
+    assert model.mapping_report.layers["detr_decoder.layers"] == [0, 2]  # with a teacher, the first ones
     with pytest.raises(ValueError, match="--init .* is a lite one, which is taken as it is"):
         calibrated_model(arguments_for(source, *flags, source_flag="--init"), data, CPU)
     adapter = ("--lora_rank", "2", "--merge_adapter", "false")

@@ -86,6 +86,7 @@ def calibrated_model(arguments: Arguments, train_data: TrainDataset, device: tor
         seed=arguments.optimization.seed,
         device=device,
         dtype=torch.float32,
+        first_decoder_layers=arguments.distillation.teacher is not None,
     )
     return set_up(model.cpu(), arguments)
 

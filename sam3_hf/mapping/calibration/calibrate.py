@@ -43,6 +43,7 @@ def calibrate_mapping(
     seed: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    first_decoder_layers: bool = False,
     tracker: bool = False,
     **kwargs,
 ) -> Sam3LiteModel | Sam3LiteVideoModel:
@@ -76,6 +77,9 @@ def calibrate_mapping(
         device: where to compute; that of the source by default. Images and streams are kept there: memory grows with
             `num_images`, but not with the number of layers.
         dtype: of the result; that of the source by default. All computations are in float32.
+        first_decoder_layers: where the DETR decoder gets fewer layers, take its first ones instead of the first ones
+            and the last. Boxes are better and masks worse, until training with a teacher mends that; it gets further
+            from there (docs/results.md, "Learning from a teacher").
         tracker: make a [`Sam3LiteVideoModel`] of a source with a tracker, whose pyramid is fitted to the same images;
             so it is where the source is such a model. `config` can then be a [`Sam3LiteVideoConfig`], of which the
             detector counts.
@@ -118,7 +122,7 @@ def calibrate_mapping(
     else:
         hub_arguments = {key: value for key, value in where.items() if key in HUB_ARGUMENTS}
         processor = Sam3LiteProcessor.of_source(source, detector.config, **hub_arguments)
-    options = detector, processor, label, config, ridge, seed, text_phrases
+    options = detector, processor, label, config, ridge, seed, text_phrases, first_decoder_layers
     calibration = VideoCalibration(teacher, *options) if tracker else Calibration(*options)
     prompts = prompts or config.vocabulary or PROMPTS
     return calibration.run(images, prompts, num_images, search_depth, batch_size).to(dtype)

@@ -37,7 +37,7 @@ def refit_detr_decoder(
     Args:
         encoded, teacher_encoded: per batch, what either DETR encoder gives.
         decoded: per batch, what the teacher's decoder gives.
-        kept: the teacher layer that each layer comes from, in order; the last one is its last.
+        kept: the teacher layer that each layer comes from, in order. The last one takes on what follows it.
         ridge: see [`LeastSquares.solve`].
     """
     own, wanted = (

@@ -45,6 +45,7 @@ class Calibration:
         processor: its own.
         label: what to call it in messages.
         config: sizes of the smaller model.
+        ridge, seed, text_phrases, first_decoder_layers: see [`calibrate_mapping`].
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Calibration:
         ridge: float,
         seed: int,
         text_phrases: Sequence[str] | None,
+        first_decoder_layers: bool,
     ):
         self.teacher, self.processor, self.config, self.ridge, self.seed = teacher, processor, config, ridge, seed
-        self.text_phrases = text_phrases
+        self.text_phrases, self.first_decoder_layers = text_phrases, first_decoder_layers
         self.checkpoint = Checkpoint(label, LoadedTensors(teacher), teacher.config, is_lite=True)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -146,10 +148,7 @@ class Calibration:
 
     def _map(self, signals: TowerSignals | None, kept: list[int] | None) -> tuple[nn.Module, MappingReport]:
         """The smaller model before it is fitted; `kept` are its ViT layers, evenly spread ones if None."""
-        # Every decoder layer refines the boxes of the one before with the same heads, so the first ones work best one
-        # after the other; masks and scores are read from the last, which learns what lies between.
-        count, source = (side.detr_decoder_config.num_layers for side in (self.config, self.teacher.config))
-        layers = {DECODER_LAYERS: [*range(count - 1), source - 1]}
+        layers = {DECODER_LAYERS: self._decoder_layers()}
         if kept is not None:
             layers[VIT_LAYERS] = kept
         shapes = self.parameter_shapes()
@@ -162,6 +161,15 @@ class Calibration:
         model = self.assemble(state)
         model.mapping_report = report
         return model.to(self.teacher.device).eval(), report
+
+    def _decoder_layers(self) -> list[int]:
+        """
+        Every decoder layer refines the boxes of the one before with the same heads, so the first ones work best one
+        after the other. Masks and scores are read from behind the last: they are better with the source's last layer
+        there, which was made for that, until a teacher has trained the next one to do its work.
+        """
+        count, source = (side.detr_decoder_config.num_layers for side in (self.config, self.teacher.config))
+        return [*range(count)] if self.first_decoder_layers else [*range(count - 1), source - 1]
 
     def _map_all_layers(self, signals: TowerSignals) -> Sam3LiteVisionModel:
         """The vision encoder in the width of the smaller model, with as many layers as the larger one."""
