@@ -107,6 +107,7 @@ ROWS = {
     "features": plus(feature_steps=1.0),
     "without-masks": plus(distill_masks_weight=0.0, distill_semantic_weight=0.0),
     "without-presence": plus(distill_presence_weight=0.0),
+    "without-queries": plus(distill_queries_weight=0.0),
     "feature-phase": plus(feature_steps=0.25),
     "two-concepts": Row({**FINE_TUNED, "teacher": None, "feature_steps": None}, world="concepts"),
     "two-concepts-retained": Row(

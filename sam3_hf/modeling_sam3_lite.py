@@ -462,7 +462,7 @@ class Sam3LiteModel(Sam3LitePreTrainedModel):
             presence_logits=presence,
             one_to_many_logits=logits[:, :, count:] if one_to_many else None,
             one_to_many_boxes=boxes[:, :, count:] if one_to_many else None,
-            queries=hidden[-1],
+            hidden=hidden,
             encoded=encoded,
             prompt_features=text,
             prompt_mask=text_mask,

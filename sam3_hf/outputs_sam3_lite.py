@@ -86,10 +86,15 @@ class DetectorOutput(ModelOutput):
     presence_logits: Tensor | None = None  # (layers, prompts)
     one_to_many_logits: Tensor | None = None  # (layers, prompts, queries)
     one_to_many_boxes: Tensor | None = None  # (layers, prompts, queries, 4)
-    queries: Tensor | None = None  # (prompts, queries [+ one-to-many queries], hidden), last layer
+    hidden: Tensor | None = None  # (layers, prompts, queries [+ one-to-many queries], hidden), normalised
     encoded: Tensor | None = None  # (prompts, height * width, hidden)
     prompt_features: Tensor | None = None  # (prompts, tokens, hidden)
     prompt_mask: Tensor | None = None  # (prompts, tokens) bool
+
+    @property
+    def queries(self) -> Tensor:
+        """What masks are made from: `(prompts, queries [+ one-to-many queries], hidden)`, behind the last layer."""
+        return self.hidden[-1]
 
     def of_prompts(self, index: Tensor) -> DetectorOutput:
         """What the mask head reads, for some prompts."""
@@ -105,6 +110,7 @@ class DetectorOutput(ModelOutput):
             logits=self.logits[:, first:],
             boxes=self.boxes[:, first:],
             presence_logits=self.presence_logits[:, first:],
+            hidden=self.hidden[:, first:, : self.logits.shape[2]],
             encoded=self.encoded[first:],
         )
 

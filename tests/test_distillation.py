@@ -26,7 +26,7 @@ from sam3_hf.training.teacher import Teacher, check_comparable, load_teacher
 
 PHRASES = ["red circle", "blue square", "green star"]
 CPU = torch.device("cpu")
-TERMS = ("features", "encoder", "scores", "presence", "boxes", "giou", "masks", "semantic")
+TERMS = ("features", "encoder", "scores", "presence", "boxes", "giou", "queries", "masks", "semantic")
 
 
 def micro_model(seed: int = 0, **sizes) -> Sam3LiteModel:
@@ -87,7 +87,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn():
 
 
 def test_terms_sum_to_the_loss_and_every_parameter_has_a_gradient():
-    model, teacher = micro_model(1), teacher_of(micro_model())
+    model, teacher = shake(micro_model(), 1), teacher_of(micro_model())
     loss, terms = loss_of(objective_for(model, teacher), model, batch_of())
     assert sum(terms.values()).item() == pytest.approx(loss.item(), rel=1e-5)
     assert all(value.item() > 0 and not value.requires_grad for value in terms.values())
@@ -131,10 +131,10 @@ def test_the_feature_term_is_that_of_the_pyramids():
 
 
 def test_absent_concepts_teach_presence_and_scores_only():
-    model, teacher = micro_model(1), teacher_of(micro_model(), present=-3.0)
+    model, teacher = shake(micro_model(), 1), teacher_of(micro_model(), present=-3.0)
     _, terms = loss_of(objective_for(model, teacher), model, batch_of())
     for name in TERMS:
-        silent = name in ("encoder", "boxes", "giou", "masks", "semantic")
+        silent = name in ("encoder", "boxes", "giou", "queries", "masks", "semantic")
         assert (terms[f"distill_{name}"].item() == 0) == silent, name
     assert [name for name, p in model.named_parameters() if p.grad is None] == []  # as DDP needs
 
@@ -196,7 +196,7 @@ def test_under_autocast_terms_are_float32(label_weight):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, terms = loss_of(objective, model, batch)
     assert loss.dtype == torch.float32 and loss.isfinite()
-    for name in ("distill_features", "distill_encoder", "distill_boxes", "distill_semantic"):
+    for name in ("distill_features", "distill_encoder", "distill_boxes", "distill_queries", "distill_semantic"):
         assert terms[name].dtype == torch.float32
         assert terms[name].item() == pytest.approx(exact[name].item(), rel=0.1), name
 
@@ -262,7 +262,8 @@ def test_queries_of_another_origin_are_matched():
     torch.nn.init.normal_(model.detr_decoder.reference_points.weight)
     objective = objective_for(model, teacher)
     assert not objective.by_number
-    assert loss_of(objective, model, batch_of())[0].isfinite()
+    loss, terms = loss_of(objective, model, batch_of())
+    assert loss.isfinite() and set(terms) == {f"distill_{name}" for name in TERMS if name != "queries"}
 
 
 def test_permuted_queries_find_their_partners():
@@ -477,7 +478,7 @@ def test_a_run_does_not_go_on_without_its_teacher():
 
 def test_retained_phrases_follow_the_teacher_and_the_others_their_labels():
     model = micro_model()
-    teacher = teacher_of(micro_model(seed=1))
+    teacher = teacher_of(shake(micro_model(), 1))
     batch = {**batch_of(), "keys": [(0, 3), (0, 5)]}
     settings = DistillationArguments(teacher="x", feature_steps=0.0, label_loss_weight=1.0)
     objective = Distillation(teacher, model, settings, retention=Retention(PHRASES, 2, seed=0))

@@ -15,6 +15,7 @@ from sam3_hf.training.distillation_terms import (
     feature_errors,
     mask_errors,
     presence_errors,
+    query_errors,
     relative_errors,
     score_errors,
     semantic_errors,
@@ -71,6 +72,15 @@ def test_boxes():
     assert [values.tolist() for values in both] == [pytest.approx([0], abs=1e-6)] * 2
 
 
+def test_queries():
+    """Of variance 1 and 4, off by 1 in one channel of two, in the first layer of two; what is not trusted is free."""
+    teacher = torch.tensor([[[[0.0, 2.0], [1.0, 5.0], [0.0, 2.0]]]] * 2)
+    student = teacher.clone()
+    student[0, 0, :, 0] += 1
+    errors = query_errors(student, teacher, torch.tensor([[0.5, 1.0, 0.0]]))
+    assert errors.tolist() == pytest.approx([(0.5 * 0.5 / 1 + 1.0 * 0.5 / 4) / 2])
+
+
 def test_masks():
     """Constant maps, so every point has the same two probabilities, 0.8 and 0.5."""
     student, teacher = torch.full((1, 4, 4), logit(0.8)), torch.full((1, 4, 4), 0.0)
@@ -119,14 +129,19 @@ def test_gradients(name):
     assert at_teacher.grad.abs().max() < 1e-9
 
 
-def test_gradients_of_boxes_and_masks():
+@pytest.mark.parametrize("term", [query_errors, box_errors])
+def test_gradients_of_trusted_queries(term):
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.rand(2, 2, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     trust = torch.rand(2, 3, generator=generator, dtype=torch.float64)
-    assert gradcheck(lambda own: box_errors(own, teacher, trust), student.requires_grad_())
+    assert gradcheck(lambda own: term(own, teacher, trust), student.requires_grad_())
     at_teacher = teacher.clone().requires_grad_()
-    sum(errors.sum() for errors in box_errors(at_teacher, teacher, trust)).backward()
+    sum(errors.sum() for errors in term(at_teacher, teacher, trust)).backward()
     assert at_teacher.grad.abs().max() < 1e-9
+
+
+def test_gradients_of_masks():
+    generator = torch.Generator().manual_seed(0)
     own, goal = (torch.randn(2, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     points = torch.rand(2, 5, 2, generator=generator, dtype=torch.float64)
     assert gradcheck(lambda logits: mask_errors(logits, goal, points), own.requires_grad_())

@@ -276,6 +276,9 @@ class DistillationArguments:
         5.0, "weight of the L1 distance of boxes, in each decoder layer, by the teacher's scores"
     )
     distill_giou_weight: float = option(2.0, "weight of the generalised IoU of boxes, likewise")
+    distill_queries_weight: float = option(
+        5.0, "weight of the queries behind each decoder layer, by the teacher's scores, where they keep its numbers"
+    )
     distill_masks_weight: float = option(5.0, "weight of the masks of queries that the teacher is confident of")
     distill_semantic_weight: float = option(1.0, "weight of the semantic map")
     distill_temperature: float = option(1.0, "by which the logits of scores are divided; above 1 softens them")

@@ -23,6 +23,7 @@ from .distillation_terms import (
     feature_errors,
     mask_errors,
     presence_errors,
+    query_errors,
     relative_errors,
     score_errors,
     semantic_errors,
@@ -148,6 +149,9 @@ class Distillation(Objective):
             if answers is not None:
                 counts = count(answers, target, masks)
                 terms |= detector_terms(found, answers, target, counts, self.settings.distill_temperature)
+                if self.by_number:
+                    goal = answers.found.hidden[self.layers]
+                    terms["queries"] = query_errors(found.hidden, goal, target.trust).sum() / counts.trust
                 if masks is not None:
                     terms |= mask_terms(masks, counts, student.model.config.loss_config)
         weights = self.settings.weights()

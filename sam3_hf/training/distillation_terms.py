@@ -92,6 +92,21 @@ def box_errors(student: Tensor, teacher: Tensor, trust: Tensor) -> tuple[Tensor,
     return (distances * trust).sum(2).mean(0), ((1 - giou) * trust).sum(2).mean(0)
 
 
+def query_errors(student: Tensor, teacher: Tensor, trust: Tensor) -> Tensor:
+    """
+    Args:
+        student, teacher: queries behind decoder layers, `(layers, prompts, queries, hidden)`.
+        trust: `(prompts, queries)`, the weight of each query.
+
+    Returns:
+        Squared errors over the variance of the teacher's query, weighted, summed over queries, mean over layers:
+        `(prompts,)`.
+    """
+    shape = student.shape[:-1]
+    errors = relative_errors(student.flatten(0, 2), teacher.flatten(0, 2)).reshape(shape)
+    return (errors * _full(trust)).sum(2).mean(0)
+
+
 def mask_errors(student: Tensor, teacher: Tensor, points: Tensor) -> Tensor:
     """
     Divergence, and a Dice loss between soft masks, at sampled points.
