@@ -98,6 +98,7 @@ ROWS = {
     "plus": plus(),
     "plus-mapped": plus(**MAPPED),
     "tiny": plus(preset="tiny"),
+    "tiny-without-queries": plus(preset="tiny", distill_queries_weight=0.0),
     "tiny-mapped": plus(preset="tiny", **MAPPED),
     "half": plus(model_overrides=HALF),
     "decoder-alone": plus(preset="tiny-standard", model_overrides=SHALLOW, learning_rate=1e-4),

@@ -242,7 +242,7 @@ def test_the_report_says_what_was_fitted(calibrated, teacher, tmp_path):
     assert '"calibrated"' in (tmp_path / "mapping_report.json").read_text()
 
 
-def test_a_start_first_decoder_layers_has_the_first_decoder_layers_fitted_to_do_the_last_ones_work(teacher, pictures):
+def test_the_first_decoder_layers_are_fitted_to_do_the_work_of_the_last_ones(teacher, pictures):
     """A decoder that is too short by one layer, where nothing else is smaller."""
     config = teacher.config.changed(detr_decoder_layers=2)
     model = calibrate_mapping(teacher, pictures, config=config, prompts=PROMPTS, first_decoder_layers=True)

@@ -17,6 +17,7 @@ from sam3_hf.evaluation.loop import model_inputs
 from sam3_hf.training.arguments import DistillationArguments, parse_arguments
 from sam3_hf.training.compatibility import check_compatible
 from sam3_hf.training.distillation import LEVEL_WEIGHTS, Distillation
+from sam3_hf.training.distillation_terms import query_errors
 from sam3_hf.training.model import build_model, calibrated_model, decoder_layers
 from sam3_hf.training.objectives import Labels
 from sam3_hf.training.phrase_choice import PhraseChoice
@@ -86,8 +87,14 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn():
     assert gradients.abs().max() < 1e-3 and other.item() > 1
 
 
-def test_terms_sum_to_the_loss_and_every_parameter_has_a_gradient():
-    model, teacher = shake(micro_model(), 1), teacher_of(micro_model())
+def student_of(kind: str) -> Sam3LiteModel:
+    """With the queries of `micro_model()`, or others, which are matched to them."""
+    return shake(micro_model(), 1) if kind == "by number" else micro_model(1)
+
+
+@pytest.mark.parametrize("kind", ["by number", "matched"])
+def test_terms_sum_to_the_loss_and_every_parameter_has_a_gradient(kind):
+    model, teacher = student_of(kind), teacher_of(micro_model())
     loss, terms = loss_of(objective_for(model, teacher), model, batch_of())
     assert sum(terms.values()).item() == pytest.approx(loss.item(), rel=1e-5)
     assert all(value.item() > 0 and not value.requires_grad for value in terms.values())
@@ -130,13 +137,38 @@ def test_the_feature_term_is_that_of_the_pyramids():
     assert terms["distill_features"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_absent_concepts_teach_presence_and_scores_only():
-    model, teacher = shake(micro_model(), 1), teacher_of(micro_model(), present=-3.0)
+@pytest.mark.parametrize("kind", ["by number", "matched"])
+def test_absent_concepts_teach_presence_and_scores_only(kind):
+    model, teacher = student_of(kind), teacher_of(micro_model(), present=-3.0)
     _, terms = loss_of(objective_for(model, teacher), model, batch_of())
-    for name in TERMS:
-        silent = name in ("encoder", "boxes", "giou", "queries", "masks", "semantic")
-        assert (terms[f"distill_{name}"].item() == 0) == silent, name
+    assert ("distill_queries" in terms) == (kind == "by number")
+    for name, term in terms.items():
+        silent = name.removeprefix("distill_") in ("encoder", "boxes", "giou", "queries", "masks", "semantic")
+        assert (term.item() == 0) == silent, name
     assert [name for name, p in model.named_parameters() if p.grad is None] == []  # as DDP needs
+
+
+def test_the_queries_of_a_layer_follow_those_of_its_teachers_layer():
+    """Of the teacher's layers the first and the last."""
+    teacher = teacher_of(micro_model(detr_decoder_layers=3))
+    model = micro_model()
+    model.load_state_dict({**model.state_dict(), **common(teacher.model, model)})
+    objective, batch = objective_for(shake(model, 1), teacher), batch_of()
+    assert objective.by_number and objective.layers == [0, 2]
+    _, terms = loss_of(objective, model, batch)
+    inputs = model_inputs(batch, TokenizedText(Sam3LiteProcessor.from_config(model.config)), CPU)
+    asked = {name: values for name, values in inputs.items() if name != "labels"}
+    _, answers = teacher(batch, CPU, detector=True, masks=False)
+    own = model(**asked, criterion=lambda student: student.found.hidden)
+    errors = query_errors(own, answers.found.hidden[[0, 2]], answers.trust)
+    expected = DistillationArguments.distill_queries_weight * errors.sum() / answers.trust.sum().clamp(min=1)
+    assert terms["distill_queries"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def common(teacher: Sam3LiteModel, student: Sam3LiteModel) -> dict:
+    """The teacher's weights that the student has too."""
+    shapes = {name: tensor.shape for name, tensor in student.state_dict().items()}
+    return {name: tensor for name, tensor in teacher.state_dict().items() if shapes.get(name) == tensor.shape}
 
 
 def test_features_first():
@@ -413,6 +445,14 @@ def test_calibrated_on_the_training_images(source, tmp_path):
     assert model.mapping_report.strategy == "calibrated"
     assert model.mapping_report.calibration["images"] == "given"
     assert model.dtype == torch.float32 and len(model.detr_decoder.layers) == 2
+
+
+@pytest.mark.parametrize("flags", [("--feature_steps", "1"), ("--distill_masks_weight", "0"), ("--lora_rank", "2")])
+def test_where_masks_do_not_learn_the_last_decoder_layer_stays(source, tmp_path, flags):
+    arguments = arguments_for(source, "--calibrate", "true", *flags)
+    model = calibrated_model(arguments, NoisyData(tmp_path), CPU)
+    assert model.mapping_report.layers["detr_decoder.layers"] == [0, 2]
+    assert decoder_layers(model, arguments) == [1, 2]  # the first does what the dropped one did
 
 
 def test_a_start_is_calibrated_without_a_teacher_too(source, tmp_path):

@@ -88,7 +88,7 @@ def test_a_teacher_with_a_cache_says_what_it_said_without(tmp_path, pixels):
     for _ in range(2):  # looked at, and read
         own_levels, own = answers(cached=True)
         assert all(torch.equal(one, other) for one, other in zip(own_levels, levels, strict=True))
-        for name in ("logits", "boxes", "presence_logits", "encoded"):
+        for name in ("logits", "boxes", "presence_logits", "hidden", "encoded"):
             assert torch.equal(own.found[name], said.found[name]), name
         assert len(said.segments.masks) and torch.equal(own.segments.masks, said.segments.masks)
     assert len(files(tmp_path)) == 3

@@ -277,7 +277,9 @@ class DistillationArguments:
     )
     distill_giou_weight: float = option(2.0, "weight of the generalised IoU of boxes, likewise")
     distill_queries_weight: float = option(
-        5.0, "weight of the queries behind each decoder layer, by the teacher's scores, where they keep its numbers"
+        5.0,
+        "weight of the queries behind each decoder layer, by the teacher's scores; only where the student's queries "
+        "are the teacher's, number by number",
     )
     distill_masks_weight: float = option(5.0, "weight of the masks of queries that the teacher is confident of")
     distill_semantic_weight: float = option(1.0, "weight of the semantic map")
@@ -335,6 +337,11 @@ class DistillationArguments:
         """Whether any step trains the vision encoder and nothing else."""
         others = [weight for name, weight in self.weights().items() if name != "distill_features_weight"]
         return self.feature_steps > 0 or not any([self.label_loss_weight, *others])
+
+    @property
+    def teaches_masks(self) -> bool:
+        """Whether any step trains the masks, and with them the decoder, on what a teacher says."""
+        return self.teacher is not None and self.feature_steps < 1 and self.distill_masks_weight > 0
 
     def weights(self) -> dict[str, float]:
         """The weights of what the teacher says: {field: value}."""

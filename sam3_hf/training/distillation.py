@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,8 @@ from .objectives import Objective
 from .phrase_choice import PhraseChoice
 from .retention import Retention
 from .teacher import Answers, Segments, Teacher
+
+logger = logging.getLogger(__name__)
 
 LEVEL_WEIGHTS = (1.0, 0.5, 0.5)  # of the pyramid, fine to coarse: most of the masks is in the finest
 VISION, MASKS = "vision_encoder.", "mask_decoder."
@@ -68,6 +71,10 @@ class Distillation(Objective):
         self.layers = layer_map(len(decoder.layers), len(taught.layers), chosen_layers)
         self.by_number = same_queries(decoder, taught)
         weights = settings.weights()
+        if weights["distill_queries_weight"] and not self.by_number:
+            logger.info(
+                "the model's queries are not those of the teacher: they are matched, and distill_queries is left out"
+            )
         self.learns_masks = teacher.has_masks and bool(
             weights["distill_masks_weight"] or weights["distill_semantic_weight"]
         )

@@ -86,7 +86,7 @@ def calibrated_model(arguments: Arguments, train_data: TrainDataset, device: tor
         seed=arguments.optimization.seed,
         device=device,
         dtype=torch.float32,
-        first_decoder_layers=arguments.distillation.teacher is not None,
+        first_decoder_layers=arguments.distillation.teaches_masks and not arguments.adapter.lora_rank,
     )
     return set_up(model.cpu(), arguments)
 

@@ -164,6 +164,8 @@ class Calibration:
 
     def _decoder_layers(self) -> list[int]:
         """
+        The layers of the source that the DETR decoder keeps.
+
         Every decoder layer refines the boxes of the one before with the same heads, so the first ones work best one
         after the other. Masks and scores are read from behind the last: they are better with the source's last layer
         there, which was made for that, until a teacher has trained the next one to do its work.
