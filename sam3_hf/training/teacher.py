@@ -157,8 +157,7 @@ class Teacher:
         present = presence >= self.confidence
         trust = found.logits[-1].float().sigmoid() * (presence * present)[:, None]
         segments = self._segments(asked, present, trust, device) if masks else None
-        wanted = ("logits", "boxes", "presence_logits", "hidden", "encoded")
-        found = DetectorOutput(**{name: found[name].to(device) for name in wanted})
+        found = DetectorOutput(**{name: values.to(device) for name, values in found.answers_from(0).items()})
         return levels, Answers(found, present.to(device), trust.to(device), segments)
 
     def _segments(self, asked: TrainingPass, present: Tensor, trust: Tensor, device: torch.device) -> Segments:
